@@ -1,0 +1,38 @@
+"""The config keys halodet adds to Detectron2's, and where its config files are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+
+def add_halodet_config(cfg: CfgNode) -> None:
+    """Add halodet's keys, with their defaults, to a Detectron2 config."""
+    node = cfg.MODEL.HALONET = CfgNode()
+    node.VARIANT = "H4"  # a row of halodet/backbones/variants.py: H0 … H7, R50-SE, R50-SE-halo-b8h3, R50-SE-halo-b32h3, R101-SE, ...
+    node.NORM = "BN"  # BN, FrozenBN, SyncBN or GN
+    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # maps the backbone returns; also stem
+    node.STOCHASTIC_DEPTH = 0.0  # probability of dropping the last block's branch while training, rising linearly from 0
+    # Each key below overrides one column of the variant's row; None keeps the row's value.
+    node.DEPTHS = None  # blocks in each of the four stages
+    node.MIXERS = None  # per stage "conv" or "halo", or a list with one name for each block
+    node.BLOCK_SIZE = None  # pixels along a side of an attention block
+    node.HALO_SIZE = None  # pixels around it that are also attended to
+    node.VALUE_RATIO = None  # channels of attention's values over the stage's width
+    node.BOTTLENECK_RATIO = None  # channels of a block's output over the stage's width
+    node.NUM_HEADS = None  # attention heads in each of the four stages
+    node.BASE_WIDTH = None  # width of the first stage; each further one doubles it
+    node.STEM_CHANNELS = None  # channels of the stem
+    node.SE_RATIO = None  # squeeze-excitation: hidden over output channels of a block; 0 for none
+    node.ACTIVATION = None  # relu or silu
+    node.BORDER = None  # mask: attention leaves out what lies outside the map; zero: it sees zeros there (as timm's weights want)
+
+    cfg.SOLVER.OPTIMIZER = "SGD"  # SGD as Detectron2 builds it, or AdamW without weight decay on relative position tables
+
+
+def config_dir() -> Path:
+    """The folder of halodet's config files, in an installed package or in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "configs"
+    return installed if installed.is_dir() else here.parent / "configs"

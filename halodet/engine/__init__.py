@@ -1,0 +1,16 @@
+"""Configs, datasets and the trainer of a run."""
+
+from .datasets import prepare_datasets, register_user_data, register_user_data_again
+from .setup import ConfigError, check_weights, check_writable, load_config
+from .trainer import Trainer
+
+__all__ = [
+    "ConfigError",
+    "Trainer",
+    "check_weights",
+    "check_writable",
+    "load_config",
+    "prepare_datasets",
+    "register_user_data",
+    "register_user_data_again",
+]

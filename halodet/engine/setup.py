@@ -1,0 +1,162 @@
+"""Read a config file and overrides into a checked Detectron2 config."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
+
+from ..config import add_halodet_config, config_dir
+
+logger = logging.getLogger(__name__)
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config, in one sentence that says what to change."""
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults and halodet's, then ``config_file``, then ``opts``; nothing in the file is executed.
+
+    Args:
+        config_file: path of a YAML file, or its name inside halodet's own configs (``mask_rcnn_halo_h4.yaml``).
+        opts: KEY VALUE pairs that override the file.
+
+    Raises:
+        ConfigError: the file or a key of it is not usable, or asks for a GPU operator or detector part that is not installed.
+    """
+    cfg = get_cfg()
+    add_halodet_config(cfg)
+    path = find_config(config_file)
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a plain YAML config: {' '.join(str(error).split())}") from error
+    except KeyError as error:
+        raise ConfigError(f"{path}: {_unknown_key(cfg, error)}") from error
+    except (AssertionError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from error
+    if len(opts) % 2:
+        raise ConfigError(f"overrides come in pairs KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
+    try:
+        cfg.merge_from_list(list(opts))
+    except (KeyError, AssertionError, ValueError) as error:
+        raise ConfigError(f"override not usable: {_unknown_key(cfg, error)}") from error
+    _use_cpu_without_gpu(cfg)
+    _check_compiled_operators(cfg)
+    _check_model(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def find_config(config_file: str) -> Path:
+    """The file itself, or the one of that name in halodet's configs.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if not config_file:
+        raise ConfigError("no config given: add --config-file, for example --config-file configs/mask_rcnn_halo_h4.yaml")
+    path = Path(config_file)
+    own = config_dir() / (config_file if path.suffix else f"{config_file}.yaml")
+    for candidate in (path, own):
+        if candidate.is_file():
+            return candidate
+    names = [str(p.relative_to(config_dir())) for p in sorted(config_dir().rglob("*.yaml")) if not p.name.startswith("Base")]
+    near = difflib.get_close_matches(path.name, names, n=3) or names[:3]
+    raise ConfigError(f"there is no config {config_file}, neither there nor in {config_dir()}: the nearest are {', '.join(near)}")
+
+
+def _unknown_key(cfg: CfgNode, error: Exception) -> str:
+    """yacs's message, with the nearest keys there are where a key is unknown."""
+    message = str(error.args[0]) if error.args else str(error)
+    if "Non-existent" not in message:
+        return message
+    key = message.split()[-1].strip("'\"")
+    near = difflib.get_close_matches(key, _keys(cfg), n=3, cutoff=0.5)
+    return f"there is no config key {key}" + (f": the nearest are {', '.join(near)}" if near else "")
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in cfg.items():
+        keys += [*_keys(value, f"{prefix}{key}.")] if isinstance(value, CfgNode) else [f"{prefix}{key}"]
+    return keys
+
+
+def _use_cpu_without_gpu(cfg: CfgNode) -> None:
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("No GPU that PyTorch can use was found: running on the CPU.")
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def _check_compiled_operators(cfg: CfgNode) -> None:
+    """Rotated boxes and deformable convolution live in Detectron2's compiled extension, which not every build has."""
+    wanted = {
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE),
+        f"MODEL.PROPOSAL_GENERATOR.NAME {cfg.MODEL.PROPOSAL_GENERATOR.NAME}": cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN",
+        f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME}": cfg.MODEL.ROI_HEADS.NAME == "RROIHeads",
+    }
+    wanted = [key for key, asked in wanted.items() if asked]
+    if not wanted:
+        return
+    try:
+        from detectron2 import _C  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{', '.join(wanted)} needs Detectron2's compiled operators, which the installed detectron2 does not have: "
+            "install a compiled one as https://detectron2.readthedocs.io/tutorials/install.html says"
+        ) from error
+
+
+def _check_model(cfg: CfgNode) -> None:
+    """Build the backbone without memory, so that what does not fit together is said before anything is loaded."""
+    if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
+        raise ConfigError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, expected 'SGD' or 'AdamW'")
+    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
+        known = [name for name, _ in BACKBONE_REGISTRY]
+        near = difflib.get_close_matches(cfg.MODEL.BACKBONE.NAME, known, n=3) or known
+        raise ConfigError(f"there is no backbone {cfg.MODEL.BACKBONE.NAME!r}: the nearest are {', '.join(near)}")
+    try:
+        with torch.device("meta"):
+            build_backbone(cfg)
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ConfigError(f"the backbone of this config cannot be built: {error}") from error
+
+
+def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
+    """Check that the weights a run starts from are there.
+
+    Raises:
+        ConfigError: MODEL.WEIGHTS names a file that does not exist, or an evaluation has no weights at all.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file():
+        return
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise ConfigError(f"MODEL.WEIGHTS is {weights}, which is not a file")
+    if eval_only and not weights:
+        looked = f", and {cfg.OUTPUT_DIR} holds no checkpoint to resume from" if resume else ""
+        raise ConfigError(f"--eval-only needs trained weights{looked}: add MODEL.WEIGHTS path/to/model_final.pth")
+
+
+def check_writable(folder: str) -> None:
+    """Make ``folder`` and check that it can be written to.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = Path(folder) / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}): set OUTPUT_DIR to a folder that can") from error

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .registry import MixerSpec, register_mixer
+
+
+@register_mixer("conv")
+class ConvMixer(nn.Module):
+    """A 3×3 convolution that keeps the number of channels: the mixer of a ResNet bottleneck.
+
+    Args:
+        channels: of input and output.
+        stride: 1 or 2.
+    """
+
+    def __init__(self, channels: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_spec(cls, spec: MixerSpec) -> ConvMixer:
+        return cls(spec.channels, stride=spec.stride)
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, channels, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        return self.conv(x)

@@ -1,0 +1,37 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (HERE / "halodet/__init__.py").read_text(encoding="utf-8").splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="halodet",
+    version=VERSION,
+    description="HaloNet backbones for Detectron2",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["halodet", "halodet.*"]), "halodet.configs", "halodet.configs.quick"],
+    package_dir={"halodet.configs": "configs"},
+    package_data={"halodet.configs": ["*.yaml"], "halodet.configs.quick": ["*.yaml"]},
+    # Detectron2 is not here: it is not on the package index under its own name (tools/install_detectron2.py gets it), and a user's own
+    # build must never be replaced.
+    install_requires=[
+        "torch>=2.13,<2.16",
+        "torchvision>=0.28,<0.30",
+        "numpy>=1.26,<3",
+        "Pillow>=10,<14",
+        "opencv-python>=4.8,<6",
+        "pycocotools>=2.0.8,<3",
+        "fvcore>=0.1.5,<0.1.6",
+        "tqdm>=4.60",
+        "PyYAML>=6",
+        # Detectron2 and fvcore import pkg_resources, which setuptools 81 and later no longer have.
+        "setuptools<81",
+    ],
+    extras_require={"test": ["pytest>=8,<10", "timm>=1.0.31,<1.1", "ruff>=0.17,<0.18"]},
+)

@@ -1,0 +1,141 @@
+"""Every backend against the definition, finite differences, and what happens on bad input."""
+
+import pytest
+import torch
+
+from halodet.attention import halo_attention
+from halodet.attention.halo import BACKENDS, BORDERS
+
+FAST = sorted(set(BACKENDS) - {"reference"})
+
+
+def make(batch, heads, depth, value_depth, height, width, block, halo, stride=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    window = block + 2 * halo
+    return [
+        normal(batch, heads, depth, -(-height // stride), -(-width // stride)),
+        normal(batch, heads, depth, height, width),
+        normal(batch, heads, value_depth, height, width),
+        normal(2 * window - 1, depth),
+        normal(2 * window - 1, depth),
+    ]
+
+
+SIZES = [(8, 8), (5, 7), (1, 1), (1, 9), (3, 2), (13, 6), (4, 11)]
+BLOCKS = [(4, 1, 1), (4, 2, 2), (2, 3, 1), (2, 1, 2), (3, 0, 1), (8, 3, 2), (1, 2, 1), (5, 1, 1)]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize(("block", "halo", "stride"), BLOCKS)
+def test_backend_equals_reference(backend, border, block, halo, stride):
+    for seed, (height, width) in enumerate(SIZES):
+        arguments = make(2, 2, 3, 4, height, width, block, halo, stride, seed)
+        options = {"block_size": block, "halo_size": halo, "border": border, "stride": stride}
+        expected = halo_attention(*arguments, **options, backend="reference")
+        actual = halo_attention(*arguments, **options, backend=backend)
+        assert actual.shape == (2, 2, 4, -(-height // stride), -(-width // stride))
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        weight = torch.randn(actual.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for a, e in zip(*(torch.autograd.grad((x * weight).sum(), arguments) for x in (actual, expected)), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("border", BORDERS)
+def test_gradients_by_finite_differences(backend, border):
+    arguments = make(1, 1, 2, 3, 3, 5, block=2, halo=1)
+    assert torch.autograd.gradcheck(
+        lambda *a: halo_attention(*a, block_size=2, halo_size=1, border=border, backend=backend), arguments, eps=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_border_zero_takes_part_in_the_softmax_and_mask_does_not(backend):
+    # Uniform attention over ones: with the border masked every weight falls on a one; with zeros the corner block of a 16×16 map,
+    # b 8, h 3, has 11×11 ones in its window of 14×14.
+    q = torch.zeros(1, 1, 2, 16, 16, dtype=torch.float64)
+    v = torch.ones(1, 1, 1, 16, 16, dtype=torch.float64)
+    table = torch.zeros(27, 2, dtype=torch.float64)
+    options = {"block_size": 8, "halo_size": 3, "backend": backend}
+    masked = halo_attention(q, q, v, table, table, border="mask", **options)
+    zero = halo_attention(q, q, v, table, table, border="zero", **options)
+    torch.testing.assert_close(masked, torch.ones_like(masked))
+    torch.testing.assert_close(zero[0, 0, 0, 0, 0], torch.tensor((11 / 14) ** 2, dtype=torch.float64))
+
+
+def test_completing_the_last_block_counts_as_outside():
+    """A map no block divides equals the same map inside larger zeros (border zero), on all four sides alike."""
+    q, k, v, rel_h, rel_w = make(1, 2, 3, 3, 6, 10, block=4, halo=2)
+    options = {"block_size": 4, "halo_size": 2, "border": "zero"}
+    small = halo_attention(q, k, v, rel_h, rel_w, **options)
+    grown = [torch.nn.functional.pad(x, (0, 6, 0, 6)) for x in (q, k, v)]
+    torch.testing.assert_close(halo_attention(*grown, rel_h, rel_w, **options)[..., :6, :10], small)
+    # one whole block of zeros before it: what was outside on the left and above is now inside
+    grown = [torch.nn.functional.pad(x, (4, 2, 4, 2)) for x in (q, k, v)]
+    torch.testing.assert_close(halo_attention(*grown, rel_h, rel_w, **options)[..., 4:10, 4:14], small)
+
+
+def test_scale_defaults_to_the_root_of_the_depth_and_spares_the_positions():
+    q, k, v, rel_h, rel_w = make(1, 1, 4, 2, 4, 4, block=4, halo=1)
+    options = {"block_size": 4, "halo_size": 1, "border": "mask"}
+    default = halo_attention(q, k, v, rel_h, rel_w, **options)
+    torch.testing.assert_close(default, halo_attention(q, k, v, rel_h, rel_w, scale=0.5, **options))
+    torch.testing.assert_close(default, halo_attention(q, k * 0.5, v, rel_h, rel_w, scale=1.0, **options))
+    assert not torch.allclose(default, halo_attention(q * 0.5, k, v, rel_h, rel_w, scale=1.0, **options))
+
+
+def test_images_of_a_batch_do_not_mix():
+    q, k, v, rel_h, rel_w = make(3, 2, 3, 3, 7, 9, block=4, halo=2)
+    options = {"block_size": 4, "halo_size": 2, "border": "mask"}
+    together = halo_attention(q, k, v, rel_h, rel_w, **options)
+    for image in range(3):
+        alone = halo_attention(*(x[image : image + 1] for x in (q, k, v)), rel_h, rel_w, **options)
+        torch.testing.assert_close(together[image : image + 1], alone)
+
+
+def test_bfloat16_stays_near_float32():
+    arguments = [x.detach().float() for x in make(1, 2, 8, 8, 13, 9, block=4, halo=2)]
+    options = {"block_size": 4, "halo_size": 2, "border": "mask"}
+    exact = halo_attention(*arguments, **options)
+    half = halo_attention(*(x.bfloat16() for x in arguments), **options)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).norm() / exact.norm() < 0.05
+
+
+BAD = {
+    "block": ({"block_size": 0}, "block_size is 0"),
+    "block of stride": ({"block_size": 3, "stride": 2}, "multiple of the stride"),
+    "halo": ({"halo_size": -1}, "halo_size is -1"),
+    "stride": ({"stride": 3}, "stride is 3"),
+    "border": ({"border": "reflect"}, "border is 'reflect'"),
+    "backend": ({"backend": "cuda"}, "backend is 'cuda'"),
+    "table": ({"halo_size": 2}, r"rel_h has shape \(11, 3\), expected \(15, 3\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_refused_with_their_numbers(case):
+    change, message = BAD[case]
+    options = {"block_size": 4, "halo_size": 1, "border": "zero", **change}
+    with pytest.raises(ValueError, match=message):
+        halo_attention(*make(1, 2, 3, 3, 8, 8, block=4, halo=1), **options)
+
+
+def test_bad_tensors_are_refused_with_their_numbers():
+    options = {"block_size": 4, "halo_size": 1, "border": "zero"}
+    good = [x.detach() for x in make(1, 2, 3, 3, 8, 8, block=4, halo=1)]
+    for index, bad, message in (
+        (0, good[0][..., :4], "q has shape"),
+        (1, good[1][0], "k has shape .*5 dimensions"),
+        (2, good[2][..., :5], "v has shape"),
+        (1, good[1][..., :0], "k has shape .*empty"),
+        (2, good[2].long(), "v is torch.int64"),
+        (3, good[3].to("meta"), "rel_h is on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            halo_attention(*good[:index], bad, *good[index + 1 :], **options)

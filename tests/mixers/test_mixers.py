@@ -1,0 +1,63 @@
+"""Every registered mixer keeps the contract; the halo mixer is timm's layer with timm's weights."""
+
+import pytest
+import torch
+
+from halodet.mixers import MIXERS, MixerSpec, build_mixer
+from halodet.mixers.halo import HaloMixer
+
+
+def spec(**changes):
+    values = {"channels": 16, "value_channels": 24, "stride": 1, "num_heads": 4, "block_size": 4, "halo_size": 2, "border": "mask"}
+    return MixerSpec(**{**values, **changes})
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("block", [4, 7])
+def test_any_size_in_and_the_promised_size_out(name, stride, block):
+    mixer = build_mixer(name, spec(stride=stride, block_size=block))
+    for height, width in [(8, 8), (1, 1), (3, 2), (13, 21), (14, 5)]:
+        x = torch.randn(2, 16, height, width, requires_grad=True)
+        out = mixer(x)
+        assert out.shape == (2, mixer.out_channels, -(-height // stride), -(-width // stride))
+        out.square().sum().backward()
+        assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_mixers_mix_neighbours(name):
+    mixer = build_mixer(name, spec())
+    x = torch.randn(1, 16, 8, 8)
+    changed = x.clone()
+    changed[..., 2, 2] += 1
+    assert (mixer(x) - mixer(changed))[..., 2, 3].abs().sum() > 0
+
+
+def test_unknown_mixer_names_those_there_are():
+    with pytest.raises(ValueError, match="no mixer 'lambda'.*conv.*halo"):
+        build_mixer("lambda", spec())
+
+
+def test_heads_must_divide_the_channels():
+    with pytest.raises(ValueError, match="3 heads do not divide 16 channels"):
+        HaloMixer(16, 24, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("stride", "block", "halo"), [(1, 8, 3), (2, 8, 3), (1, 7, 2), (2, 7, 2), (1, 8, 2)]
+)
+def test_halo_mixer_equals_timm_with_its_weights(stride, block, halo):
+    halo_attn = pytest.importorskip("timm.layers.halo_attn", reason="timm is not installed")
+    theirs = halo_attn.HaloAttn(32, 32, stride=stride, num_heads=4, block_size=block, halo_size=halo).double()
+    ours = HaloMixer(32, 32, stride=stride, num_heads=4, block_size=block, halo_size=halo, border="zero").double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 32, 2 * block, 4 * block, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_initial_spread_is_timms():
+    mixer = HaloMixer(256, 256, num_heads=8, block_size=8, halo_size=3)
+    for weight, std in ((mixer.q.weight, 256**-0.5), (mixer.kv.weight, 256**-0.5), (mixer.pos_embed.height_rel, 32**-0.5)):
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+        assert weight.mean().abs().item() < std / 10

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Train and evaluate a detector. Flags, logs and file layout are those of Detectron2's tools/train_net.py."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from halodet.data import DatasetError
+from halodet.engine import (
+    ConfigError,
+    Trainer,
+    check_weights,
+    check_writable,
+    load_config,
+    prepare_datasets,
+    register_user_data,
+    register_user_data_again,
+)
+from halodet.inference import write_classes
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = default_argument_parser()
+    parser.description = __doc__
+    own = parser.add_argument_group("your own COCO-format data, instead of the config's datasets")
+    own.add_argument("--train-json", metavar="FILE", help="COCO json to train on; its classes become the model's")
+    own.add_argument("--train-images", metavar="DIR", help="folder its file names are relative to")
+    own.add_argument("--val-json", metavar="FILE", help="COCO json to evaluate on")
+    own.add_argument("--val-images", metavar="DIR", help="folder its file names are relative to")
+    return parser.parse_args(argv)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The run's config, with its data and weights checked: whatever can be wrong with a user's files is found here."""
+    cfg = load_config(args.config_file, args.opts)
+    check_writable(cfg.OUTPUT_DIR)
+    if args.train_json or args.val_json or args.train_images or args.val_images:
+        cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
+    prepare_datasets(cfg, train=not args.eval_only)
+    check_weights(cfg, eval_only=args.eval_only, resume=args.resume)
+    return cfg
+
+
+def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
+    """Train or evaluate, in each process of the run."""
+    register_user_data_again(cfg, args.train_images, args.val_images)
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    if comm.is_main_process():
+        save_classes(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def save_classes(cfg: CfgNode) -> None:
+    """Write the classes the model learns beside its checkpoints, so that they can be named wherever these go."""
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(metadata.thing_classes))}
+    classes = [{"id": dataset_id, "name": metadata.thing_classes[index]} for dataset_id, index in ids.items()]
+    write_classes(os.path.join(cfg.OUTPUT_DIR, "classes.json"), classes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    setup_logger(name="halodet")
+    gpus = torch.cuda.device_count()
+    try:
+        if args.num_gpus > max(gpus, 1):
+            raise ConfigError(f"--num-gpus is {args.num_gpus} but PyTorch sees {gpus} here: give --num-gpus {max(gpus, 1)} or fewer")
+        cfg = setup(args)
+    except (ConfigError, DatasetError) as error:
+        logging.getLogger("halodet").error(str(error))
+        return 2
+    launch(
+        run,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args, cfg),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
