@@ -8,14 +8,6 @@ import logging
 import os
 import sys
 
-import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.engine import default_argument_parser, default_setup, launch
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-
 from halodet.data import DatasetError
 from halodet.engine import (
     ConfigError,
@@ -28,6 +20,14 @@ from halodet.engine import (
     register_user_data_again,
 )
 from halodet.inference import write_classes
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,7 +8,17 @@ from torch import Tensor
 
 
 def halo_attention_blocked(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, *, block_size: int, halo_size: int, border: str, stride: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    *,
+    block_size: int,
+    halo_size: int,
+    border: str,
+    stride: int,
+    scale: float,
 ) -> Tensor:
     """Halo attention over all blocks at once; arguments and result as :func:`halodet.attention.halo_attention`."""
     height, width = k.shape[-2:]

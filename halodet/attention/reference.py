@@ -7,7 +7,17 @@ from torch import Tensor
 
 
 def halo_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, *, block_size: int, halo_size: int, border: str, stride: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    *,
+    block_size: int,
+    halo_size: int,
+    border: str,
+    stride: int,
+    scale: float,
 ) -> Tensor:
     """Halo attention, one query at a time; arguments and result as :func:`halodet.attention.halo_attention`."""
     height, width = k.shape[-2:]

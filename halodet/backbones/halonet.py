@@ -103,8 +103,8 @@ class Bottleneck(CNNBlockBase):
 class HaloNet(Backbone):
     """HaloNet: a ResNet in which halo attention stands in for the 3×3 convolutions of some stages.
 
-    As a backbone it takes images (B, in_channels, H, W) of any size and returns the maps named in ``out_features``: ``stem`` and ``res2`` at
-    stride 4, ``res3``, ``res4``, ``res5`` at strides 8, 16, 32, each (B, channels, ⌈H/stride⌉, ⌈W/stride⌉). As a classifier
+    As a backbone it takes images (B, in_channels, H, W) of any size and returns the maps named in ``out_features``: ``stem`` and ``res2``
+    at stride 4, ``res3``, ``res4``, ``res5`` at strides 8, 16, 32, each (B, channels, ⌈H/stride⌉, ⌈W/stride⌉). As a classifier
     (``num_classes``) it also has ``linear``, the logits (B, num_classes).
 
     Args:
@@ -268,7 +268,8 @@ def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:
 
 def _whole(channels: float, name: str, variant: HaloNetVariant) -> int:
     if channels != int(channels) or channels < 1:
-        raise ValueError(f"{name} {getattr(variant, name)} of base_width {variant.base_width} gives {channels} channels: not a whole number")
+        ratio = getattr(variant, name)
+        raise ValueError(f"{name} {ratio} with base_width {variant.base_width} gives {channels} channels: not a whole number")
     return int(channels)
 
 

@@ -90,6 +90,8 @@ def register_user_data(
         elif split == "val":
             cfg.DATASETS.TEST = ()
             logger.warning("No --val-json was given: nothing is evaluated.")
+    if "train" in checked and any(isinstance(a.get("segmentation"), dict) for a in checked["train"].dataset["annotations"]):
+        cfg.INPUT.MASK_FORMAT = "bitmask"  # which takes polygons as well; Detectron2's default takes no RLE
     classes = next(iter(checked.values())).class_names
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
     logger.info(f"{len(classes)} classes: {', '.join(classes)}")

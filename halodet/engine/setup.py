@@ -36,7 +36,11 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_halodet_config(cfg)
     path = find_config(config_file)
     try:
+        if not isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
+            raise ConfigError(f"{path} holds no config: expected YAML with keys like MODEL and SOLVER")
         cfg.merge_from_file(str(path), allow_unsafe=False)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a plain YAML config: {' '.join(str(error).split())}") from error
     except KeyError as error:

@@ -1,7 +1,7 @@
 """What may stand between the two 1×1 convolutions of a bottleneck.
 
-A mixer is a module that turns (B, channels, H, W) into (B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉) for any H and W. A new one is one file here:
-a class with an ``out_channels`` and a ``from_spec``, registered under a name. Every file of this package is imported below.
+A mixer is a module that turns (B, channels, H, W) into (B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉) for any H and W. A new one is one file
+here: a class with an ``out_channels`` and a ``from_spec``, registered under a name. Every file of this package is imported below.
 """
 
 import importlib

@@ -1,10 +1,10 @@
 """Every backend against the definition, finite differences, and what happens on bad input."""
 
-import pytest
-import torch
-
 from halodet.attention import halo_attention
 from halodet.attention.halo import BACKENDS, BORDERS
+
+import pytest
+import torch
 
 FAST = sorted(set(BACKENDS) - {"reference"})
 

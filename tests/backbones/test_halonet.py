@@ -2,19 +2,24 @@
 
 import dataclasses
 
+from halodet.backbones import VARIANTS, HaloNet
+from halodet.backbones.halonet import STAGES
+
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from halodet.backbones import VARIANTS, HaloNet
-from halodet.backbones.halonet import STAGES
-
 PARAMETERS = {"H0": 5.50, "H1": 8.10, "H2": 9.41, "H3": 11.84, "H4": 19.10, "H5": 30.72, "H6": 43.46, "H7": 67.43}
 ALL_ATTENTION = {"mixers": ("halo",) * 4}
 # small in width and depth, but with every kind of block: conv, strided and unstrided attention, mixed stages
 SMALL = dataclasses.replace(
-    VARIANTS["H0"], depths=(1, 2, 2, 2), mixers=("conv", ("conv", "halo"), "halo", "halo"), base_width=16, stem_channels=16, num_heads=(2,) * 4
+    VARIANTS["H0"],
+    depths=(1, 2, 2, 2),
+    mixers=("conv", ("conv", "halo"), "halo", "halo"),
+    base_width=16,
+    stem_channels=16,
+    num_heads=(2,) * 4,
 )
 
 

@@ -1,10 +1,10 @@
 """Every registered mixer keeps the contract; the halo mixer is timm's layer with timm's weights."""
 
-import pytest
-import torch
-
 from halodet.mixers import MIXERS, MixerSpec, build_mixer
 from halodet.mixers.halo import HaloMixer
+
+import pytest
+import torch
 
 
 def spec(**changes):
@@ -44,9 +44,7 @@ def test_heads_must_divide_the_channels():
         HaloMixer(16, 24, num_heads=3)
 
 
-@pytest.mark.parametrize(
-    ("stride", "block", "halo"), [(1, 8, 3), (2, 8, 3), (1, 7, 2), (2, 7, 2), (1, 8, 2)]
-)
+@pytest.mark.parametrize(("stride", "block", "halo"), [(1, 8, 3), (2, 8, 3), (1, 7, 2), (2, 7, 2), (1, 8, 2)])
 def test_halo_mixer_equals_timm_with_its_weights(stride, block, halo):
     halo_attn = pytest.importorskip("timm.layers.halo_attn", reason="timm is not installed")
     theirs = halo_attn.HaloAttn(32, 32, stride=stride, num_heads=4, block_size=block, halo_size=halo).double()

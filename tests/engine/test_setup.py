@@ -1,0 +1,101 @@
+"""Configs: found, read without executing anything, and every mistake told in one sentence."""
+
+import os
+
+from halodet.engine import ConfigError, check_weights, check_writable, load_config
+from halodet.engine.setup import find_config
+
+import pytest
+import torch
+from detectron2.modeling import build_backbone
+
+PLAIN = "VERSION: 2\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_overrides_of_the_variants_row():
+    mixers = "['halo', 'halo', 'halo', 'conv']"
+    cfg = load_config("mask_rcnn_halo_h4", ["MODEL.HALONET.BLOCK_SIZE", "8", "MODEL.HALONET.MIXERS", mixers])
+    with torch.device("meta"):
+        variant = build_backbone(cfg).bottom_up.variant
+    assert (variant.block_size, variant.halo_size, variant.bottleneck_ratio) == (8, 2, 3.0)
+    assert variant.mixers == ("halo", "halo", "halo", "conv")
+
+
+def test_a_config_is_found_by_path_and_by_name(tmp_path):
+    own = write(tmp_path, "MODEL:\n  HALONET:\n    VARIANT: H0\n")
+    assert str(find_config(own)) == own
+    assert find_config("mask_rcnn_halo_h4").name == "mask_rcnn_halo_h4.yaml"
+    assert find_config("quick/mask_rcnn_halo_shapes.yaml").is_file()
+
+
+def test_a_config_executes_nothing(tmp_path):
+    target = tmp_path / "made-by-the-config"
+    path = write(tmp_path, f"MODEL:\n  WEIGHTS: !!python/object/apply:os.mkdir ['{target}']\n")
+    with pytest.raises(ConfigError, match="not a plain YAML config"):
+        load_config(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "message"),
+    [
+        ("MODEL: [", [], "not a plain YAML config"),
+        ("MODEL:\n  HALONET:\n    BLOK_SIZE: 8\n", [], "no config key MODEL.HALONET.BLOK_SIZE: the nearest are MODEL.HALONET.BLOCK_SIZE"),
+        ("- 1\n- 2\n", [], "holds no config"),
+        ("", [], "holds no config"),
+        (PLAIN, ["MODEL.HALONET.VARIANT"], "pairs KEY VALUE, got 1 words"),
+        (PLAIN, ["MODEL.HALONET.VARIAN", "H1"], "nearest are MODEL.HALONET.VARIANT"),
+        (PLAIN, ["MODEL.HALONET.VARIANT", "H9", "MODEL.BACKBONE.NAME", "build_halonet_backbone"], "no HaloNet variant 'H9'"),
+        (
+            PLAIN,
+            ["MODEL.BACKBONE.NAME", "build_halo_backbone"],
+            "no backbone 'build_halo_backbone': the nearest are build_halonet_backbone",
+        ),
+        (PLAIN, ["SOLVER.OPTIMIZER", "Adam"], "SOLVER.OPTIMIZER is 'Adam'"),
+        (PLAIN, ["SOLVER.MAX_ITER", "many"], "override not usable"),
+        (PLAIN, ["MODEL.ROI_HEADS.NAME", "RROIHeads"], "compiled operators"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(tmp_path, text, opts, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(tmp_path, text), opts)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_config_names_the_nearest():
+    with pytest.raises(ConfigError, match="mask_rcnn_halo_h4.yaml"):
+        load_config("configs/mask_rcnn_hallo_h4.yaml")
+    with pytest.raises(ConfigError, match="--config-file"):
+        load_config("")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_and_uses_the_cpu(caplog):
+    assert load_config("mask_rcnn_halo_h0").MODEL.DEVICE == "cpu"
+    assert "running on the CPU" in caplog.text
+
+
+def test_weights_are_checked_before_anything_long_starts(tmp_path):
+    cfg = load_config("mask_rcnn_halo_h0", ["OUTPUT_DIR", str(tmp_path)])
+    check_weights(cfg, eval_only=False, resume=False)
+    with pytest.raises(ConfigError, match="--eval-only needs trained weights: add MODEL.WEIGHTS"):
+        check_weights(cfg, eval_only=True, resume=False)
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        check_weights(cfg, eval_only=True, resume=True)
+    cfg = load_config("mask_rcnn_halo_h0", ["MODEL.WEIGHTS", str(tmp_path / "gone.pth")])
+    with pytest.raises(ConfigError, match="gone.pth, which is not a file"):
+        check_weights(cfg, eval_only=False, resume=False)
+
+
+def test_output_folder_must_be_writable(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        check_writable(os.path.join(tmp_path, "file", "output"))
+    check_writable(str(tmp_path / "new"))
+    assert list((tmp_path / "new").iterdir()) == []
