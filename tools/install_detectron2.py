@@ -64,7 +64,7 @@ refuses sets from Python 3.11 on; operators that need Detectron2's compiled exte
 """
 
 # Where a compiled operator is asked for, torch would only say that its namespace has no such attribute.
-UNCOMPILED_OPS = f'''\
+UNCOMPILED_OPS = f"""\
 # Added by halodet's tools/install_detectron2.py: this build has no compiled extension (detectron2._C).
 import torch
 
@@ -89,7 +89,7 @@ for _schema in (
 ):
     _library.define(_schema)
     _library.impl(_schema.split("(")[0], _refuse, "CompositeExplicitAutograd")
-'''
+"""
 
 # file -> (text as it comes, text as it must be); each must occur exactly once, or the source is not the one this was written for
 PATCHES = {
