@@ -8,16 +8,17 @@ DEMO := output/demo
 .PHONY: help demo test lint doctor install clean
 
 help:  ## list the verbs
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1@\2/' | column -t -s@
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small halo Mask R-CNN on drawn shapes (CPU, minutes), print its AP, draw its detections
 	@echo "== Training a small halo Mask R-CNN on the built-in shapes; the log is also in $(DEMO)/log.txt"
 	@rm -rf $(DEMO)
 	@$(BIN)/python tools/train_net.py --config-file configs/quick/mask_rcnn_halo_shapes.yaml OUTPUT_DIR $(DEMO)
 	@echo "== Drawing what it finds in validation images"
-	@$(BIN)/python tools/demo.py --config-file configs/quick/mask_rcnn_halo_shapes.yaml --input 'datasets/shapes/val/00000?.png' \
-		'datasets/shapes/val/00001?.png' --output $(DEMO)/drawings --opts MODEL.WEIGHTS $(DEMO)/model_final.pth
-	@$(BIN)/python tools/print_ap.py $(DEMO)
+	@$(BIN)/python tools/demo.py --config-file configs/quick/mask_rcnn_halo_shapes.yaml --input 'datasets/shapes/val/0000[0-2]?.png' \
+		--output $(DEMO)/drawings --opts MODEL.WEIGHTS $(DEMO)/model_final.pth
+	@echo "== COCO AP on the validation images"
+	@grep -h -A3 -E 'Evaluation results for (bbox|segm)' $(DEMO)/log.txt | grep -v '^--'
 	@echo "== Drawings: $(DEMO)/drawings"
 
 test: $(READY)  ## run all tests
@@ -39,7 +40,7 @@ $(READY): setup.py tools/install_detectron2.py
 	@echo "== Setting up $(VENV) (once; PyTorch is some gigabytes, so this takes a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== Installing PyTorch, halodet and what the tests need from the package index"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
 	@echo "== Installing Detectron2"
 	@$(BIN)/python tools/install_detectron2.py
 	@touch $(READY)

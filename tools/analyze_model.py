@@ -3,8 +3,8 @@
 
     python tools/analyze_model.py --config-file configs/mask_rcnn_halo_h4.yaml --size 800 1333
 
-FLOPs are counted by fvcore for one image: one multiply-add is one FLOP; sums, norms and softmax are not counted. Activations are the
-elements that convolutions and matrix products put out. What the heads cost depends on how many proposals there are: at most
+FLOPs are counted by fvcore for one image: one multiply-add is one FLOP; sums, activations and softmax are not counted. Activations are
+the elements that convolutions and matrix products put out. What the heads cost depends on how many proposals there are: at most
 MODEL.RPN.POST_NMS_TOPK_TEST for boxes, TEST.DETECTIONS_PER_IMAGE for masks.
 """
 

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from tqdm import tqdm
 
-_TOLERANCE = 1.0  # pixels: COCO's own boxes and polygons stick out of the image by rounding
+from .masks import clean_mask, mask_area
+from .values import TOLERANCE, Note, Unusable, is_int, is_number, show
+
 _EXIF_ORIENTATION, _EXIF_TURNED = 0x0112, (5, 6, 7, 8)
 _PROGRESS_FROM = 1000  # images
-_Note = Callable[[str, str], None]  # takes what is wrong with an entry that is kept, and what was done about it
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 120
 
 
 class DatasetError(ValueError):
     """A dataset that cannot be used at all; the message is one sentence that names the file and the mend."""
-
-
-class _Unusable(Exception):
-    """One entry cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +80,8 @@ class CheckedJson:
             raise DatasetError(f"cannot write the cleaned json {path} ({reason}); give a path that can be written") from error
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53  # pycocotools keeps ids in doubles
-
-
-def _is_number(value: Any) -> bool:
-    # The bound also refuses NaN, infinity and integers too long for a double.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
-
-
-def _show(value: Any) -> str:
-    return _short.repr(value)
-
-
 def _where(kind: str, entry: Any, index: int) -> str:
-    return f"{kind} {_show(entry['id'])}" if isinstance(entry, dict) and "id" in entry else f"{kind} at index {index}"
+    return f"{kind} {show(entry['id'])}" if isinstance(entry, dict) and "id" in entry else f"{kind} at index {index}"
 
 
 def _read(json_file: Path) -> dict[str, Any]:
@@ -127,7 +105,7 @@ def _read(json_file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists nested thousands deep
         raise DatasetError(f"{json_file} cannot be parsed ({error}); export it again") from None
     if not isinstance(data, dict):
-        raise DatasetError(f"{json_file} holds {_show(data)} where a COCO json has an object with 'images', 'annotations' and 'categories'")
+        raise DatasetError(f"{json_file} holds {show(data)} where a COCO json has an object with 'images', 'annotations' and 'categories'")
     return data
 
 
@@ -136,27 +114,27 @@ def _list(data: dict[str, Any], key: str, json_file: Path, required: bool) -> li
     if value is None and not required:
         return []
     if not isinstance(value, list) or (required and not value):
-        found = f"is {_show(value)}" if key in data else "is missing"
+        found = f"is {show(value)}" if key in data else "is missing"
         raise DatasetError(f"{json_file}: the '{key}' list {found}; export the file again as COCO instances json")
     return value
 
 
 def _require_ints(entry: Any, *keys: str) -> None:
     if not isinstance(entry, dict):
-        raise _Unusable(f"is {_show(entry)} and not an object")
+        raise Unusable(f"is {show(entry)} and not an object")
     for key in keys:
         if key not in entry:
-            raise _Unusable(f"has no {key!r}")
-        if not _is_int(entry[key]):
-            raise _Unusable(f"{key!r} is {_show(entry[key])} and not an integer")
+            raise Unusable(f"has no {key!r}")
+        if not is_int(entry[key]):
+            raise Unusable(f"{key!r} is {show(entry[key])} and not an integer")
 
 
 def _clean_category(entry: Any, seen: dict[int, Any]) -> dict[str, Any]:
     _require_ints(entry, "id")
     if not isinstance(entry.get("name"), str) or not entry["name"]:
-        raise _Unusable(f"'name' is {_show(entry.get('name'))} and not a text")
+        raise Unusable(f"'name' is {show(entry.get('name'))} and not a text")
     if entry["id"] in seen:
-        raise _Unusable(f"{entry['name']!r} has the id of an earlier category, {seen[entry['id']]['name']!r}")
+        raise Unusable(f"{entry['name']!r} has the id of an earlier category, {seen[entry['id']]['name']!r}")
     return {key: entry[key] for key in ("id", "name", "supercategory") if isinstance(entry.get(key), (int, str))}
 
 
@@ -176,137 +154,37 @@ def _clean_image(entry: Any, image_dir: Path, seen: dict[int, Any]) -> dict[str,
     _require_ints(entry, "id", "width", "height")
     file_name, width, height = entry.get("file_name"), entry["width"], entry["height"]
     if not isinstance(file_name, str) or not file_name:
-        raise _Unusable(f"'file_name' is {_show(file_name)} and not a text")
+        raise Unusable(f"'file_name' is {show(file_name)} and not a text")
     if width <= 0 or height <= 0:
-        raise _Unusable(f"its size is {width} x {height}, not positive")
+        raise Unusable(f"its size is {width} x {height}, not positive")
     if entry["id"] in seen:
-        raise _Unusable(f"{_show(file_name)} has the id of an earlier image, {_show(seen[entry['id']]['file_name'])}")
+        raise Unusable(f"{show(file_name)} has the id of an earlier image, {show(seen[entry['id']]['file_name'])}")
     path = image_dir / file_name
     if not os.path.isfile(path):
-        raise _Unusable(f"{_show(file_name)} is not in {image_dir}")
+        raise Unusable(f"{show(file_name)} is not in {image_dir}")
     try:
         real = _image_size(path)
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
         reason = " ".join(str(error).split()) if not isinstance(error, Image.UnidentifiedImageError) else "not an image"
-        raise _Unusable(f"{_show(file_name)} cannot be opened as an image ({reason or type(error).__name__})") from None
+        raise Unusable(f"{show(file_name)} cannot be opened as an image ({reason or type(error).__name__})") from None
     if real != (width, height):
-        raise _Unusable(f"its size is given as {width} x {height}, but {_show(file_name)} is {real[0]} x {real[1]}")
+        raise Unusable(f"its size is given as {width} x {height}, but {show(file_name)} is {real[0]} x {real[1]}")
     return {"id": entry["id"], "file_name": file_name, "width": width, "height": height}
 
 
-def _clean_box(box: Any, width: int, height: int, note: _Note) -> list[float]:
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise _Unusable(f"'bbox' is {_show(box)} and not four finite numbers")
+def _clean_box(box: Any, width: int, height: int, note: Note) -> list[float]:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        raise Unusable(f"'bbox' is {show(box)} and not four finite numbers")
     x, y, w, h = box
     if w <= 0 or h <= 0:
-        raise _Unusable(f"'bbox' {box} has width {w} and height {h}")
+        raise Unusable(f"'bbox' {box} has width {w} and height {h}")
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
     if right <= left or bottom <= top:
-        raise _Unusable(f"'bbox' {box} lies outside the image of {width} x {height}")
-    if max(left - x, top - y, x + w - right, y + h - bottom) <= _TOLERANCE:
+        raise Unusable(f"'bbox' {box} lies outside the image of {width} x {height}")
+    if max(left - x, top - y, x + w - right, y + h - bottom) <= TOLERANCE:
         return box
     note(f"'bbox' {box} reaches out of the image of {width} x {height}", "clipped")
     return [left, top, right - left, bottom - top]
-
-
-def _clip_polygon(polygon: list[float], width: int, height: int) -> list[float]:
-    """The part of the polygon inside the image (Sutherland and Hodgman); empty if there is none."""
-    points = list(zip(polygon[::2], polygon[1::2], strict=True))
-    for axis, sign, limit in ((0, 1, 0), (0, -1, width), (1, 1, 0), (1, -1, height)):
-        kept = []
-        for start, end in zip(points[-1:] + points[:-1], points, strict=True):
-            from_edge, to_edge = sign * (start[axis] - limit), sign * (end[axis] - limit)
-            if (from_edge < 0) != (to_edge < 0):
-                share = from_edge / (from_edge - to_edge)
-                kept.append(tuple(a + share * (b - a) for a, b in zip(start, end, strict=True)))
-            if to_edge >= 0:
-                kept.append(end)
-        points = kept
-    return [coordinate for point in points for coordinate in point]
-
-
-def _clean_polygon(polygon: Any, name: str, width: int, height: int, note: _Note) -> list[float]:
-    if not isinstance(polygon, list):
-        raise _Unusable(f"is {_show(polygon)} and not a list of numbers")
-    if len(polygon) < 6 or len(polygon) % 2:
-        raise _Unusable(f"has {len(polygon)} numbers, not an even count of 6 or more")
-    if not all(map(_is_number, polygon)):  # pycocotools takes all memory for some NaNs and for huge coordinates
-        raise _Unusable(f"has {_show(next(value for value in polygon if not _is_number(value)))} among its coordinates")
-    xs, ys = polygon[::2], polygon[1::2]
-    if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
-        raise _Unusable(f"lies outside the image of {width} x {height}")
-    overhang = max(-min(xs), -min(ys), max(xs) - width, max(ys) - height)
-    if overhang <= _TOLERANCE:
-        return polygon
-    clipped = _clip_polygon(polygon, width, height)
-    if len(clipped) < 6:
-        raise _Unusable(f"lies outside the image of {width} x {height}")
-    note(f"{name} reaches {overhang:.6g} pixels out of the image of {width} x {height}", "clipped")
-    return clipped
-
-
-def _rle_counts(text: str) -> list[int]:
-    """Run lengths of a compressed RLE. pycocotools' own reader runs past the end of a broken text."""
-    counts: list[int] = []
-    value = shift = 0
-    for letter in text:
-        code = ord(letter) - 48
-        if not 0 <= code < 64 or shift > 25:
-            raise _Unusable("RLE 'counts' is not a compressed run length text")
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise _Unusable("RLE 'counts' is cut short")
-    return counts
-
-
-def _run_lengths(rle: dict[str, Any]) -> Any:
-    return _rle_counts(rle["counts"]) if isinstance(rle.get("counts"), str) else rle.get("counts")
-
-
-def _clean_rle(rle: dict[str, Any], width: int, height: int) -> dict[str, Any]:
-    if rle.get("size") != [height, width]:
-        raise _Unusable(f"RLE 'size' is {_show(rle.get('size'))}, but the image has height and width {[height, width]}")
-    counts = _run_lengths(rle)
-    if not isinstance(counts, list) or not all(_is_int(count) and count >= 0 for count in counts):
-        raise _Unusable(f"RLE 'counts' is {_show(counts)} and not run lengths")
-    if sum(counts) != height * width:
-        raise _Unusable(f"RLE 'counts' cover {sum(counts)} pixels of {height * width}")
-    if not any(counts[1::2]):
-        raise _Unusable("RLE has no pixel in it")
-    return {"size": [height, width], "counts": rle["counts"]}
-
-
-def _clean_mask(mask: Any, width: int, height: int, note: _Note) -> list[list[float]] | dict[str, Any]:
-    if isinstance(mask, dict):
-        return _clean_rle(mask, width, height)
-    if not isinstance(mask, list) or not mask:
-        raise _Unusable("'segmentation' is " + (_show(mask) if mask is not None else "missing"))
-    polygons, wrong = [], []
-    for number, polygon in enumerate(mask, start=1):
-        name = f"polygon {number} of {len(mask)}"
-        try:
-            polygons.append(_clean_polygon(polygon, name, width, height, note))
-        except _Unusable as error:
-            wrong.append(f"{name} {error}")
-    if not polygons:
-        raise _Unusable(wrong[0])
-    for what in wrong:
-        note(what, "polygon dropped, the others kept")
-    return polygons
-
-
-def _mask_area(mask: list[list[float]] | dict[str, Any], width: int, height: int) -> float:
-    """Pixels of a mask that `_clean_mask` returned."""
-    if isinstance(mask, dict):
-        return sum(_run_lengths(mask)[1::2])
-    return float(mask_util.area(mask_util.merge(mask_util.frPyObjects(mask, height, width))))
 
 
 class _Checker:
@@ -325,24 +203,24 @@ class _Checker:
         for index, entry in enumerate(entries):
             try:
                 clean[entry["id"]] = _clean_category(entry, clean)  # the right side runs first and refuses what has no usable id
-            except _Unusable as error:
+            except Unusable as error:
                 self.report(_where("category", entry, index), str(error), "skipped")
         for name, count in Counter(category["name"] for category in clean.values()).items():
             if count > 1:
-                self.report("categories", f"{count} are named {_show(name)}", "kept as separate classes")
+                self.report("categories", f"{count} are named {show(name)}", "kept as separate classes")
         return clean
 
     def images(self, entries: list[Any], image_dir: Path, annotations: list[Any]) -> tuple[dict[int, dict[str, Any]], set[int]]:
         """The usable images by id, and the ids of the skipped ones."""
         clean: dict[int, dict[str, Any]] = {}
-        used = Counter(entry["image_id"] for entry in annotations if isinstance(entry, dict) and _is_int(entry.get("image_id")))
+        used = Counter(entry["image_id"] for entry in annotations if isinstance(entry, dict) and is_int(entry.get("image_id")))
         bad: list[tuple[str, str, int | None]] = []
         quiet = len(entries) <= _PROGRESS_FROM
         for index, entry in enumerate(tqdm(entries, desc=f"checking images of {self.file}", unit="image", disable=quiet)):
             try:
                 clean[entry["id"]] = _clean_image(entry, image_dir, clean)
-            except _Unusable as error:
-                known = isinstance(entry, dict) and _is_int(entry.get("id"))
+            except Unusable as error:
+                known = isinstance(entry, dict) and is_int(entry.get("id"))
                 bad.append((_where("image", entry, index), str(error), entry["id"] if known else None))
         for where, what, image_id in bad:  # after the loop, as a later entry of the same id may be usable
             count = used[image_id] if image_id is not None and image_id not in clean else 0
@@ -354,27 +232,27 @@ class _Checker:
         width, height = image["width"], image["height"]
         iscrowd, mask, area = entry.get("iscrowd"), entry.get("segmentation"), entry.get("area")
         if iscrowd not in (None, 0, 1):
-            raise _Unusable(f"'iscrowd' is {_show(iscrowd)} and neither 0 nor 1")
+            raise Unusable(f"'iscrowd' is {show(iscrowd)} and neither 0 nor 1")
         box = _clean_box(entry.get("bbox"), width, height, note)
         clean = {"id": entry.get("id"), "image_id": image["id"], "category_id": entry["category_id"], "bbox": box}
         if need_masks or mask is not None:
             try:
-                clean["segmentation"] = _clean_mask(mask, width, height, note)
-            except _Unusable as error:
+                clean["segmentation"] = clean_mask(mask, width, height, note)
+            except Unusable as error:
                 if need_masks:
                     raise
                 note(str(error), "mask dropped, box kept")
-        if not _is_number(area) or area < 0:
+        if not is_number(area) or area < 0:
             if area is None:
                 self.missing["area"].append(where)
             else:
-                note(f"'area' is {_show(area)}", "computed from the mask or box")
-            area = _mask_area(clean["segmentation"], width, height) if "segmentation" in clean else box[2] * box[3]
+                note(f"'area' is {show(area)}", "computed from the mask or box")
+            area = mask_area(clean["segmentation"], width, height) if "segmentation" in clean else box[2] * box[3]
         if iscrowd is None:
             self.missing["iscrowd"].append(where)
         if entry.get("ignore"):  # Detectron2 refuses the key; a crowd is likewise neither learned from nor counted
             iscrowd = 1
-            note(f"'ignore' is {_show(entry['ignore'])}, which Detectron2 does not know", "kept as a crowd (iscrowd 1)")
+            note(f"'ignore' is {show(entry['ignore'])}, which Detectron2 does not know", "kept as a crowd (iscrowd 1)")
         return {**clean, "area": area, "iscrowd": int(iscrowd or 0)}
 
     def annotations(
@@ -388,11 +266,11 @@ class _Checker:
                 if entry["image_id"] in skipped:
                     continue  # reported with its image
                 if entry["image_id"] not in images:
-                    raise _Unusable(f"'image_id' {entry['image_id']} is not among the images")
+                    raise Unusable(f"'image_id' {entry['image_id']} is not among the images")
                 if entry["category_id"] not in categories:
-                    raise _Unusable(f"'category_id' {entry['category_id']} is not among the categories")
+                    raise Unusable(f"'category_id' {entry['category_id']} is not among the categories")
                 clean.append(self.annotation(entry, where, images[entry["image_id"]], need_masks))
-            except _Unusable as error:
+            except Unusable as error:
                 self.report(where, str(error), "skipped")
         for key, places in self.missing.items():  # one line each: exporters leave a key out of all annotations or of none
             if places:
@@ -410,16 +288,16 @@ class _Checker:
         taken: set[int] = set()
         renumber = []
         for annotation in annotations:
-            if _is_int(annotation["id"]) and annotation["id"] != 0 and annotation["id"] not in taken:
+            if is_int(annotation["id"]) and annotation["id"] != 0 and annotation["id"] not in taken:
                 taken.add(annotation["id"])
             else:
                 renumber.append(annotation)
         for new, annotation in enumerate(renumber, start=max(taken | {0}) + 1):
             old = annotation["id"]
             what = "has an id that was used before"
-            if not _is_int(old) or old == 0:
+            if not is_int(old) or old == 0:
                 what = "has an id that pycocotools cannot match" if old == 0 else "has no usable 'id'"
-            self.report(f"annotation {_show(old)} of image {annotation['image_id']}", what, f"kept as annotation {new}")
+            self.report(f"annotation {show(old)} of image {annotation['image_id']}", what, f"kept as annotation {new}")
             annotation["id"] = new
 
 
@@ -493,10 +371,10 @@ def check_same_categories(train: CheckedJson, val: CheckedJson) -> None:
     where = f"{train.json_file} and {val.json_file} must have the same categories in the same order of ids"
     for number, (a, b) in enumerate(zip(first, second, strict=False), start=1):
         if a != b:
-            raise DatasetError(f"{where}, but category {number} is {_show(a)} in the first and {_show(b)} in the second; make them agree")
+            raise DatasetError(f"{where}, but category {number} is {show(a)} in the first and {show(b)} in the second; make them agree")
     if len(first) != len(second):
         extra = max(first, second, key=len)[min(len(first), len(second))]
-        raise DatasetError(f"{where}, but the first has {len(first)} and the second {len(second)} (with {_show(extra)}); make them agree")
+        raise DatasetError(f"{where}, but the first has {len(first)} and the second {len(second)} (with {show(extra)}); make them agree")
 
 
 def register_checked(name: str, checked: CheckedJson, image_dir: str | Path, save_to: str | Path) -> None:

@@ -29,7 +29,8 @@ _MAKER = "halodet shapes"
 _SPLITS = tuple(NUM_IMAGES)
 _SIZES = ((160, 120), (120, 160), (176, 132), (132, 176), (192, 144), (144, 192), (192, 160), (160, 160))  # width, height
 _SUPERSAMPLE = 4
-_MIN_VISIBLE = 0.5  # of an object's whole area; less is no longer recognisable
+_TILT = 0.45  # radians; things mostly stand upright in photos too
+_MIN_VISIBLE = 0.65  # of an object's whole area; less is no longer recognisable
 _EMPTY_EVERY, _CROWD_EVERY = 20, 8
 
 
@@ -45,15 +46,15 @@ class _Scene:
 
 
 def _spokes(radii: list[float]) -> np.ndarray:
-    """Contour (N, 2) through points at these distances from the middle, evenly spread around it."""
+    """Contour (N, 2) through points at these distances from the middle, evenly spread around it, the first straight above."""
     turn = np.arange(len(radii)) * (2 * math.pi / len(radii))
-    return np.array(radii)[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    return np.array(radii)[:, None] * np.stack([np.sin(turn), -np.cos(turn)], axis=1)
 
 
 _CROSS = [(3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1), (-1, -3), (1, -3), (1, -1)]
 _UNIT_OUTLINES = {  # of radius 1; a second contour is a hole
     "circle": [_spokes([1.0] * 48)],
-    "square": [_spokes([1.0] * 4)],
+    "square": [np.array([(1, -1), (1, 1), (-1, 1), (-1, -1)]) / math.sqrt(2)],
     "triangle": [_spokes([1.0] * 3)],
     "star": [_spokes([1.0, 0.42] * 5)],
     "ring": [_spokes([1.0] * 48), _spokes([0.52] * 48)],
@@ -137,7 +138,7 @@ def _add(rng: np.random.Generator, scene: _Scene, kind: int, radius: float, memb
         parts, mask, area = [], np.zeros((height, width), bool), 0.0
         for _ in range(members):
             size = radius * rng.uniform(0.85, 1.2) if members > 1 else radius
-            contours = _outline(CLASSES[kind], middle + rng.uniform(-spread, spread, 2), size, rng.uniform(0, 2 * math.pi))
+            contours = _outline(CLASSES[kind], middle + rng.uniform(-spread, spread, 2), size, rng.uniform(-_TILT, _TILT))
             cover = _coverage(contours, height, width) >= 128
             if members > 1 and (not cover.any() or (cover & mask).any()):
                 continue  # a crowd's members lie side by side
@@ -162,8 +163,8 @@ def _draw(rng: np.random.Generator, index: int) -> _Scene:
     if index % _EMPTY_EVERY == 3:
         return scene
     short = min(width, height)
-    radii = np.exp(rng.uniform(math.log(9), math.log(0.36 * short), rng.integers(2, 8)))
-    if rng.random() < 0.3:  # COCO calls only areas over 96 x 96 pixels large
+    radii = np.exp(rng.uniform(math.log(10), math.log(0.36 * short), rng.integers(2, 7)))
+    if rng.random() < 0.2:  # COCO calls only areas over 96 x 96 pixels large
         radii[0] = rng.uniform(0.45, 0.62) * short
     for radius in sorted(radii, reverse=True):  # small ones on top, or they would mostly be hidden
         _add(rng, scene, int(rng.integers(len(CLASSES))), float(radius))

@@ -38,7 +38,10 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
             raise ConfigError(f"there is no dataset {name!r}" + (f": the nearest are {', '.join(near)}" if near else ""))
         if name.startswith("halodet_shapes_"):
-            DatasetCatalog.get(name)
+            try:
+                DatasetCatalog.get(name)
+            except (ValueError, OSError) as error:  # its folder cannot be written, or holds something else
+                raise ConfigError(str(error)) from error
             continue
         metadata = MetadataCatalog.get(name)
         for path in (metadata.get("json_file"), metadata.get("image_root")):

@@ -38,7 +38,7 @@ def source(tmp_path):
         wheel.writestr("LabGym/detectron2/layers/__init__.py", "# from LabGym.detectron2 import layers\n")
         wheel.writestr(
             "LabGym/detectron2/layers/deform_conv.py",
-            'try:\n    from LabGym.detectron2 import _C\nexcept ImportError:\n'
+            "try:\n    from LabGym.detectron2 import _C\nexcept ImportError:\n"
             '    _msg = "detectron2 is not compiled successfully, please build following the instructions!"\n',
         )
         wheel.writestr("LabGym/detectron2/model_zoo/configs/Base.yaml", "A: LabGym.detectron2\n")

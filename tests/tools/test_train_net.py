@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from halodet.data import write_shapes
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 TINY = [

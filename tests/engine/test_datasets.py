@@ -1,0 +1,105 @@
+"""Datasets are found or drawn before a run, and a user's json fits the config to itself."""
+
+import json
+import logging
+
+from halodet.data import DatasetError, register_shapes, write_shapes
+from halodet.engine import ConfigError, load_config, prepare_datasets, register_user_data, register_user_data_again
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+@pytest.fixture
+def config(tmp_path):
+    yield load_config("mask_rcnn_halo_h0", ["OUTPUT_DIR", str(tmp_path / "output")])
+    for name in ("user_train", "user_val"):
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    json_file = write_shapes(tmp_path / "shapes", "train", 3)
+    return str(json_file), str(tmp_path / "shapes" / "train")
+
+
+def test_a_users_json_sets_datasets_classes_and_mask_format(config, shapes, tmp_path, caplog):
+    json_file, images = shapes
+    data = json.loads(open(json_file).read())
+    data["annotations"][0]["category_id"] = 77
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(data))
+    with caplog.at_level(logging.INFO):
+        cfg = register_user_data(config, str(broken), images, json_file, images)
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("user_train",), ("user_val",))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 6
+    has_rle = any(isinstance(a["segmentation"], dict) and not a["iscrowd"] for a in data["annotations"][1:])
+    assert has_rle and cfg.INPUT.MASK_FORMAT == "bitmask"
+    assert "'category_id' 77 is not among the categories" in caplog.text
+    dicts = DatasetCatalog.get("user_train")
+    assert sum(len(d["annotations"]) for d in dicts) == len(data["annotations"]) - 1
+    prepare_datasets(cfg)
+
+
+def test_polygons_keep_detectron2s_mask_format(config, shapes, tmp_path):
+    json_file, images = shapes
+    data = json.loads(open(json_file).read())
+    data["annotations"] = [a for a in data["annotations"] if isinstance(a["segmentation"], list)]
+    polygons = tmp_path / "polygons.json"
+    polygons.write_text(json.dumps(data))
+    assert register_user_data(config, str(polygons), images, None, None).INPUT.MASK_FORMAT == "polygon"
+
+
+def test_without_a_val_json_nothing_is_evaluated(config, shapes):
+    assert register_user_data(config, *shapes, None, None).DATASETS.TEST == ()
+
+
+def test_another_process_registers_what_the_first_one_wrote(config, shapes):
+    cfg = register_user_data(config, *shapes, *shapes)
+    expected = DatasetCatalog.get("user_val")
+    for name in ("user_train", "user_val"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_user_data_again(cfg, shapes[1], shapes[1])
+    assert DatasetCatalog.get("user_val") == expected
+
+
+def test_what_does_not_belong_together_is_refused(config, shapes, tmp_path):
+    with pytest.raises(ConfigError, match="--val-json and --val-images belong together"):
+        register_user_data(config, *shapes, shapes[0], None)
+    with pytest.raises(DatasetError, match="gone.json does not exist"):
+        register_user_data(config, str(tmp_path / "gone.json"), shapes[1], None, None)
+    data = json.loads(open(shapes[0]).read())
+    data["categories"][2]["name"] = "hexagon"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(data))
+    with pytest.raises(DatasetError, match="hexagon"):
+        register_user_data(config, *shapes, str(other), shapes[1])
+
+
+def test_missing_datasets_are_told_before_training(config):
+    cfg = config.clone()
+    cfg.defrost()
+    for train, message in (
+        ((), "DATASETS.TRAIN is empty"),
+        (("coco_2017_trian",), "no dataset 'coco_2017_trian': the nearest are coco_2017_train"),
+        (("user_train",), "give its --train-json again"),
+    ):
+        cfg.DATASETS.TRAIN = train
+        with pytest.raises(ConfigError, match=message):
+            prepare_datasets(cfg)
+
+
+def test_shapes_that_cannot_be_drawn_are_told(config, tmp_path):
+    cfg = config.clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("halodet_shapes_train",), ()
+    (tmp_path / "file").touch()
+    try:
+        register_shapes(tmp_path / "file")
+        with pytest.raises(ConfigError, match="cannot write the shapes dataset"):
+            prepare_datasets(cfg)
+    finally:
+        register_shapes()

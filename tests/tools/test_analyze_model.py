@@ -1,0 +1,50 @@
+"""Counts of the analysis against counts by hand."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from detectron2.modeling import build_model
+
+from halodet.engine import load_config
+
+spec = importlib.util.spec_from_file_location("analyze_model", Path(__file__).parents[2] / "tools" / "analyze_model.py")
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    model = build_model(load_config("quick/mask_rcnn_halo_small")).eval()
+    return model, {name: numbers for name, *numbers in tool.analyze(model, 96, 128)}
+
+
+def test_parameters_add_up(rows):
+    model, rows = rows
+    assert rows["whole model"][0] * 1e6 == pytest.approx(sum(p.numel() for p in model.parameters()))
+    stages = sum(rows[name][0] for name in ("stem", "res2", "res3", "res4", "res5"))
+    assert rows["backbone"][0] == pytest.approx(stages)
+
+
+def test_flops_and_activations_of_the_stem(rows):
+    height, width, channels = 96 // 2, 128 // 2, 32
+    _, flops, activations = rows[1]["stem"]
+    assert flops * 1e9 == pytest.approx(height * width * channels * (3 * 7 * 7 + 5))  # fvcore counts 5 for each element of a norm
+    assert activations * 1e6 == pytest.approx(height * width * channels)
+
+
+def test_attention_is_counted(rows):
+    """res4 of a 96×128 image: maps of 6×8 pixels are one block of 8×8 with a window of 14×14; its first block strides from 12×16."""
+    _, flops, _ = rows[1]["res4"]
+    width, heads, window, relative = 128, 8, 14 * 14, 2 * 14
+    depth = width // heads
+    at_stride_1 = heads * 64 * (2 * window * depth + relative * depth)
+    strided = 4 * heads * 16 * (2 * window * depth + relative * depth)
+    convolutions = 192 * (128 * 128) + 48 * 128 * 128 + 192 * 128 * 256 + 48 * 128 * 256 + 48 * 128 * 256
+    convolutions += 48 * (256 * 128 + 128 * 128 + 128 * 256 + 128 * 256)
+    assert flops * 1e9 == pytest.approx(at_stride_1 + strided + convolutions, rel=0.05)
+
+
+def test_a_bad_size_is_told(capsys):
+    assert tool.main(["--config-file", "mask_rcnn_halo_h0", "--size", "0", "10"]) == 2
+    assert "--size is 0 10" in capsys.readouterr().err
