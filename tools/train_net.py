@@ -14,6 +14,7 @@ from halodet.engine import (
     Trainer,
     check_weights,
     check_writable,
+    find_config,
     load_config,
     prepare_datasets,
     register_user_data,
@@ -43,6 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The run's config, with its data and weights checked: whatever can be wrong with a user's files is found here."""
+    args.config_file = str(find_config(args.config_file))  # Detectron2 opens it once more to log it
     cfg = load_config(args.config_file, args.opts)
     check_writable(cfg.OUTPUT_DIR)
     if args.train_json or args.val_json or args.train_images or args.val_images:

@@ -1,7 +1,7 @@
 """Configs, datasets and the trainer of a run."""
 
 from .datasets import prepare_datasets, register_user_data, register_user_data_again
-from .setup import ConfigError, check_weights, check_writable, load_config
+from .setup import ConfigError, check_weights, check_writable, find_config, load_config
 from .trainer import Trainer
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Trainer",
     "check_weights",
     "check_writable",
+    "find_config",
     "load_config",
     "prepare_datasets",
     "register_user_data",

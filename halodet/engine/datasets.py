@@ -30,7 +30,7 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
         ConfigError: a dataset has an unknown name, or its files are missing: where they were looked for and what to do.
     """
     if train and not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN is empty: name at least one dataset to train on")
+        raise ConfigError("DATASETS.TRAIN is empty: name a dataset to train on, or give --train-json and --train-images")
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
         if name not in DatasetCatalog.list():
             if name in USER_DATASETS:
@@ -85,14 +85,12 @@ def register_user_data(
         check_same_categories(checked["train"], checked["val"])
     cfg = cfg.clone()
     cfg.defrost()
-    for split, images in (("train", train_images), ("val", val_images)):
+    for name, split, images in zip(USER_DATASETS, ("train", "val"), (train_images, val_images), strict=True):
         if split in checked:
-            name = f"user_{split}"
             register_checked(name, checked[split], images, _cleaned_json(cfg, name))
-            setattr(cfg.DATASETS, "TRAIN" if split == "train" else "TEST", (name,))
-        elif split == "val":
-            cfg.DATASETS.TEST = ()
-            logger.warning("No --val-json was given: nothing is evaluated.")
+        setattr(cfg.DATASETS, "TRAIN" if split == "train" else "TEST", (name,) if split in checked else ())
+    if "val" not in checked:
+        logger.warning("No --val-json was given: nothing is evaluated.")
     if "train" in checked and any(isinstance(a.get("segmentation"), dict) for a in checked["train"].dataset["annotations"]):
         cfg.INPUT.MASK_FORMAT = "bitmask"  # which takes polygons as well; Detectron2's default takes no RLE
     classes = next(iter(checked.values())).class_names

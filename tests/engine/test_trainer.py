@@ -38,7 +38,7 @@ def test_gradients_are_clipped_when_asked(name):
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 100.0)
     clipped.step()
-    assert all(parameter.grad.norm() <= 1.0 + 1e-4 for parameter in model.parameters())
+    assert all(parameter.grad.norm() <= 1.01 for parameter in model.parameters())
 
 
 def test_evaluation_is_cocos_own(tmp_path, monkeypatch):

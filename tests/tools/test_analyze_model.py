@@ -3,10 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+from halodet.engine import load_config
+
 import pytest
 from detectron2.modeling import build_model
-
-from halodet.engine import load_config
 
 spec = importlib.util.spec_from_file_location("analyze_model", Path(__file__).parents[2] / "tools" / "analyze_model.py")
 tool = importlib.util.module_from_spec(spec)
