@@ -34,13 +34,17 @@ doctor: $(READY)  ## print versions, device, what is missing and the mend for it
 
 install: $(READY)  ## only make the environment
 
-# Made anew when what it is made from changes; a user who is done with it removes .venv.
-$(READY): setup.py tools/install_detectron2.py
+# Filled again when what it is made from changes.
+$(READY): setup.py pyproject.toml tools/install_detectron2.py
+	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON): Python 3.10 or newer is needed, give it with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, %s is %s: give one with make PYTHON=..." % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 10) else 0)'
 	@echo "== Setting up $(VENV) (once; PyTorch is some gigabytes, so this takes a few minutes)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "error: $(PYTHON) could not make an environment: install its venv module (python3-venv on Debian), or give another with make PYTHON=..."; exit 1; }
 	@echo "== Installing PyTorch, halodet and what the tests need from the package index"
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || { echo "== OpenCV's windows need system libraries that are not here: taking the build without windows"; \
+		$(BIN)/python -m pip uninstall --quiet --yes opencv-python; $(BIN)/python -m pip install --quiet --disable-pip-version-check opencv-python-headless; }
 	@echo "== Installing Detectron2"
 	@$(BIN)/python tools/install_detectron2.py
 	@touch $(READY)

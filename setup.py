@@ -28,6 +28,8 @@ setup(
         "opencv-python>=4.8,<6",
         "pycocotools>=2.0.8,<3",
         "fvcore>=0.1.5,<0.1.6",
+        "iopath>=0.1.7,<0.1.10",
+        "tabulate",
         "tqdm>=4.60",
         "PyYAML>=6",
         # Detectron2 and fvcore import pkg_resources, which setuptools 81 and later no longer have.

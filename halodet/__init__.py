@@ -3,6 +3,7 @@
 import warnings
 
 __version__ = "0.1.0"
+__all__ = ["HaloNet", "add_halodet_config", "data"]
 
 try:
     with warnings.catch_warnings():
@@ -11,9 +12,12 @@ try:
         from . import data
         from .backbones import HaloNet
         from .config import add_halodet_config
-except ImportError as error:
+except Exception as error:  # a PyTorch and a torchvision of different builds raise RuntimeError
     # `python -m halodet.doctor` must run, and say what is missing, where PyTorch or Detectron2 is not there or does not import.
-    warnings.warn(f"halodet is not usable ({error}): run 'python -m halodet.doctor' for the mend", stacklevel=2)
-    data = HaloNet = add_halodet_config = None
+    _problem = f"halodet is not usable ({type(error).__name__}: {error}): run 'python -m halodet.doctor' for the mend"
+    warnings.warn(_problem, stacklevel=2)
 
-__all__ = ["HaloNet", "add_halodet_config", "data"]
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(_problem)
+        raise AttributeError(f"module 'halodet' has no attribute {name!r}")

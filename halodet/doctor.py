@@ -19,24 +19,27 @@ INSTALL_DETECTRON2 = (
 # module -> (distribution, what to do when it does not import)
 NEEDED = {
     "torch": ("torch", "pip install torch torchvision"),
-    "torchvision": ("torchvision", "pip install torchvision"),
+    "torchvision": ("torchvision", "pip install torchvision"),  # a build for another torch is found, but does not import
     "pkg_resources": ("setuptools", "pip install 'setuptools<81' (Detectron2 still imports pkg_resources)"),
     "numpy": ("numpy", "pip install numpy"),
     "PIL": ("Pillow", "pip install Pillow"),
-    "cv2": ("opencv-python", "pip install opencv-python"),
+    "cv2": ("opencv-python", "pip install opencv-python, or opencv-python-headless where libGL is missing"),
     "pycocotools": ("pycocotools", "pip install pycocotools"),
     "fvcore": ("fvcore", "pip install fvcore"),
     "detectron2": ("detectron2", INSTALL_DETECTRON2),
 }
+USED = ("detectron2.engine", "halodet.engine", "halodet.inference")
 OPTIONAL = {"timm": "timm", "tensorboard": "tensorboard"}
 
 
 def version_of(distribution: str) -> str:
     """Version of an installed distribution, or how it came here where pip does not know it."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed by pip"
+    for name in (distribution, f"{distribution}-headless"):  # OpenCV comes under two names
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed by pip"
 
 
 def problem_with(module: str) -> str | None:
@@ -46,18 +49,6 @@ def problem_with(module: str) -> str | None:
             warnings.simplefilter("ignore")
             importlib.import_module(module)
     except Exception as error:  # a broken build can raise anything while it is imported
-        return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
-    return None
-
-
-def operators_work() -> str | None:
-    """Whether torch and torchvision fit together: a torchvision built for another torch has no operators."""
-    try:
-        import torch
-        import torchvision
-
-        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    except Exception as error:  # mismatched builds fail in several ways
         return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
     return None
 
@@ -85,15 +76,13 @@ def main() -> int:
     for module, (distribution, mend) in NEEDED.items():
         problem = problem_with(module)
         if problem:
+            if module == "torchvision" and importlib.util.find_spec(module):
+                mend = "install torch and torchvision again, both from the same place: a +cpu torch does not fit PyPI's torchvision"
             missing.append((f"{distribution} does not import ({problem})", mend))
         line(distribution, "MISSING" if problem else version_of(distribution))
     for module, distribution in OPTIONAL.items():
         line(distribution, version_of(distribution) if importlib.util.find_spec(module) else "not installed (optional)")
-    if not any(name.startswith("torch") for name, _ in missing):
-        problem = operators_work()
-        if problem:
-            mend = "install torch and torchvision again, both from the same place: a +cpu torch does not fit PyPI's torchvision"
-            missing.append((f"torch and torchvision do not fit together ({problem})", mend))
+    if not any(name.startswith("torch ") for name, _ in missing):
         for text in devices():
             line("device", text)
     if not any(name.startswith("detectron2") for name, _ in missing) and problem_with("detectron2._C"):
@@ -101,6 +90,13 @@ def main() -> int:
     datasets = Path(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))).absolute()
     coco = datasets / "coco" / "annotations" / "instances_val2017.json"
     line("COCO", f"found in {datasets}" if coco.is_file() else f"not in {datasets} (only its configs need it; see datasets/README.md)")
+    if not missing:
+        # Detectron2 imports most of what it needs only when it is used.
+        for module in USED:
+            problem = problem_with(module)
+            if problem:
+                missing.append((f"{module} does not import ({problem})", f"install what it names, or {INSTALL_DETECTRON2}"))
+                break
     for what, mend in missing:
         print(f"\nmissing: {what}\n   mend: {mend}")
     print("\nhalodet cannot be used yet." if missing else "\nAll that halodet needs is here.")

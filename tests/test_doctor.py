@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import halodet
-from halodet import doctor
 
 
 def run(**environment):
@@ -29,10 +28,24 @@ def test_what_is_missing_comes_with_its_mend(tmp_path):
     assert "tools/install_detectron2.py" in report.stdout and "Traceback" not in report.stdout + report.stderr
 
 
-def test_torch_and_torchvision_of_different_builds_are_told(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "operators_work", lambda: "RuntimeError: operator torchvision::nms does not exist")
-    assert doctor.main() == 1
-    assert "torchvision::nms does not exist" in capsys.readouterr().out
+def test_torch_and_torchvision_of_different_builds_are_told(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    report = run(PYTHONPATH=str(tmp_path))
+    assert report.returncode == 1 and "Traceback" not in report.stdout + report.stderr
+    assert "operator torchvision::nms does not exist" in report.stdout and "both from the same place" in report.stdout
+
+
+def test_what_detectron2_imports_only_when_used_is_found_missing(tmp_path):
+    (tmp_path / "omegaconf.py").write_text("raise ImportError('no omegaconf here')\n")
+    report = run(PYTHONPATH=str(tmp_path))
+    assert report.returncode == 1 and "no omegaconf here" in report.stdout
+
+
+def test_without_detectron2_using_halodet_says_what_to_do(tmp_path):
+    (tmp_path / "detectron2.py").write_text("raise ImportError('not here')\n")
+    code = "import halodet; halodet.add_halodet_config"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert run.returncode == 1 and "ImportError: halodet is not usable" in run.stderr and "halodet.doctor" in run.stderr
 
 
 def test_coco_is_looked_for_where_detectron2_looks(tmp_path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a COCO json and its images before training, and print every fault on one line.
+"""Check a COCO json and its images before training, and print its faults, one line each (the first 200 of them).
 
 Exit code: 0 clean, 1 usable although with faults, 2 unusable.
 """
@@ -10,8 +10,6 @@ import argparse
 import sys
 
 from halodet.data import DatasetError, check_coco_json
-
-MAX_LINES = 200
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,10 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     except DatasetError as error:
         print(error, file=sys.stderr)
         return 2
-    for fault in checked.faults[:MAX_LINES]:
-        print(fault)
-    if len(checked.faults) > MAX_LINES:
-        print(f"... and {len(checked.faults) - MAX_LINES} more")
+    for line in checked.fault_lines():
+        print(line)
     kept = checked.dataset
     print(
         f"{options.json}: {len(kept['images'])} images, {len(kept['annotations'])} annotations and {len(kept['categories'])} classes "

@@ -2,7 +2,7 @@
 """Draw a trained detector's findings on images, and save them as COCO-style JSON.
 
     python tools/demo.py --config-file configs/mask_rcnn_halo_h4.yaml --input photos/ more/*.png --output drawn \\
-        --opts MODEL.WEIGHTS output/model_final.pth
+        --opts MODEL.WEIGHTS output/mask_rcnn_halo_h4/model_final.pth
 
 Exit code: 0 if every image was drawn, 1 if some were not, 2 if nothing could start, 130 after Ctrl-C.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 from halodet.engine.setup import ConfigError, load_config
 from halodet.inference import ClassesError, ImageError, Predictor, PredictorError, draw, read_image, to_coco, write_json
+from halodet.weights import WeightsError
 
 import pycocotools.mask as mask_util
 from detectron2.config import CfgNode
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         files = find_images(args.input, args.output)
         predictor = Predictor(_load_config(args))
         os.makedirs(args.output, exist_ok=True)
-    except (ConfigError, ClassesError, PredictorError, UsageError) as error:
+    except (ConfigError, ClassesError, PredictorError, UsageError, WeightsError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"--output {args.output} cannot be made a folder ({error.strerror}).")

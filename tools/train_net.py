@@ -20,10 +20,10 @@ from halodet.engine import (
     register_user_data,
     register_user_data_again,
 )
-from halodet.inference import write_classes
+from halodet.inference import CLASSES_FILE, ClassesError, read_classes, write_classes
+from halodet.weights import WeightsError, load_weights
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -47,11 +47,39 @@ def setup(args: argparse.Namespace) -> CfgNode:
     args.config_file = str(find_config(args.config_file))  # Detectron2 opens it once more to log it
     cfg = load_config(args.config_file, args.opts)
     check_writable(cfg.OUTPUT_DIR)
+    setup_logger(cfg.OUTPUT_DIR, name="halodet", configure_stdout=False)
     if args.train_json or args.val_json or args.train_images or args.val_images:
         cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
     prepare_datasets(cfg, train=not args.eval_only)
-    check_weights(cfg, eval_only=args.eval_only, resume=args.resume)
+    weights = check_weights(cfg, eval_only=args.eval_only, resume=args.resume)
+    if args.eval_only:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = weights
+        cfg.freeze()
+        check_classes(cfg)
+    check_processes(cfg, args)
     return cfg
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """Refuse to score a model on classes it was not trained on, or in another order of them."""
+    if not os.path.isfile(os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_FILE)):
+        return
+    trained = [entry["name"] for entry in read_classes(cfg)]
+    for name in cfg.DATASETS.TEST:
+        classes = list(MetadataCatalog.get(name).thing_classes)
+        if classes != trained:
+            raise ConfigError(f"{cfg.MODEL.WEIGHTS} was trained on the classes {trained}, but dataset {name} has {classes}")
+
+
+def check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Refuse what Detectron2 would stop on once the processes are started."""
+    processes = args.num_gpus * args.num_machines
+    if processes > 1 and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError(f"--num-gpus {args.num_gpus} needs GPUs, but MODEL.DEVICE is cpu: set it to cuda")
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % max(processes, 1):
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, not a multiple of the {processes} GPUs: change one of them")
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
@@ -60,7 +88,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        load_weights(model, cfg.MODEL.WEIGHTS)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     if comm.is_main_process():
@@ -85,17 +113,17 @@ def main(argv: list[str] | None = None) -> int:
         if args.num_gpus > max(gpus, 1):
             raise ConfigError(f"--num-gpus is {args.num_gpus} but PyTorch sees {gpus} here: give --num-gpus {max(gpus, 1)} or fewer")
         cfg = setup(args)
-    except (ConfigError, DatasetError) as error:
+        launch(
+            run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, cfg),
+        )
+    except (ClassesError, ConfigError, DatasetError, WeightsError) as error:
         logging.getLogger("halodet").error(str(error))
         return 2
-    launch(
-        run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args, cfg),
-    )
     return 0
 
 

@@ -16,6 +16,7 @@ from ..mixers import MixerSpec, build_mixer
 from .variants import VARIANTS, HaloNetVariant
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 STAGES = ("res2", "res3", "res4", "res5")
 
 
@@ -141,6 +142,10 @@ class HaloNet(Backbone):
         known = ("stem", *STAGES, *(["linear"] if num_classes is not None else []))
         if not out_features or not set(out_features) <= set(known):
             raise ValueError(f"out_features are {list(out_features)}, expected at least one of {list(known)} and nothing else")
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}, expected one of {list(NORMS)}")
+        if not 0 <= stochastic_depth <= 1 or not 0 <= variant.se_ratio <= 1:
+            raise ValueError(f"stochastic_depth is {stochastic_depth} and se_ratio {variant.se_ratio}, expected 0 to 1")
         if variant.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {variant.activation!r}, expected one of {sorted(ACTIVATIONS)}")
 
@@ -253,8 +258,9 @@ def get_variant(name: str) -> HaloNetVariant:
 
 def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:
     for name in ("depths", "mixers", "num_heads"):
-        if len(getattr(variant, name)) != len(STAGES):
-            raise ValueError(f"{name} is {getattr(variant, name)}, expected {len(STAGES)} entries, one for each stage")
+        value = getattr(variant, name)
+        if not isinstance(value, list | tuple) or len(value) != len(STAGES):
+            raise ValueError(f"{name} is {value!r}, expected {len(STAGES)} entries, one for each stage")
     mixers = []
     for stage, depth, mixer in zip(STAGES, variant.depths, variant.mixers, strict=True):
         if depth < 1:

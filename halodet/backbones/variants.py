@@ -1,9 +1,9 @@
-"""The networks as data: H0…H7 of the paper, its detection hybrids and their baselines.
+"""The networks as data: H0…H7, detection hybrids (ResNet-SE with attention in the last stage) and their baselines.
 
-H0…H7: block size b, halo h, value ratio r_v, bottleneck ratio r_b, blocks in stage 3 (l3) and final width d_f are those of the published
-table. For detection they stand here with convolutions in stages 1 and 2 and attention in stages 3 and 4; the all-attention form is
-``mixers=("halo",) * 4``. Where the sources disagree or are silent (activation, border, squeeze-excitation inside attention blocks) the
-value here is this project's choice.
+H0…H7: block size b, halo h, value ratio r_v, bottleneck ratio r_b, blocks in stage 3 (l3) and final width d_f are the columns of the
+H family as keras_cv_attention_models lists it; the parameter counts it gives come out of them. For detection they stand here with
+convolutions in stages 1 and 2 and attention in stages 3 and 4; the all-attention form is ``mixers=("halo",) * 4``. Where the sources
+disagree or are silent (activation, border, squeeze-excitation inside attention blocks) the value here is this project's choice.
 """
 
 from __future__ import annotations

@@ -59,6 +59,11 @@ class CheckedJson:
         """Names of the categories in the order in which Detectron2 numbers them (by id)."""
         return [category["name"] for category in self.dataset["categories"]]
 
+    def fault_lines(self, limit: int = 200) -> list[str]:
+        """The faults, one line each; of more than ``limit`` only the first, and how many more there are."""
+        lines = [str(fault) for fault in self.faults[:limit]]
+        return lines if len(self.faults) <= limit else [*lines, f"... and {len(self.faults) - limit} more faults"]
+
     def save(self, path: str | Path) -> None:
         """Write the cleaned dataset as strict JSON, whole or not at all.
 

@@ -31,6 +31,8 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
     """
     if train and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: name a dataset to train on, or give --train-json and --train-images")
+    if not train and not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: name a dataset to evaluate on, or give --val-json and --val-images")
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
         if name not in DatasetCatalog.list():
             if name in USER_DATASETS:
@@ -44,6 +46,8 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
                 raise ConfigError(str(error)) from error
             continue
         metadata = MetadataCatalog.get(name)
+        if metadata.get("evaluator_type", "coco") != "coco" or "json_file" not in metadata.as_dict():
+            raise ConfigError(f"dataset {name} is not one of COCO instances, which is what halodet's training tool evaluates")
         for path in (metadata.get("json_file"), metadata.get("image_root")):
             if path is not None and not os.path.exists(path):
                 raise ConfigError(
@@ -79,8 +83,8 @@ def register_user_data(
             raise ConfigError(f"--{split}-json and --{split}-images belong together: only one of them is given")
         if json_file:
             checked[split] = check_coco_json(json_file, images, need_masks=cfg.MODEL.MASK_ON, require_annotations=split == "train")
-            for fault in checked[split].faults:
-                logger.warning(str(fault))
+            for line in checked[split].fault_lines():
+                logger.warning(line)
     if len(checked) == 2:
         check_same_categories(checked["train"], checked["val"])
     cfg = cfg.clone()

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.solver import build_lr_scheduler
 
 from ..config import add_halodet_config, config_dir
 
@@ -42,19 +43,20 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     except ConfigError:
         raise
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a plain YAML config: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is not a plain YAML config: {_sentence(error)}") from error
     except KeyError as error:
         raise ConfigError(f"{path}: {_unknown_key(cfg, error)}") from error
     except (AssertionError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise ConfigError(f"{path} cannot be used: {error}") from error
+        raise ConfigError(f"{path} cannot be used: {_sentence(error)}") from error
     if len(opts) % 2:
         raise ConfigError(f"overrides come in pairs KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
     try:
         cfg.merge_from_list(list(opts))
-    except (KeyError, AssertionError, ValueError) as error:
+    except (KeyError, AssertionError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"override not usable: {_unknown_key(cfg, error)}") from error
-    _use_cpu_without_gpu(cfg)
+    _check_device(cfg)
     _check_compiled_operators(cfg)
+    _check_solver(cfg)
     _check_model(cfg)
     cfg.freeze()
     return cfg
@@ -80,7 +82,7 @@ def find_config(config_file: str) -> Path:
 
 def _unknown_key(cfg: CfgNode, error: Exception) -> str:
     """yacs's message, with the nearest keys there are where a key is unknown."""
-    message = str(error.args[0]) if error.args else str(error)
+    message = _sentence(error)
     if "Non-existent" not in message:
         return message
     key = message.split()[-1].strip("'\"")
@@ -95,10 +97,24 @@ def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
     return keys
 
 
-def _use_cpu_without_gpu(cfg: CfgNode) -> None:
+def _sentence(error: BaseException) -> str:
+    """The error's message on one line; a registry's KeyError without its quotes."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split()) or type(error).__name__
+
+
+def _check_device(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU that PyTorch can use was found: running on the CPU.")
         cfg.MODEL.DEVICE = "cpu"
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but PyTorch sees {torch.cuda.device_count()} GPUs, counted from 0")
+    if cfg.SOLVER.AMP.ENABLED and device.type == "cpu":
+        raise ConfigError("SOLVER.AMP.ENABLED needs a GPU, and this run is on the CPU: set it to False")
 
 
 def _check_compiled_operators(cfg: CfgNode) -> None:
@@ -120,35 +136,54 @@ def _check_compiled_operators(cfg: CfgNode) -> None:
         ) from error
 
 
-def _check_model(cfg: CfgNode) -> None:
-    """Build the backbone without memory, so that what does not fit together is said before anything is loaded."""
+def _check_solver(cfg: CfgNode) -> None:
     if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
         raise ConfigError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, expected 'SGD' or 'AdamW'")
+    try:
+        build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.SOLVER.BASE_LR))
+    except (ValueError, AssertionError, ZeroDivisionError) as error:
+        raise ConfigError(f"the schedule under SOLVER cannot be used: {_sentence(error)}") from error
+
+
+def _check_model(cfg: CfgNode) -> None:
+    """Build the model without memory, so that what does not fit together is said before anything is loaded."""
     if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
         known = [name for name, _ in BACKBONE_REGISTRY]
         near = difflib.get_close_matches(cfg.MODEL.BACKBONE.NAME, known, n=3) or known
         raise ConfigError(f"there is no backbone {cfg.MODEL.BACKBONE.NAME!r}: the nearest are {', '.join(near)}")
+    blank = cfg.clone()
+    blank.MODEL.DEVICE = "meta"
     try:
         with torch.device("meta"):
-            build_backbone(cfg)
-    except (ValueError, AssertionError, KeyError) as error:
-        raise ConfigError(f"the backbone of this config cannot be built: {error}") from error
+            build_model(blank)
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigError(f"the model of this config cannot be built: {_sentence(error)}") from error
 
 
-def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
-    """Check that the weights a run starts from are there.
+def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> str:
+    """The weights a run starts from: MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming; they are there and readable.
 
     Raises:
-        ConfigError: MODEL.WEIGHTS names a file that does not exist, or an evaluation has no weights at all.
+        ConfigError: the file does not exist or holds no tensors, or an evaluation has no weights at all.
     """
-    weights = cfg.MODEL.WEIGHTS
-    if resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file():
-        return
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise ConfigError(f"MODEL.WEIGHTS is {weights}, which is not a file")
-    if eval_only and not weights:
+    weights, tag = cfg.MODEL.WEIGHTS, Path(cfg.OUTPUT_DIR) / "last_checkpoint"
+    if resume and tag.is_file():
+        weights = str(Path(cfg.OUTPUT_DIR) / tag.read_text().strip())
+        if not os.path.isfile(weights):
+            raise ConfigError(f"{tag} names {weights}, which does not exist: put it back, or write another checkpoint's name into {tag}")
+    elif eval_only and not weights:
         looked = f", and {cfg.OUTPUT_DIR} holds no checkpoint to resume from" if resume else ""
         raise ConfigError(f"--eval-only needs trained weights{looked}: add MODEL.WEIGHTS path/to/model_final.pth")
+    if not weights or "://" in weights:
+        return weights
+    if not os.path.isfile(weights):
+        raise ConfigError(f"MODEL.WEIGHTS is {weights}, which is not a file")
+    if weights.endswith(".pth"):
+        try:
+            torch.load(weights, map_location="meta", weights_only=True)
+        except Exception as error:  # unpickling an arbitrary file raises nearly anything
+            raise ConfigError(f"{weights} cannot be read as a checkpoint of tensors: {_sentence(error)[:200]}") from error
+    return weights
 
 
 def check_writable(folder: str) -> None:

@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 from halodet.inference.classes import read_classes
+from halodet.weights import load_weights
 
 import numpy as np
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform, Transform
 from detectron2.engine import DefaultPredictor
@@ -28,7 +28,8 @@ class Predictor(DefaultPredictor):
     ``classes`` holds the dataset id and name of each class in the order of the model's outputs (see ``read_classes``).
 
     Raises:
-        PredictorError: ``cfg.MODEL.WEIGHTS`` is empty, missing, unreadable, or does not fill every parameter of the model.
+        PredictorError: ``cfg.MODEL.WEIGHTS`` is empty or missing.
+        WeightsError: they are unreadable, or do not fill every parameter of the model.
         ClassesError: the class list beside the weights does not fit the model.
     """
 
@@ -46,7 +47,7 @@ class Predictor(DefaultPredictor):
         super().__init__(blank)
         self.cfg.MODEL.WEIGHTS = weights
         self.aug = _ResizeToAtLeastOnePixel(self.aug.short_edge_length, self.aug.max_size)
-        _load_all(self.model, weights)
+        load_weights(self.model, weights)
 
     def __call__(self, original_image: np.ndarray) -> Instances:
         """Detect objects in one (H, W, 3) uint8 BGR image; the instances are on the CPU, in pixels of that image.
@@ -82,27 +83,3 @@ class _ResizeToAtLeastOnePixel(ResizeShortestEdge):
         if isinstance(transform, ResizeTransform):
             transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
         return transform
-
-
-class _CompleteCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, for which a parameter the file does not fill is an error instead of a line in the log."""
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        unfilled = [*incompatible.missing_keys, *(key for key, _, _ in incompatible.incorrect_shapes)]
-        # A key of the wrong shape is reported as missing as well.
-        unfilled = list(dict.fromkeys(unfilled))
-        if unfilled:
-            total = len(self.model.state_dict())
-            raise PredictorError(f"{len(unfilled)} of the model's {total} tensors are missing or of another shape, first {unfilled[0]}")
-        return incompatible
-
-
-def _load_all(model: Any, weights: str) -> None:
-    try:
-        _CompleteCheckpointer(model).load(weights)
-    except PredictorError as error:
-        raise PredictorError(f"MODEL.WEIGHTS {weights} does not fit the config: {error}; use the config it was trained with.") from error
-    except Exception as error:  # unpickling an arbitrary file raises nearly anything
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise PredictorError(f"MODEL.WEIGHTS {weights} cannot be read as a checkpoint ({reason}).") from error

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import halo_attention
+from ..attention import BORDERS, halo_attention
 from .registry import MixerSpec, register_mixer
 
 
@@ -35,7 +35,7 @@ class HaloMixer(nn.Module):
         border: ``"zero"`` or ``"mask"``, see :func:`halodet.attention.halo_attention`.
 
     Raises:
-        ValueError: the heads do not divide the channels.
+        ValueError: the heads do not divide the channels, or block, halo or border are not usable.
 
     Source: Vaswani et al., CVPR 2021 (arXiv 2103.12731); initialisation and layout as in timm.
     """
@@ -52,7 +52,12 @@ class HaloMixer(nn.Module):
         border: str = "mask",
     ) -> None:
         super().__init__()
-        if channels % num_heads or value_channels % num_heads:
+        if block_size < 1 or halo_size < 0 or border not in BORDERS:
+            raise ValueError(
+                f"block_size is {block_size}, halo_size {halo_size} and border {border!r}, "
+                f"expected a block of 1 pixel or more, a halo of 0 or more and a border of {BORDERS}"
+            )
+        if num_heads < 1 or channels % num_heads or value_channels % num_heads:
             raise ValueError(f"{num_heads} heads do not divide {channels} channels of queries and {value_channels} of values")
         self.out_channels = value_channels
         self.num_heads, self.block_size, self.halo_size, self.border = num_heads, block_size, halo_size, border

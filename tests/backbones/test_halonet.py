@@ -99,9 +99,10 @@ def test_any_size(size, border):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_runs_at_a_size_no_block_divides(name):
-    model = HaloNet(dataclasses.replace(VARIANTS[name], depths=(1, 1, 2, 2))).eval()
+    model = randomise(HaloNet(dataclasses.replace(VARIANTS[name], depths=(1, 1, 2, 2)))).eval()
     with torch.no_grad():
         maps = model(torch.randn(1, 3, 70, 101))
+    assert all(torch.isfinite(x).all() and x.std() > 0 for x in maps.values())
     assert [x.shape[-2:] for x in maps.values()] == [(18, 26), (9, 13), (5, 7), (3, 4)]
     width, ratio = VARIANTS[name].base_width, VARIANTS[name].bottleneck_ratio
     assert [x.shape[1] for x in maps.values()] == [width * ratio * 2**s for s in range(4)]
@@ -159,6 +160,8 @@ def test_stochastic_depth_drops_branches_only_while_training():
     model.eval()
     assert torch.equal(model(x)["res5"], model(x)["res5"])
     block = model.res5[1].train()
+    kept = block.drop_path(torch.ones(4000, 1, 1, 1))
+    assert set(kept.unique().tolist()) == {0.0, 2.0} and kept.mean().item() == pytest.approx(1.0, abs=0.1)
     block.drop_path.p = 1.0
     features = torch.relu(torch.randn(2, block.conv1.conv.in_channels, 4, 4))
     torch.testing.assert_close(block(features), features)
@@ -180,6 +183,11 @@ def test_only_what_is_asked_for_is_built():
         ({"bottleneck_ratio": 0.3}, {}, "not a whole number"),
         ({"num_heads": (2, 2, 3, 2)}, {}, "3 heads do not divide"),
         ({"activation": "tanh"}, {}, "activation is 'tanh'"),
+        ({"border": "reflect"}, {}, "border 'reflect'"),
+        ({"halo_size": -1}, {}, "halo_size -1"),
+        ({"se_ratio": -1.0}, {}, "se_ratio -1.0"),
+        ({}, {"norm": "BNN"}, "norm is 'BNN'"),
+        ({}, {"stochastic_depth": 1.5}, "stochastic_depth is 1.5"),
         ({}, {"out_features": ["res6"]}, r"out_features are \['res6'\]"),
         ({}, {"out_features": []}, r"out_features are \[\]"),
     ],

@@ -352,7 +352,7 @@ def test_command_line(check, tmp_path, images, capsys):
     capsys.readouterr()
     assert tool.main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 202 and lines[200] == "... and 50 more" and "3 annotations" in lines[201] and "250 faults" in lines[201]
+    assert len(lines) == 202 and lines[200] == "... and 50 more faults" and "3 annotations" in lines[201] and "250 faults" in lines[201]
     path.write_text("{")
     assert tool.main(arguments) == 2
     captured = capsys.readouterr()

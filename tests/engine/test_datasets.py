@@ -86,6 +86,7 @@ def test_missing_datasets_are_told_before_training(config):
         ((), "DATASETS.TRAIN is empty"),
         (("coco_2017_trian",), "no dataset 'coco_2017_trian': the nearest are coco_2017_train"),
         (("user_train",), "give its --train-json again"),
+        (("voc_2007_train",), "voc_2007_train is not one of COCO instances"),
     ):
         cfg.DATASETS.TRAIN = train
         with pytest.raises(ConfigError, match=message):
@@ -103,3 +104,13 @@ def test_shapes_that_cannot_be_drawn_are_told(config, tmp_path):
             prepare_datasets(cfg)
     finally:
         register_shapes()
+
+
+def test_an_evaluation_needs_something_to_evaluate_on(config, shapes):
+    with pytest.raises(ConfigError, match="DATASETS.TEST is empty"):
+        prepare_datasets(register_user_data(config, *shapes, None, None), train=False)
+
+
+def test_a_val_json_alone_does_not_train_on_the_configs_dataset(config, shapes):
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
+        prepare_datasets(register_user_data(config, None, None, *shapes))

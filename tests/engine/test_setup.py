@@ -10,6 +10,7 @@ import torch
 from detectron2.modeling import build_backbone
 
 PLAIN = "VERSION: 2\n"
+HALO = ["MODEL.BACKBONE.NAME", "build_halonet_fpn_backbone", "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']"]
 
 
 def write(tmp_path, text):
@@ -51,13 +52,26 @@ def test_a_config_executes_nothing(tmp_path):
         ("", [], "holds no config"),
         (PLAIN, ["MODEL.HALONET.VARIANT"], "pairs KEY VALUE, got 1 words"),
         (PLAIN, ["MODEL.HALONET.VARIAN", "H1"], "nearest are MODEL.HALONET.VARIANT"),
-        (PLAIN, ["MODEL.HALONET.VARIANT", "H9", "MODEL.BACKBONE.NAME", "build_halonet_backbone"], "no HaloNet variant 'H9'"),
+        (PLAIN, [*HALO, "MODEL.HALONET.VARIANT", "H9"], "no HaloNet variant 'H9'"),
         (
             PLAIN,
             ["MODEL.BACKBONE.NAME", "build_halo_backbone"],
             "no backbone 'build_halo_backbone': the nearest are build_halonet_backbone",
         ),
         (PLAIN, ["SOLVER.OPTIMIZER", "Adam"], "SOLVER.OPTIMIZER is 'Adam'"),
+        (PLAIN, ["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "schedule under SOLVER cannot be used: Unknown LR scheduler"),
+        (PLAIN, ["SOLVER.MAX_ITER.FOO", "5"], "override not usable"),
+        (PLAIN, ["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu"], "SOLVER.AMP.ENABLED needs a GPU"),
+        (PLAIN, ["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'"),
+        (PLAIN, [*HALO, "MODEL.HALONET.MIXERS", "halo"], "mixers is 'halo', expected 4 entries"),
+        (PLAIN, [*HALO, "MODEL.HALONET.NUM_HEADS", "8"], "num_heads is 8, expected 4 entries"),
+        (PLAIN, [*HALO, "MODEL.HALONET.NUM_HEADS", "(4, 8, 8, 0)"], "0 heads do not divide"),
+        (PLAIN, [*HALO, "MODEL.HALONET.BASE_WIDTH", "wide"], "cannot be built"),
+        (PLAIN, [*HALO, "MODEL.HALONET.NORM", "BNN"], "norm is 'BNN', expected one of"),
+        (PLAIN, [*HALO, "MODEL.HALONET.BORDER", "reflect"], "border 'reflect'"),
+        (PLAIN, [*HALO, "MODEL.HALONET.BLOCK_SIZE", "0"], "block_size is 0"),
+        (PLAIN, [*HALO, "MODEL.HALONET.STOCHASTIC_DEPTH", "1.5"], "stochastic_depth is 1.5"),
+        (PLAIN, [*HALO, "MODEL.ROI_HEADS.NAME", "Foo"], "No object named 'Foo'"),
         (PLAIN, ["SOLVER.MAX_ITER", "many"], "override not usable"),
         (PLAIN, ["MODEL.ROI_HEADS.NAME", "RROIHeads"], "compiled operators"),
     ],
@@ -83,7 +97,7 @@ def test_without_a_gpu_it_says_so_and_uses_the_cpu(caplog):
 
 def test_weights_are_checked_before_anything_long_starts(tmp_path):
     cfg = load_config("mask_rcnn_halo_h0", ["OUTPUT_DIR", str(tmp_path)])
-    check_weights(cfg, eval_only=False, resume=False)
+    assert check_weights(cfg, eval_only=False, resume=False) == ""
     with pytest.raises(ConfigError, match="--eval-only needs trained weights: add MODEL.WEIGHTS"):
         check_weights(cfg, eval_only=True, resume=False)
     with pytest.raises(ConfigError, match="holds no checkpoint"):
@@ -91,6 +105,18 @@ def test_weights_are_checked_before_anything_long_starts(tmp_path):
     cfg = load_config("mask_rcnn_halo_h0", ["MODEL.WEIGHTS", str(tmp_path / "gone.pth")])
     with pytest.raises(ConfigError, match="gone.pth, which is not a file"):
         check_weights(cfg, eval_only=False, resume=False)
+    (tmp_path / "gone.pth").write_text("not a checkpoint")
+    with pytest.raises(ConfigError, match="cannot be read as a checkpoint"):
+        check_weights(cfg, eval_only=False, resume=False)
+
+
+def test_resume_starts_from_the_checkpoint_the_tag_names(tmp_path):
+    cfg = load_config("mask_rcnn_halo_h0", ["OUTPUT_DIR", str(tmp_path)])
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(ConfigError, match="model_0000009.pth, which does not exist"):
+        check_weights(cfg, eval_only=False, resume=True)
+    torch.save({"model": {}, "iteration": 9}, tmp_path / "model_0000009.pth")
+    assert check_weights(cfg, eval_only=True, resume=True) == str(tmp_path / "model_0000009.pth")
 
 
 def test_output_folder_must_be_writable(tmp_path):

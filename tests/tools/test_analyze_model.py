@@ -45,6 +45,15 @@ def test_attention_is_counted(rows):
     assert flops * 1e9 == pytest.approx(at_stride_1 + strided + convolutions, rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["retinanet_halo_h4", "cascade_mask_rcnn_halo_h4", "mask_rcnn_r50"])
+def test_other_detectors_are_counted_too(name):
+    small = ["MODEL.HALONET.DEPTHS", "(1, 1, 1, 1)"]
+    rows = {row: numbers for row, *numbers in tool.analyze(build_model(load_config(name, small)).eval(), 64, 96)}
+    assert {"res3", "res5", "backbone", "backbone with FPN", "whole model"} <= set(rows)
+    assert all(flops > 0 for _, flops, _ in rows.values())
+    assert rows["whole model"][1] > rows["backbone with FPN"][1] > rows["backbone"][1] > rows["res5"][1]
+
+
 def test_a_bad_size_is_told(capsys):
     assert tool.main(["--config-file", "mask_rcnn_halo_h0", "--size", "0", "10"]) == 2
     assert "--size is 0 10" in capsys.readouterr().err
