@@ -56,6 +56,7 @@ def analyze(model: nn.Module, height: int, width: int) -> list[tuple[str, float,
         (row, parameters[name] / 1e6, flops.by_module()[f"model.{name}"] / 1e9, activations.by_module()[f"model.{name}"] / 1e6)
         for row, name in parts(model).items()
     ]
+    rows = [row for row in rows if any(row[1:])]  # anchor generators and the like cost nothing
     return [*rows, ("whole model", parameters[""] / 1e6, flops.total() / 1e9, activations.total() / 1e6)]
 
 

@@ -98,9 +98,11 @@ def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
 
 
 def _sentence(error: BaseException) -> str:
-    """The error's message on one line; a registry's KeyError without its quotes."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(message).split()) or type(error).__name__
+    """The error's message on one line; a KeyError's, which may be the bare key, as a sentence."""
+    message = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    if isinstance(error, KeyError) and " " not in message:
+        return f"something in it asks for {message!r}, which is not there"
+    return message or type(error).__name__
 
 
 def _check_device(cfg: CfgNode) -> None:
