@@ -19,7 +19,7 @@ def test_its_python_runs():
 def test_files_it_names_are_there():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
-    for name in re.findall(r"--config-file (?:configs/)?(\S+)", README):
+    for name in re.findall(r"--config-file (?:configs/)?([\w./]+)", README):
         if name.startswith(("mask", "cascade", "quick")):
             assert (config_dir() / name).with_suffix(".yaml").is_file(), name
     for verb in re.findall(r"`?make (\w+)", README):
