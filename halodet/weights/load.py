@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
@@ -14,6 +15,10 @@ class WeightsError(ValueError):
 
 class _CompleteCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, for which a parameter the file does not fill is an error instead of a line in the log."""
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        # Before PyTorch 2.6 the default would run code that a checkpoint brings along.
+        return torch.load(f, map_location="cpu", weights_only=True)
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)

@@ -108,6 +108,23 @@ def test_weights_that_leave_parameters_at_random_are_refused(trained, tmp_path):
         Predictor(cfg)
 
 
+class _Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_weights_that_bring_code_are_refused_and_do_not_run_it(trained, tmp_path):
+    cfg = trained.clone()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "code.pth")
+    torch.save({"model": {}, "payload": _Payload(str(tmp_path / "made"))}, cfg.MODEL.WEIGHTS)
+    with pytest.raises(WeightsError, match="cannot be read as a checkpoint"):
+        Predictor(cfg)
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_model_without_instances_is_refused(trained, tmp_path):
     cfg = trained.clone()
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
