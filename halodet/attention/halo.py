@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .blocked import halo_attention_blocked
 from .reference import halo_attention_reference
+from .unfolded import halo_attention_unfolded
 
-BACKENDS = {"blocked": halo_attention_blocked, "reference": halo_attention_reference}
+BACKENDS = {"blocked": halo_attention_blocked, "unfolded": halo_attention_unfolded, "reference": halo_attention_reference}
 BORDERS = ("zero", "mask")
 
 
@@ -43,7 +45,7 @@ def halo_attention(
             ``"mask"``: they are left out of it. What completes the last block counts as outside the map.
         stride: 1 or 2, of the queries; blocks and windows stay those of stride 1.
         scale: factor on q·k, by default ``d_qk ** -0.5``.
-        backend: ``"auto"``, or a name in :data:`BACKENDS`.
+        backend: a name in :data:`BACKENDS`, or ``"auto"``: ``"blocked"``, or ``"unfolded"`` while the model is traced or compiled.
 
     Returns:
         Tensor (B, heads, d_v, ⌈H/stride⌉, ⌈W/stride⌉).
@@ -55,7 +57,7 @@ def halo_attention(
     """
     _check(q, k, v, rel_h, rel_w, block_size, halo_size, border, stride)
     if backend == "auto":
-        backend = "blocked"
+        backend = "unfolded" if torch.jit.is_tracing() or torch.compiler.is_compiling() else "blocked"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
     return BACKENDS[backend](

@@ -1,6 +1,6 @@
 """Every backend against the definition, finite differences, and what happens on bad input."""
 
-from halodet.attention import halo_attention
+from halodet.attention import blocked, halo_attention
 from halodet.attention.halo import BACKENDS, BORDERS
 
 import pytest
@@ -105,6 +105,53 @@ def test_bfloat16_stays_near_float32():
     half = halo_attention(*(x.bfloat16() for x in arguments), **options)
     assert half.dtype == torch.bfloat16
     assert (half.float() - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("budget", [1, 40_000])
+def test_chunks_of_any_size_give_the_same(budget, monkeypatch):
+    """One row of blocks at a time, and an uneven number of rows at a time, against all rows at once."""
+    arguments = make(2, 2, 3, 4, 23, 9, block=4, halo=2)
+    options = {"block_size": 4, "halo_size": 2, "border": "mask", "backend": "blocked"}
+
+    def run():
+        out = halo_attention(*arguments, **options)
+        return [out, *torch.autograd.grad(out.sin().sum(), arguments)]
+
+    at_once = run()
+    monkeypatch.setitem(blocked.CHUNK_BYTES, "cpu", budget)
+    for actual, expected in zip(run(), at_once, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_maps_in_any_memory_format():
+    arguments = make(1, 2, 3, 4, 7, 9, block=4, halo=2)
+    options = {"block_size": 4, "halo_size": 2, "border": "mask", "backend": "blocked"}
+    last = [x.detach().permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2).requires_grad_() for x in arguments[:3]] + arguments[3:]
+    for a, b in zip(
+        torch.autograd.grad(halo_attention(*arguments, **options).sin().sum(), arguments),
+        torch.autograd.grad(halo_attention(*last, **options).sin().sum(), last),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_second_derivative_is_refused():
+    arguments = make(1, 1, 2, 2, 4, 4, block=2, halo=1)
+    out = halo_attention(*arguments, block_size=2, halo_size=1, border="mask", backend="blocked")
+    (first,) = torch.autograd.grad(out.square().sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_traced_models_hold_operators_not_the_chunked_function():
+    arguments = [x.detach() for x in make(1, 1, 2, 2, 6, 5, block=4, halo=1)]
+
+    def attend(*a):
+        return halo_attention(*a, block_size=4, halo_size=1, border="mask")
+
+    traced = torch.jit.trace(attend, tuple(arguments))
+    assert "PythonOp" not in str(traced.graph) and "softmax" in str(traced.graph)
+    torch.testing.assert_close(traced(*arguments), attend(*arguments))
 
 
 BAD = {
