@@ -6,6 +6,7 @@ computes the scores anew.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +63,17 @@ def halo_attention_blocked(
     return _HaloAttention.apply(q, k, v, rel_h, rel_w, shape)
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """The arguments have one type by now, which the buffers share; some devices (meta) know no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 class _HaloAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, shape: _Shape) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):  # the arguments have one type by now, and the buffers below share it
+        with _without_autocast(q.device):
             chunks = _Chunks(q, k, v, rel_h, rel_w, shape)
             out = v.new_empty(*q.shape[:2], v.shape[2], shape.rows * shape.queries, shape.columns * shape.queries)
             blocks = _blocks(out, shape)
@@ -83,7 +91,7 @@ class _HaloAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, rel_h, rel_w = ctx.saved_tensors
         shape: _Shape = ctx.shape
-        with torch.autocast(q.device.type, enabled=False):
+        with _without_autocast(q.device):
             chunks = _Chunks(q, k, v, rel_h, rel_w, shape)
             grad = _pad_queries(grad.to(q.dtype), shape)
             grad_blocks = _blocks(grad, shape)

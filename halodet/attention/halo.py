@@ -61,7 +61,7 @@ def halo_attention(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
     return BACKENDS[backend](
-        q, k, v, rel_h, rel_w,
+        q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype),  # parameters stay float32 where autocast makes the maps half
         block_size=block_size, halo_size=halo_size, border=border, stride=stride,
         scale=q.shape[2] ** -0.5 if scale is None else scale,
     )  # fmt: skip
@@ -100,5 +100,7 @@ def _check(
     for name, tensor in (("q", q), ("k", k), ("v", v), ("rel_h", rel_h), ("rel_w", rel_w)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, expected a floating point type")
+        if name in ("q", "v") and tensor.dtype != k.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but k is {k.dtype}: queries, keys and values must have one type")
         if tensor.device != k.device:
             raise ValueError(f"{name} is on {tensor.device} but k is on {k.device}: all tensors must be on one device")

@@ -183,6 +183,7 @@ def test_bad_tensors_are_refused_with_their_numbers():
         (1, good[1][..., :0], "k has shape .*empty"),
         (2, good[2].long(), "v is torch.int64"),
         (3, good[3].to("meta"), "rel_h is on meta"),
+        (2, good[2].float(), "v is torch.float32 but k is torch.float64"),
     ):
         with pytest.raises(ValueError, match=message):
             halo_attention(*good[:index], bad, *good[index + 1 :], **options)

@@ -59,3 +59,17 @@ def test_initial_spread_is_timms():
     for weight, std in ((mixer.q.weight, 256**-0.5), (mixer.kv.weight, 256**-0.5), (mixer.pos_embed.height_rel, 32**-0.5)):
         assert weight.std().item() == pytest.approx(std, rel=0.1)
         assert weight.mean().abs().item() < std / 10
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_autocast_computes_in_half_and_stays_near(name):
+    mixer = build_mixer(name, spec())
+    x = torch.randn(2, 16, 13, 9)
+    exact = mixer(x)
+    (gradient,) = torch.autograd.grad(exact.square().sum(), next(mixer.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = mixer(x)
+    (half_gradient,) = torch.autograd.grad(half.float().square().sum(), next(mixer.parameters()))
+    assert half.dtype == torch.bfloat16
+    assert (half - exact).norm() < 0.05 * exact.norm()
+    assert half_gradient.dtype == torch.float32 and (half_gradient - gradient).norm() < 0.05 * gradient.norm()
