@@ -23,9 +23,9 @@ setup(
     install_requires=[
         "torch>=2.4,<2.16",
         "torchvision>=0.19,<0.30",
-        "numpy>=1.26,<3",
-        "Pillow>=10,<14",
-        "opencv-python>=4.8,<6",
+        "numpy>=1.26.4,<3",
+        "Pillow>=11,<14",
+        "opencv-python>=4.10,<6",
         "pycocotools>=2.0.8,<3",
         "fvcore>=0.1.5,<0.1.6",
         "iopath>=0.1.7,<0.1.10",
