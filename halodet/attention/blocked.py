@@ -1,11 +1,12 @@
-"""Halo attention in plain PyTorch, a few rows of blocks at a time, for any device and size.
+"""Halo attention in plain PyTorch, a chunk of blocks at a time, for any device and size.
 
-Only one chunk of windows and scores exists at once, small enough to stay in a processor's cache; the backward keeps the maps alone and
-computes the scores anew.
+Only one chunk of windows and scores exists at once, small enough to stay in a processor's cache. The backward keeps the maps alone and
+computes the scores anew: with the log-sum-exp at hand it would need no softmax, but ``exp`` alone takes PyTorch longer than its softmax.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,53 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .geometry import Geometry
+
 CHUNK_BYTES = {"cpu": 8 << 20}  # of scores held at once; what stays in cache is computed fastest
 CHUNK_BYTES_ELSEWHERE = 256 << 20  # a GPU wants more work in each launch
 
 
-class _Shape(NamedTuple):
-    """Sizes of one call; a block has ``block`` pixels and ``queries`` queries along a side."""
-
-    block: int
-    halo: int
-    window: int
-    queries: int
-    rows: int  # of blocks
-    columns: int  # of blocks
-    height: int
-    width: int
-    mask: bool
-    scale: float
-
-
 def halo_attention_blocked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_h: Tensor,
-    rel_w: Tensor,
-    *,
-    block_size: int,
-    halo_size: int,
-    border: str,
-    stride: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, shape: Geometry
 ) -> Tensor:
-    """Halo attention in chunks; arguments and result as :func:`halodet.attention.halo_attention`. It can be differentiated once."""
-    height, width = k.shape[-2:]
-    shape = _Shape(
-        block=block_size,
-        halo=halo_size,
-        window=block_size + 2 * halo_size,
-        queries=block_size // stride,
-        rows=-(-height // block_size),
-        columns=-(-width // block_size),
-        height=height,
-        width=width,
-        mask=border == "mask",
-        scale=scale,
-    )
-    return _HaloAttention.apply(q, k, v, rel_h, rel_w, shape)
+    """Halo attention in chunks; tensors as in :func:`halodet.attention.halo_attention`. It can be differentiated once."""
+    return _HaloAttention.apply(q, k, v, rel_h, rel_w, extra_k, extra_v, shape)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
@@ -72,167 +37,266 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
 
 class _HaloAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, shape: _Shape) -> Tensor:
-        with _without_autocast(q.device):
-            chunks = _Chunks(q, k, v, rel_h, rel_w, shape)
-            out = v.new_empty(*q.shape[:2], v.shape[2], shape.rows * shape.queries, shape.columns * shape.queries)
-            blocks = _blocks(out, shape)
-            for image, first, last in chunks:
-                weights = chunks.weights(image, first, last)
-                values = chunks.window(chunks.v, image, first, last)
-                mixed = torch.bmm(weights, values.transpose(1, 2))
-                blocks[image, :, first:last].copy_(mixed.view(blocks[image, :, first:last].shape))
-        ctx.save_for_backward(q, k, v, rel_h, rel_w)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, shape = arguments
+        ctx.save_for_backward(*tensors)
         ctx.shape = shape
-        return out[..., : q.shape[-2], : q.shape[-1]]
+        with _without_autocast(tensors[0].device):
+            work = _Work(*tensors, shape)
+            out = work.v.new_empty(*work.q.shape[:4], work.v.shape[4])
+            for tile in work:
+                weights, _, _ = work.weights(tile)
+                mixed = work.buffer("out", len(weights), tile.queries, out.shape[4])
+                torch.bmm(weights, work.windows(tile, work.v, work.extra_v, "values"), out=mixed)
+                part = work.queries_of(out, tile)
+                part.copy_(mixed.view(part.shape))
+        return _channels_third(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, rel_h, rel_w = ctx.saved_tensors
-        shape: _Shape = ctx.shape
-        with _without_autocast(q.device):
-            chunks = _Chunks(q, k, v, rel_h, rel_w, shape)
-            grad = _pad_queries(grad.to(q.dtype), shape)
-            grad_blocks = _blocks(grad, shape)
-            grad_q = torch.empty_like(chunks.q)
-            grad_q_blocks = _blocks(grad_q, shape)
-            grad_k, grad_v = torch.zeros_like(chunks.k), torch.zeros_like(chunks.v)
-            grad_h, grad_w = torch.zeros_like(chunks.table_h), torch.zeros_like(chunks.table_w)
-            for image, first, last in chunks:
-                weights = chunks.weights(image, first, last)
-                keys = chunks.window(chunks.k, image, first, last)
-                values = chunks.window(chunks.v, image, first, last)
-                grad_out = grad_blocks[image, :, first:last].flatten(0, 2).flatten(1, 2)
-                chunks.add_windows(grad_v, image, first, last, torch.bmm(grad_out.transpose(1, 2), weights))
-                grad_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad_out, values), weights, -1, weights.dtype)
-                queries = chunks.queries(image, first, last)
-                flat = queries.flatten(3, 4).flatten(0, 2)
-                chunks.add_windows(grad_k, image, first, last, torch.bmm(flat.transpose(1, 2), grad_scores).mul_(shape.scale))
+        shape: Geometry = ctx.shape
+        with _without_autocast(grad.device):
+            work = _Work(*ctx.saved_tensors, shape)
+            grad = _channels_last(grad.to(work.q.dtype))
+            grad_q = torch.empty_like(work.q, memory_format=torch.contiguous_format)
+            grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (work.k, work.v))
+            grad_extra_k, grad_extra_v = (None if x is None else torch.empty_like(x) for x in (work.extra_k, work.extra_v))
+            # Sums over the whole map are kept in single precision.
+            exact = torch.promote_types(work.q.dtype, torch.float32)
+            grad_h, grad_w = (torch.zeros_like(x, dtype=exact) for x in (work.rel_h, work.rel_w))
+            for tile in work:
+                weights, queries, keys = work.weights(tile)
+                values = work.windows(tile, work.v, work.extra_v, "values")
+                grad_out = work.buffer("out", len(weights), tile.queries, grad.shape[4])
+                part = work.queries_of(grad, tile)
+                grad_out.view(part.shape).copy_(part)
+                window = work.buffer("window", *values.shape)
+                torch.bmm(weights.transpose(1, 2), grad_out, out=window)
+                work.add_windows(tile, window, grad_v, grad_extra_v)
+                scores = work.buffer("grad_scores", *weights.shape)
+                torch.bmm(grad_out, values.transpose(1, 2), out=scores)
+                torch.ops.aten._softmax_backward_data.out(scores, weights, -1, weights.dtype, grad_input=scores)
+                window = work.buffer("window", *keys.shape)
+                window.baddbmm_(scores.transpose(1, 2), queries, beta=0, alpha=shape.scale)
+                work.add_windows(tile, window, grad_k, grad_extra_k)
 
-                # Of the scores, positions see the sums over the other direction.
-                both = grad_scores.view(*queries.shape[:-1], shape.window, shape.window)
-                along_h = _by_row(both.sum(-1))
-                along_w = _by_column(both.sum(-2))
-                grad_h += torch.bmm(along_h.transpose(1, 2), _by_row(queries))
-                grad_w += torch.bmm(along_w.transpose(1, 2), _by_column(queries))
-                grad_queries = torch.bmm(grad_scores, keys.transpose(1, 2)).mul_(shape.scale).view(queries.shape)
-                grad_queries += _from_row(torch.bmm(along_h, chunks.table_h), queries)
-                grad_queries += _from_column(torch.bmm(along_w, chunks.table_w), queries)
-                grad_q_blocks[image, :, first:last].copy_(grad_queries)
-            grad_rel = []
-            for table, grad_table in ((rel_h, grad_h), (rel_w, grad_w)):
-                grad_rel.append(torch.zeros_like(table).index_add_(0, chunks.table_rows.flatten(), grad_table.flatten(0, 1)))
-        inside = (..., slice(shape.halo, shape.halo + shape.height), slice(shape.halo, shape.halo + shape.width))
-        return grad_q[..., : q.shape[-2], : q.shape[-1]], grad_k[inside], grad_v[inside], *grad_rel, None
+                grad_positions = work.grad_positions(tile, scores)
+                rows_h, rows_w = work.table_rows(tile)
+                grad_table = grad_positions.t() @ queries.flatten(0, 1)
+                grad_h[rows_h] += grad_table[: rows_h.stop - rows_h.start]
+                grad_w[rows_w] += grad_table[rows_h.stop - rows_h.start :]
+                grad_queries = work.buffer("grad_queries", *queries.shape)
+                grad_queries.baddbmm_(scores, keys, beta=0, alpha=shape.scale)
+                grad_queries.view(-1, queries.shape[2]).addmm_(grad_positions, work.table(tile))
+                part = work.queries_of(grad_q, tile)
+                part.copy_(grad_queries.view(part.shape))
+        grad_k, grad_v = (x[:, work.top : work.top + shape.height, work.left : work.left + shape.width] for x in (grad_k, grad_v))
+        maps = [_channels_third(x) for x in (grad_q, grad_k, grad_v)]
+        return *maps, grad_h.to(grad.dtype), grad_w.to(grad.dtype), grad_extra_k, grad_extra_v, None
 
 
-class _Chunks:
-    """The padded maps of one call, and what is computed from a chunk of them: (image, first, last row of blocks)."""
+class _Span(NamedTuple):
+    """Neighbouring blocks that look alike in one direction."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, shape: _Shape) -> None:
-        self.shape = shape
-        self.q = _pad_queries(q, shape)
-        right = shape.columns * shape.block - shape.width + shape.halo
-        bottom = shape.rows * shape.block - shape.height + shape.halo
-        self.k, self.v = (F.pad(x, (shape.halo, right, shape.halo, bottom)).contiguous() for x in (k, v))
-        i = torch.arange(shape.queries, device=q.device)
-        self.table_rows = shape.window - 1 + torch.arange(shape.window, device=q.device) - i.unsqueeze(1)  # (queries, window)
-        self.table_h, self.table_w = rel_h[self.table_rows], rel_w[self.table_rows]  # (queries, window, d)
+    first: int
+    count: int
+    queries: int  # of one block, in this direction
+    skip: int  # pixels that a border cuts off the beginning of each window
+    window: int  # pixels that are left of it
 
-    def __iter__(self):
-        shape, (batch, heads) = self.shape, self.q.shape[:2]
-        row_bytes = heads * shape.columns * (shape.queries * shape.window) ** 2 * self.q.element_size()
+
+class _Tile(NamedTuple):
+    """Blocks that are worked on together: those in ``rows`` and ``columns`` of some images."""
+
+    image: int
+    images: int
+    rows: _Span
+    columns: _Span
+
+    @property
+    def queries(self) -> int:
+        return self.rows.queries * self.columns.queries
+
+
+class _Work:
+    """The maps of one call with channels last (B, H, W, heads, d), and what is computed from a tile of them.
+
+    In what is computed, the first dimension counts images, heads, rows and columns of blocks.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, shape: Geometry
+    ) -> None:
+        self.shape, self.rel_h, self.rel_w, self.extra_k, self.extra_v = shape, rel_h, rel_w, extra_k, extra_v
+        self.q, self.k, self.v = (_channels_last(x) for x in (q, k, v))
+        self.top = self.left = 0  # pixels added before the maps
+        if not shape.mask:
+            self.top, self.left = shape.top, shape.left
+            right = shape.columns * shape.block - shape.width + shape.right
+            bottom = shape.rows * shape.block - shape.height + shape.bottom
+            self.k, self.v = (F.pad(x, (0, 0, 0, 0, shape.left, right, shape.top, bottom)) for x in (self.k, self.v))
+        self.buffers: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[_Tile]:
+        shape, (batch, heads, extra) = self.shape, (self.q.shape[0], self.q.shape[3], 0 if self.extra_k is None else self.extra_k.shape[4])
         budget = CHUNK_BYTES.get(self.q.device.type, CHUNK_BYTES_ELSEWHERE)
-        chunks = -(-shape.rows // max(1, min(shape.rows, budget // row_bytes)))
-        step = -(-shape.rows // chunks)  # chunks of even size
-        for image in range(batch):
-            for first in range(0, shape.rows, step):
-                yield image, first, min(first + step, shape.rows)
+        for rows in _spans(shape.height, shape.rows, shape.top, shape.window_height, shape):
+            for columns in _spans(shape.width, shape.columns, shape.left, shape.window_width, shape):
+                scores = rows.queries * columns.queries * (rows.window * columns.window + extra)
+                blocks = max(1, budget // (heads * scores * self.q.element_size()))
+                column_step = _even(columns.count, blocks)
+                row_step = _even(rows.count, blocks // columns.count)
+                image_step = _even(batch, blocks // (columns.count * rows.count))
+                for image in range(0, batch, image_step):
+                    for some_rows in _split(rows, row_step):
+                        for some_columns in _split(columns, column_step):
+                            yield _Tile(image, min(image_step, batch - image), some_rows, some_columns)
 
-    def queries(self, image: int, first: int, last: int) -> Tensor:
-        """(heads, rows, columns, queries, queries, d), contiguous."""
-        return _blocks(self.q, self.shape)[image, :, first:last].contiguous()
+    def buffer(self, name: str, *size: int) -> Tensor:
+        """Memory that is used again for every tile."""
+        count = torch.Size(size).numel()
+        if name not in self.buffers or self.buffers[name].numel() < count:
+            self.buffers[name] = self.q.new_empty(count)
+        return self.buffers[name][:count].view(size)
 
-    def window(self, x: Tensor, image: int, first: int, last: int) -> Tensor:
-        """The windows of a padded map: (heads * rows * columns, d, window * window)."""
-        shape = self.shape
-        view = x[image].unfold(-2, shape.window, shape.block).unfold(-2, shape.window, shape.block)
-        view = view[:, :, first:last].permute(0, 2, 3, 1, 4, 5)
-        return view.reshape(-1, x.shape[2], shape.window**2)
+    def queries_of(self, x: Tensor, tile: _Tile) -> Tensor:
+        """View a map of queries (B, H, W, heads, d) as (images, heads, rows, columns, queries, queries, d)."""
+        step = self.shape.queries
+        return _blocks(x, tile, tile.rows.first * step, tile.columns.first * step, step, tile.rows.queries, tile.columns.queries)
 
-    def add_windows(self, x: Tensor, image: int, first: int, last: int, windows: Tensor) -> None:
-        """Add windows to the padded map ``x`` they were taken from.
+    def windows_of(self, x: Tensor, tile: _Tile, down: int = 0, right: int = 0, limit: int | None = None) -> Tensor:
+        """View a map of keys or values as windows (images, heads, rows, columns, window, window, d), or parts of those from ``down``,
+        ``right`` on, at most ``limit`` pixels wide and high."""
+        y = tile.rows.first * self.shape.block - self.shape.top + self.top + tile.rows.skip + down
+        x0 = tile.columns.first * self.shape.block - self.shape.left + self.left + tile.columns.skip + right
+        size = [tile.rows.window - down, tile.columns.window - right]
+        if limit is not None:
+            size = [min(limit, s) for s in size]
+        return _blocks(x, tile, y, x0, self.shape.block, *size)
 
-        Windows overlap, but parts of them as wide as a block do not: each part of all of a row's windows is added at once.
+    def windows(self, tile: _Tile, x: Tensor, extra: Tensor | None, name: str) -> Tensor:
+        """Copy the windows of a map, and after them what is extra: (N, keys, d)."""
+        view = self.windows_of(x, tile)
+        size = tile.rows.window * tile.columns.window
+        copy = self.buffer(name, *view.shape[:4], size + (0 if extra is None else extra.shape[4]), view.shape[6])
+        copy[..., :size, :].unflatten(-2, view.shape[4:6]).copy_(view)
+        if extra is not None:
+            copy[..., size:, :] = _extra_of(extra, tile)
+        return copy.flatten(0, 3)
+
+    def add_windows(self, tile: _Tile, windows: Tensor, x: Tensor, extra: Tensor | None) -> None:
+        """Undo :meth:`windows` by addition. Windows overlap, but parts of them no larger than a block do not."""
+        block, (height, width) = self.shape.block, (tile.rows.window, tile.columns.window)
+        windows = windows.view(tile.images, -1, tile.rows.count, tile.columns.count, *windows.shape[1:])
+        if extra is not None:
+            _extra_of(extra, tile).copy_(windows[..., height * width :, :])
+        windows = windows[..., : height * width, :].unflatten(-2, (height, width))
+        for down in range(0, height, block):
+            for right in range(0, width, block):
+                part = self.windows_of(x, tile, down, right, block)
+                part += windows[..., down : down + block, right : right + block, :]
+
+    def table_rows(self, tile: _Tile) -> tuple[slice, slice]:
+        """The rows of the two position tables that a tile needs."""
+        return tuple(
+            slice(window - span.queries + span.skip, window - 1 + span.skip + span.window)
+            for span, window in ((tile.rows, self.shape.window_height), (tile.columns, self.shape.window_width))
+        )
+
+    def table(self, tile: _Tile) -> Tensor:
+        """Those rows, of height and width one after the other."""
+        rows_h, rows_w = self.table_rows(tile)
+        return torch.cat((self.rel_h[rows_h], self.rel_w[rows_w]))
+
+    def positions_of(self, products: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
+        """View the products of all queries and table rows (N * queries, rows) as the logits of the height (N, i, j, window) and the width.
+
+        Query i needs the rows that begin at ``queries - 1 - i``, one earlier than the query above it: that is a stride, not a gather.
         """
-        shape = self.shape
-        windows = windows.view(x.shape[1], last - first, shape.columns, x.shape[2], shape.window, shape.window)
-        for row in range(first, last):
-            slab = x[image, :, :, row * shape.block : row * shape.block + shape.window]
-            for part in range(0, shape.window, shape.block):
-                size = min(shape.block, shape.window - part)
-                columns = slab[..., part:].unfold(-1, size, shape.block)[..., : shape.columns, :]
-                columns += windows[:, row - first, ..., part : part + size].permute(0, 2, 3, 1, 4)
+        (rows, columns), count = (tile.rows, tile.columns), products.shape[1]
+        row, block, start = columns.queries * count, tile.queries * count, products.storage_offset()
+        size, blocks = (rows.queries, columns.queries), len(products) // tile.queries
+        height = products.as_strided((blocks, *size, rows.window), (block, row - 1, count, 1), start + rows.queries - 1)
+        start += rows.queries + rows.window - 1
+        return height, products.as_strided((blocks, *size, columns.window), (block, row, count - 1, 1), start + columns.queries - 1)
 
-    def weights(self, image: int, first: int, last: int) -> Tensor:
-        """Attention weights (heads * rows * columns, queries * queries, window * window)."""
-        shape = self.shape
-        queries = self.queries(image, first, last)
-        along_h = _from_row(torch.bmm(_by_row(queries), self.table_h.transpose(1, 2)), queries)
-        along_w = _from_column(torch.bmm(_by_column(queries), self.table_w.transpose(1, 2)), queries)
-        if shape.mask:
-            # A masked row or column stays masked in the sum. Every block holds a pixel of the map, so no query loses all its keys.
-            outside_y = _outside(shape.height, shape, shape.rows, queries.device)[first:last]
-            outside_x = _outside(shape.width, shape, shape.columns, queries.device)
-            along_h = along_h.masked_fill(outside_y[:, None, None, None, :], float("-inf"))
-            along_w = along_w.masked_fill(outside_x[:, None, None, :], float("-inf"))
-        scores = queries.new_empty(*queries.shape[:-1], shape.window, shape.window)  # a sum would keep the permuted order of along_h
-        torch.add(along_h.unsqueeze(-1), along_w.unsqueeze(-2), out=scores)
-        scores = scores.view(-1, shape.queries**2, shape.window**2)
-        keys = self.window(self.k, image, first, last)
-        scores.baddbmm_(queries.view(-1, shape.queries**2, queries.shape[-1]), keys, alpha=shape.scale)
-        return torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
+    def weights(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention weights (N, queries, keys), the queries (N, queries, d) and keys (N, keys, d) they are of."""
+        view = self.queries_of(self.q, tile)
+        queries = self.buffer("queries", *view.shape).copy_(view).view(-1, tile.queries, view.shape[6])
+        keys = self.windows(tile, self.k, self.extra_k, "keys")
+        table = self.table(tile)
+        products = torch.mm(queries.flatten(0, 1), table.t(), out=self.buffer("products", queries.shape[0] * tile.queries, len(table)))
+        scores = self.buffer("scores", *queries.shape[:2], keys.shape[1])
+        along_h, along_w = self.positions_of(products, tile)
+        size = tile.rows.window * tile.columns.window
+        inside = scores[..., :size].unflatten(-1, (tile.rows.window, tile.columns.window)).unflatten(1, along_h.shape[1:3])
+        torch.add(along_h.unsqueeze(-1), along_w.unsqueeze(-2), out=inside)
+        scores[..., size:] = 0
+        scores.baddbmm_(queries, keys.transpose(1, 2), alpha=self.shape.scale)
+        return (torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)), queries, keys
 
-
-def _pad_queries(x: Tensor, shape: _Shape) -> Tensor:
-    """Pad a map of queries to whole blocks."""
-    bottom, right = shape.rows * shape.queries - x.shape[-2], shape.columns * shape.queries - x.shape[-1]
-    return (F.pad(x, (0, right, 0, bottom)) if bottom or right else x).contiguous()
-
-
-def _blocks(x: Tensor, shape: _Shape) -> Tensor:
-    """View a padded map of queries (B, heads, d, H, W) as (B, heads, rows, columns, queries, queries, d)."""
-    x = x.unflatten(-1, (shape.columns, shape.queries)).unflatten(-3, (shape.rows, shape.queries))
-    return x.permute(0, 1, 3, 5, 4, 6, 2)
+    def grad_positions(self, tile: _Tile, grad_scores: Tensor) -> Tensor:
+        """Undo what :meth:`weights` does with the products of queries and table: each sees the sum over the other direction."""
+        count = sum(rows.stop - rows.start for rows in self.table_rows(tile))
+        grad = self.buffer("products", grad_scores.shape[0] * tile.queries, count).zero_()
+        along_h, along_w = self.positions_of(grad, tile)
+        inside = grad_scores[..., : tile.rows.window * tile.columns.window].unflatten(-1, (tile.rows.window, tile.columns.window))
+        along_h.copy_(inside.sum(-1).view(along_h.shape))
+        along_w.copy_(inside.sum(-2).view(along_w.shape))
+        return grad
 
 
-def _outside(size: int, shape: _Shape, count: int, device: torch.device) -> Tensor:
-    """(blocks, window): whether a row (or column) of a block's window lies outside the map."""
-    position = torch.arange(count, device=device).unsqueeze(1) * shape.block - shape.halo + torch.arange(shape.window, device=device)
-    return (position < 0) | (position >= size)
+def _channels_last(x: Tensor) -> Tensor:
+    """(B, heads, d, H, W) -> (B, H, W, heads, d), with neighbouring channels beside each other."""
+    x = x.permute(0, 3, 4, 1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# A position table has its own entries for each row (or column) of a block, so products with it are batched over those.
+def _channels_third(x: Tensor) -> Tensor:
+    """(B, H, W, heads, d) -> (B, heads, d, H, W)."""
+    return x.permute(0, 3, 4, 1, 2)
 
 
-def _by_row(x: Tensor) -> Tensor:
-    """(heads, rows, columns, i, j, d) -> (i, heads * rows * columns * j, d)."""
-    return x.permute(3, 0, 1, 2, 4, 5).flatten(1, 4)
+def _blocks(x: Tensor, tile: _Tile, y: int, x0: int, step: int, height: int, width: int) -> Tensor:
+    """View (B, H, W, heads, d) as rectangles ``step`` apart, the first at (y, x0): (images, heads, rows, columns, height, width, d)."""
+    image, down, right, head, channel = x.stride()
+    size = (tile.images, x.shape[3], tile.rows.count, tile.columns.count, height, width, x.shape[4])
+    start = x.storage_offset() + tile.image * image + y * down + x0 * right
+    return x.as_strided(size, (image, head, step * down, step * right, down, right, channel), start)
 
 
-def _by_column(x: Tensor) -> Tensor:
-    """(heads, rows, columns, i, j, d) -> (j, heads * rows * columns * i, d)."""
-    return x.permute(4, 0, 1, 2, 3, 5).flatten(1, 4)
+def _extra_of(extra: Tensor, tile: _Tile) -> Tensor:
+    """Those (images, heads, rows, columns, E, d) of a tile."""
+    rows, columns = tile.rows, tile.columns
+    return extra[
+        tile.image : tile.image + tile.images, :, rows.first : rows.first + rows.count, columns.first : columns.first + columns.count
+    ]
 
 
-def _from_row(x: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`_by_row`; the last dimension may be another."""
-    heads, rows, columns, i, j, _ = like.shape
-    return x.view(i, heads, rows, columns, j, -1).permute(1, 2, 3, 0, 4, 5)
+def _spans(size: int, blocks: int, before: int, window: int, shape: Geometry) -> list[_Span]:
+    """Cut a direction of ``size`` pixels into spans of blocks alike: a block that the map's end cuts has fewer queries, and a window that
+    reaches outside is cut to what is inside where that is masked."""
+    spans: list[_Span] = []
+    for block in range(blocks):
+        start = block * shape.block
+        queries = -(-min(shape.block, size - start) // shape.stride)
+        skip = max(0, before - start) if shape.mask else 0
+        left = min(window, size - start + before) - skip if shape.mask else window
+        if spans and spans[-1][2:] == (queries, skip, left):
+            spans[-1] = spans[-1]._replace(count=spans[-1].count + 1)
+        else:
+            spans.append(_Span(block, 1, queries, skip, left))
+    return spans
 
 
-def _from_column(x: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`_by_column`; the last dimension may be another."""
-    heads, rows, columns, i, j, _ = like.shape
-    return x.view(j, heads, rows, columns, i, -1).permute(1, 2, 3, 4, 0, 5)
+def _even(count: int, most: int) -> int:
+    """The step that cuts ``count`` into the fewest even parts of at most ``most``."""
+    parts = -(-count // max(1, min(count, most)))
+    return -(-count // parts)
+
+
+def _split(span: _Span, step: int) -> Iterator[_Span]:
+    for first in range(0, span.count, step):
+        yield span._replace(first=span.first + first, count=min(step, span.count - first))

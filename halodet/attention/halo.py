@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from .blocked import halo_attention_blocked
+from .geometry import Geometry
 from .reference import halo_attention_reference
 from .unfolded import halo_attention_unfolded
 
-BACKENDS = {"blocked": halo_attention_blocked, "unfolded": halo_attention_unfolded, "reference": halo_attention_reference}
+BACKENDS = {
+    "blocked": halo_attention_blocked,
+    "unfolded": halo_attention_unfolded,
+    "reference": halo_attention_reference,
+}
 BORDERS = ("zero", "mask")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def halo_attention(
@@ -21,17 +27,22 @@ def halo_attention(
     rel_w: Tensor,
     *,
     block_size: int,
-    halo_size: int,
+    halo_size: int | tuple[int, int, int, int],
     border: str,
     stride: int = 1,
     scale: float | None = None,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Blocked local self-attention with a halo, for maps of any height and width.
 
     The map is cut into blocks of ``block_size`` × ``block_size`` pixels. Every query of a block attends to the whole window of that block:
-    the block and ``halo_size`` pixels around it. The logit of query i and key j is ``scale * q·k + q·rel_h[Δy] + q·rel_w[Δx]``, where Δ is
-    row ``window - 1 + j - i`` of the table, i and j counted inside block and window, ``window = block_size + 2 * halo_size``.
+    the block and the halo around it. The logit of query i and key j is ``scale * q·k + q·rel_h[Δy] + q·rel_w[Δx]``, where Δ is row
+    ``window - 1 + j - i`` of the table, i and j counted inside block and window, ``window`` the pixels of the window in that direction
+    (``block_size + 2 * halo_size`` where the halo is the same on all sides).
+
+    Maps are read in any memory layout; with the channels last (as views of a channels-last tensor are) none is copied. So is the result.
 
     Args:
         q: queries (B, heads, d_qk, ⌈H/stride⌉, ⌈W/stride⌉); with stride 2 those of every second row and column.
@@ -40,12 +51,15 @@ def halo_attention(
         rel_h: relative position table of the height (2 * window - 1, d_qk), shared by the heads.
         rel_w: the same of the width.
         block_size: pixels of the full map along a side of a block; a multiple of ``stride``.
-        halo_size: pixels added to a block on each side, 0 or more.
+        halo_size: pixels added to a block on each side, 0 or more; or four of them: top, bottom, left, right.
         border: ``"zero"``: keys and values outside the map are zeros that take part in the softmax (timm's semantics);
             ``"mask"``: they are left out of it. What completes the last block counts as outside the map.
         stride: 1 or 2, of the queries; blocks and windows stay those of stride 1.
         scale: factor on q·k, by default ``d_qk ** -0.5``.
-        backend: a name in :data:`BACKENDS`, or ``"auto"``: ``"blocked"``, or ``"unfolded"`` while the model is traced or compiled.
+        extra_k: keys that every query of a block sees besides its window, without a position
+            (B, heads, ⌈H/block_size⌉, ⌈W/block_size⌉, E, d_qk).
+        extra_v: their values (B, heads, ⌈H/block_size⌉, ⌈W/block_size⌉, E, d_v).
+        backend: a name in :data:`BACKENDS`, or ``"auto"``: ``"blocked"``, or ``"unfolded"`` while tracing, compiling or exporting.
 
     Returns:
         Tensor (B, heads, d_v, ⌈H/stride⌉, ⌈W/stride⌉).
@@ -55,52 +69,79 @@ def halo_attention(
 
     Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021; table indices as in timm.
     """
-    _check(q, k, v, rel_h, rel_w, block_size, halo_size, border, stride)
+    halo = _check_sizes(block_size, halo_size, border, stride)
+    _check_tensors({"q": q, "k": k, "v": v, "rel_h": rel_h, "rel_w": rel_w, "extra_k": extra_k, "extra_v": extra_v})
+    shape = Geometry(
+        *k.shape[-2:], block_size, *halo, stride=stride, mask=border == "mask", scale=q.shape[2] ** -0.5 if scale is None else float(scale)
+    )
+    _check_shapes(q, k, v, rel_h, rel_w, extra_k, extra_v, shape)
     if backend == "auto":
         backend = "unfolded" if torch.jit.is_tracing() or torch.compiler.is_compiling() else "blocked"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
-    return BACKENDS[backend](
-        q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype),  # parameters stay float32 where autocast makes the maps half
-        block_size=block_size, halo_size=halo_size, border=border, stride=stride,
-        scale=q.shape[2] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+    # Parameters stay float32 where autocast makes the maps half.
+    return BACKENDS[backend](q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), extra_k, extra_v, shape)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block_size: int, halo_size: int, border: str, stride: int
-) -> None:
+def _check_sizes(block_size: int, halo_size: int | tuple[int, int, int, int], border: str, stride: int) -> tuple[int, int, int, int]:
+    """The halo of each side."""
     if stride not in (1, 2):
         raise ValueError(f"stride is {stride}, expected 1 or 2")
     if block_size < 1 or block_size % stride:
         raise ValueError(f"block_size is {block_size}, expected a positive multiple of the stride, {stride}")
-    if halo_size < 0:
-        raise ValueError(f"halo_size is {halo_size}, expected 0 or more")
+    halo = (halo_size,) * 4 if isinstance(halo_size, int) else tuple(halo_size)
+    if len(halo) != 4 or min(halo) < 0:
+        raise ValueError(f"halo_size is {halo_size}, expected 0 or more, or four of those: top, bottom, left, right")
     if border not in BORDERS:
         raise ValueError(f"border is {border!r}, expected one of {BORDERS}")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 5:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected 5 dimensions (B, heads, d, H, W)")
+    return halo
+
+
+def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
+    k = tensors["k"]
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        dimensions = {"rel_h": 2, "rel_w": 2, "extra_k": 6, "extra_v": 6}.get(name, 5)
+        if tensor.dim() != dimensions:
+            kind = (
+                "(B, heads, d, H, W)"
+                if dimensions == 5
+                else "(2 * window - 1, d)"
+                if dimensions == 2
+                else "(B, heads, rows, columns, E, d)"
+            )
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {dimensions} dimensions {kind}")
         if 0 in tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: there is nothing to attend to in an empty tensor")
-    window = block_size + 2 * halo_size
-    batch, heads, depth, height, width = k.shape
-    expected = {
-        "q": (batch, heads, depth, -(-height // stride), -(-width // stride)),
-        "v": (batch, heads, v.shape[2], height, width),
-        "rel_h": (2 * window - 1, depth),
-        "rel_w": (2 * window - 1, depth),
-    }
-    for name, tensor in (("q", q), ("v", v), ("rel_h", rel_h), ("rel_w", rel_w)):
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {expected[name]} for k of shape {tuple(k.shape)}, "
-                f"block_size {block_size}, halo_size {halo_size} and stride {stride}"
-            )
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("rel_h", rel_h), ("rel_w", rel_w)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, expected a floating point type")
-        if name in ("q", "v") and tensor.dtype != k.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but k is {k.dtype}: queries, keys and values must have one type")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}, expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}")
         if tensor.device != k.device:
             raise ValueError(f"{name} is on {tensor.device} but k is on {k.device}: all tensors must be on one device")
+        if dimensions != 2 and tensor.dtype != k.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but k is {k.dtype}: queries, keys and values must have one type")
+    if k.dtype == torch.float16 and k.device.type == "cpu":
+        raise ValueError("k is float16 on the CPU, where sums of that type lose too much: use bfloat16 or float32 there")
+    if (tensors["extra_k"] is None) != (tensors["extra_v"] is None):
+        raise ValueError("of extra_k and extra_v one is given: extra keys need values, and values keys")
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, shape: Geometry
+) -> None:
+    batch, heads, depth = k.shape[:3]
+    expected = {
+        "q": (q, (batch, heads, depth, shape.query_height, shape.query_width)),
+        "v": (v, (batch, heads, v.shape[2], shape.height, shape.width)),
+        "rel_h": (rel_h, (2 * shape.window_height - 1, depth)),
+        "rel_w": (rel_w, (2 * shape.window_width - 1, depth)),
+    }
+    if extra_k is not None:
+        blocks = (batch, heads, shape.rows, shape.columns, extra_k.shape[4])
+        expected |= {"extra_k": (extra_k, (*blocks, depth)), "extra_v": (extra_v, (*blocks, v.shape[2]))}
+    for name, (tensor, wanted) in expected.items():
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {wanted} for k of shape {tuple(k.shape)}, block_size {shape.block}, "
+                f"halo (top, bottom, left, right) {(shape.top, shape.bottom, shape.left, shape.right)} and stride {shape.stride}"
+            )

@@ -1,76 +1,66 @@
-"""Halo attention over all blocks at once in plain PyTorch: the form that can be traced, exported and compiled."""
+"""Halo attention over all blocks at once in plain PyTorch: the form that can be traced, exported and compiled, for maps of any size.
+
+Everything is addressed by index, so that one exported graph serves every height and width.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .geometry import Geometry
 
 
 def halo_attention_unfolded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_h: Tensor,
-    rel_w: Tensor,
-    *,
-    block_size: int,
-    halo_size: int,
-    border: str,
-    stride: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, shape: Geometry
 ) -> Tensor:
-    """Halo attention with every window laid out in memory; arguments and result as :func:`halodet.attention.halo_attention`."""
-    height, width = k.shape[-2:]
-    window = block_size + 2 * halo_size
-    grid = (-(-height // block_size), -(-width // block_size))
+    """Halo attention with every window laid out in memory; tensors as in :func:`halodet.attention.halo_attention`."""
+    device = q.device
+    # Per direction: the position in the map of each query of each block (blocks, queries) and of each key of its window (blocks, window).
+    query_y, key_y = _positions(shape.rows, shape.block, shape.queries, shape.top, shape.window_height, device)
+    query_x, key_x = _positions(shape.columns, shape.block, shape.queries, shape.left, shape.window_width, device)
+    inside_y, inside_x = (key_y >= 0) & (key_y < shape.height), (key_x >= 0) & (key_x < shape.width)
 
-    queries = _query_blocks(q, block_size // stride, grid)
-    keys = _windows(k, block_size, halo_size, grid).flatten(-2)
-    values = _windows(v, block_size, halo_size, grid).flatten(-2)
+    # Positions beyond the map are read at its edge: queries there are cut off in the end, keys and values are zeroed or masked below.
+    queries = _take(q, query_y.clamp(max=shape.query_height - 1), query_x.clamp(max=shape.query_width - 1))
+    keys, values = (_take(x, key_y.clamp(0, shape.height - 1), key_x.clamp(0, shape.width - 1)) for x in (k, v))
+    if not shape.mask:
+        inside = (inside_y[:, None, :, None] & inside_x[None, :, None, :]).unsqueeze(-1)
+        keys, values = keys * inside, values * inside
 
-    # rel[i, j] is the table row for query i and key j of the window, counted as timm counts it so that its weights load unchanged.
-    i = torch.arange(block_size // stride, device=q.device)
-    rows = window - 1 + torch.arange(window, device=q.device) - i.unsqueeze(1)
-    logits_h = torch.einsum("bnyxijd,iwd->bnyxijw", queries, rel_h[rows])
-    logits_w = torch.einsum("bnyxijd,jwd->bnyxijw", queries, rel_w[rows])
-    if border == "mask":
+    logits_h = torch.einsum("bnyxijd,iwd->bnyxijw", queries, rel_h[_table_rows(shape.queries, shape.window_height, device)])
+    logits_w = torch.einsum("bnyxijd,jwd->bnyxijw", queries, rel_w[_table_rows(shape.queries, shape.window_width, device)])
+    if shape.mask:
         # A masked row or column stays masked in the sum below. Every block holds a pixel of the map, so no query loses all its keys.
-        outside_y = _outside(height, block_size, halo_size, grid[0], q.device)
-        outside_x = _outside(width, block_size, halo_size, grid[1], q.device)
-        logits_h = logits_h.masked_fill(outside_y[:, None, None, None, :], float("-inf"))
-        logits_w = logits_w.masked_fill(outside_x[:, None, None, :], float("-inf"))
+        logits_h = logits_h.masked_fill(~inside_y[:, None, None, None, :], float("-inf"))
+        logits_w = logits_w.masked_fill(~inside_x[:, None, None, :], float("-inf"))
     position = (logits_h.unsqueeze(-1) + logits_w.unsqueeze(-2)).flatten(-2).flatten(-3, -2)
 
-    weights = (torch.matmul(queries.flatten(-3, -2) * scale, keys) + position).softmax(-1)
-    out = torch.matmul(weights.to(values.dtype), values.transpose(-1, -2))
-    return _unblock(out, block_size // stride, q.shape[-2:])
+    queries, keys, values = queries.flatten(-3, -2) * shape.scale, keys.flatten(-3, -2), values.flatten(-3, -2)
+    scores = torch.matmul(queries, keys.transpose(-1, -2)) + position
+    if extra_k is not None:
+        scores = torch.cat((scores, torch.matmul(queries, extra_k.transpose(-1, -2))), -1)
+        values = torch.cat((values, extra_v), -2)
+    out = torch.matmul(scores.softmax(-1).to(values.dtype), values)
+
+    # (B, heads, rows, columns, queries * queries, d) -> (B, heads, d, H, W), cropped
+    out = out.unflatten(-2, (shape.queries, shape.queries)).permute(0, 1, 6, 2, 4, 3, 5)
+    return out.flatten(-2).flatten(-3, -2)[..., : shape.query_height, : shape.query_width]
 
 
-def _query_blocks(q: Tensor, block: int, grid: tuple[int, int]) -> Tensor:
-    """(B, heads, d, H, W) -> (B, heads, rows of blocks, columns of blocks, block, block, d), padded to whole blocks."""
-    rows, columns = grid
-    q = F.pad(q, (0, columns * block - q.shape[-1], 0, rows * block - q.shape[-2]))
-    q = q.unflatten(-1, (columns, block)).unflatten(-3, (rows, block))
-    return q.permute(0, 1, 3, 5, 4, 6, 2).contiguous()
+def _positions(count: int, block: int, queries: int, before: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the queries and the keys of ``count`` blocks lie: (count, queries) in the map of queries, (count, window) in that of keys."""
+    blocks = torch.arange(count, device=device).unsqueeze(1)
+    return blocks * queries + torch.arange(queries, device=device), blocks * block - before + torch.arange(window, device=device)
 
 
-def _windows(x: Tensor, block: int, halo: int, grid: tuple[int, int]) -> Tensor:
-    """(B, heads, d, H, W) -> (B, heads, rows of blocks, columns of blocks, d, window, window), zero outside the map."""
-    height, width = x.shape[-2:]
-    x = F.pad(x, (halo, grid[1] * block - width + halo, halo, grid[0] * block - height + halo))
-    window = block + 2 * halo
-    return x.unfold(-2, window, block).unfold(-2, window, block).permute(0, 1, 3, 4, 2, 5, 6)
+def _take(x: Tensor, y: Tensor, x_positions: Tensor) -> Tensor:
+    """(B, heads, d, H, W), (rows, h), (columns, w) -> (B, heads, rows, columns, h, w, d)."""
+    taken = x.index_select(-2, y.flatten()).index_select(-1, x_positions.flatten())
+    taken = taken.unflatten(-1, (-1, x_positions.shape[1])).unflatten(-3, (-1, y.shape[1]))
+    return taken.permute(0, 1, 3, 5, 4, 6, 2)
 
 
-def _outside(size: int, block: int, halo: int, count: int, device: torch.device) -> Tensor:
-    """(blocks, window): whether a row (or column) of a block's window lies outside the map."""
-    position = torch.arange(count, device=device).unsqueeze(1) * block - halo + torch.arange(block + 2 * halo, device=device)
-    return (position < 0) | (position >= size)
-
-
-def _unblock(out: Tensor, block: int, size: tuple[int, int]) -> Tensor:
-    """(B, heads, rows of blocks, columns of blocks, block * block, d) -> (B, heads, d, H, W), cropped to ``size``."""
-    out = out.unflatten(-2, (block, block)).permute(0, 1, 6, 2, 4, 3, 5)
-    out = out.flatten(-2).flatten(-3, -2)
-    return out[..., : size[0], : size[1]]
+def _table_rows(queries: int, window: int, device: torch.device) -> Tensor:
+    """(queries, window): the row of the table for query i and key j, counted as timm counts it so that its weights load unchanged."""
+    return window - 1 + torch.arange(window, device=device) - torch.arange(queries, device=device).unsqueeze(1)
