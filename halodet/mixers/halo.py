@@ -88,12 +88,14 @@ class HaloMixer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed.width_rel, std=self.depth**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, value_channels, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        q = self.q(x).unflatten(1, (self.num_heads, self.depth))
-        kv = self.kv(x).unflatten(1, (self.num_heads, self.depth + self.value_depth))
-        k, v = kv.split((self.depth, self.value_depth), dim=2)
+        """(B, channels, H, W) -> (B, value_channels, ⌈H/stride⌉, ⌈W/stride⌉), with channels last in memory."""
+        # Attention wants channels last, and so do 1×1 convolutions. Keys and values are projected apart because cutting one map of both in
+        # two would copy their gradients into one again.
+        x = x.contiguous(memory_format=torch.channels_last)
+        weights = self.kv.weight.unflatten(0, (self.num_heads, -1)).split((self.depth, self.value_depth), dim=1)
+        maps = (self.q(x), *(F.conv2d(x, weight.flatten(0, 1)) for weight in weights))
         out = halo_attention(
-            q, k, v, self.pos_embed.height_rel, self.pos_embed.width_rel,
+            *(y.unflatten(1, (self.num_heads, -1)) for y in maps), self.pos_embed.height_rel, self.pos_embed.width_rel,
             block_size=self.block_size, halo_size=self.halo_size, border=self.border, stride=self.query_stride,
         ).flatten(1, 2)  # fmt: skip
         if self.pool:
