@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .geometry import Geometry
 
-CHUNK_BYTES = {"cpu": 8 << 20}  # of scores held at once; what stays in cache is computed fastest
+CHUNK_BYTES = {"cpu": 4 << 20}  # of scores held at once; what stays in cache is computed fastest
 CHUNK_BYTES_ELSEWHERE = 256 << 20  # a GPU wants more work in each launch
 
 

@@ -33,6 +33,7 @@ class HaloMixer(nn.Module):
         block_size: pixels along a side of a block.
         halo_size: pixels around a block.
         border: ``"zero"`` or ``"mask"``, see :func:`halodet.attention.halo_attention`.
+        backend: of attention, see there.
 
     Raises:
         ValueError: the heads do not divide the channels, or block, halo or border are not usable.
@@ -50,6 +51,7 @@ class HaloMixer(nn.Module):
         block_size: int = 8,
         halo_size: int = 3,
         border: str = "mask",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if block_size < 1 or halo_size < 0 or border not in BORDERS:
@@ -60,7 +62,7 @@ class HaloMixer(nn.Module):
         if num_heads < 1 or channels % num_heads or value_channels % num_heads:
             raise ValueError(f"{num_heads} heads do not divide {channels} channels of queries and {value_channels} of values")
         self.out_channels = value_channels
-        self.num_heads, self.block_size, self.halo_size, self.border = num_heads, block_size, halo_size, border
+        self.num_heads, self.block_size, self.halo_size, self.border, self.backend = num_heads, block_size, halo_size, border, backend
         self.pool = stride > 1 and block_size % stride != 0
         self.query_stride = 1 if self.pool else stride
         self.depth, self.value_depth = channels // num_heads, value_channels // num_heads
@@ -96,7 +98,7 @@ class HaloMixer(nn.Module):
         maps = (self.q(x), *(F.conv2d(x, weight.flatten(0, 1)) for weight in weights))
         out = halo_attention(
             *(y.unflatten(1, (self.num_heads, -1)) for y in maps), self.pos_embed.height_rel, self.pos_embed.width_rel,
-            block_size=self.block_size, halo_size=self.halo_size, border=self.border, stride=self.query_stride,
+            block_size=self.block_size, halo_size=self.halo_size, border=self.border, stride=self.query_stride, backend=self.backend,
         ).flatten(1, 2)  # fmt: skip
         if self.pool:
             # ceil_mode averages only the pixels there are, so that an odd map gives ⌈H/2⌉ like every other mixer.

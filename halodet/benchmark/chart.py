@@ -1,0 +1,41 @@
+"""A picture of how many times as long each contender takes as we do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def draw_ratios(panels: dict[str, tuple[list[str], dict[str, list[float | None]]]], title: str, path: Path) -> None:
+    """Draw one panel of horizontal bars per entry, all with the same rows, and write them to ``path`` (PNG, SVG, PDF).
+
+    Args:
+        panels: title of a panel -> (label of each row, contender -> its time over ours in each row, None where it did not run).
+        title: of the whole.
+        path: the file; its ending says the format.
+    """
+    rows = max(len(labels) for labels, _ in panels.values())
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 1.4 + 0.34 * rows), sharey=True, squeeze=False)
+    for axis, (name, (labels, ratios)) in zip(axes[0], panels.items(), strict=True):
+        height = 0.8 / max(1, len(ratios))
+        for i, (contender, values) in enumerate(ratios.items()):
+            at = [row + (i - (len(ratios) - 1) / 2) * height for row in range(len(values))]
+            axis.barh(at, [value or 0 for value in values], height, label=contender)
+            for y, value in zip(at, values, strict=True):
+                if value:
+                    axis.text(value, y, f" {value:.2f}", va="center", fontsize=6)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set(title=name, xlabel="time / time of halodet (above 1: halodet is faster)", yticks=range(len(labels)), yticklabels=labels)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.margins(x=0.12, y=0.01)
+    axes[0][0].invert_yaxis()
+    axes[0][-1].legend(loc="best", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
