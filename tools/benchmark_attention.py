@@ -45,12 +45,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of maps and weights (float32)")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each (7)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too; on the CPU a process starts for each figure")
-    parser.add_argument(
-        "--system-allocator",
-        action="store_true",
-        help="leave glibc's allocator as it is; by default large and small blocks are reused alike",
-    )
-    parser.add_argument("--output", type=Path, default=Path("output/benchmark_attention"), metavar="FOLDER", help="for results.json, table.md, ratios.png")  # fmt: skip
+    parser.add_argument("--system-allocator", action="store_true", help="keep glibc's way with large blocks; by default all are reused")
+    parser.add_argument("--output", type=Path, default=Path("output/benchmark_attention"), metavar="FOLDER", help="for what is measured")
     args = parser.parse_args(argv)
     try:
         args.sizes = [tuple(map(int, size.split("x"))) for size in args.size]
@@ -58,19 +54,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.maps = [tuple(map(int, size.split("x"))) for size in args.map]
     except ValueError:
         parser.error("--size wants HEIGHTxWIDTH, --map CHANNELSxHEIGHTxWIDTH and --block BLOCK,HALO in whole numbers")
-    if any(
-        len(x) != n or min(x) < (0 if x in args.blocks else 1)
-        for group, n in ((args.sizes, 2), (args.blocks, 2), (args.maps, 3))
-        for x in group
-    ):
-        parser.error("--size wants HEIGHTxWIDTH, --map CHANNELSxHEIGHTxWIDTH and --block BLOCK,HALO, each at least 1 (a halo 0)")
+    if any(len(x) != 2 or min(x) < 1 for x in args.sizes) or any(len(x) != 3 or min(x) < 1 or x[0] % 8 for x in args.maps):
+        parser.error("--size wants HEIGHTxWIDTH and --map CHANNELSxHEIGHTxWIDTH, each at least 1, and channels that 8 heads divide")
+    if any(len(x) != 2 or x[0] < 1 or x[1] < 0 for x in args.blocks):
+        parser.error("--block wants BLOCK,HALO, a block of at least 1 and a halo of at least 0")
     if min(*args.batch, args.rounds) < 1:
         parser.error("--batch and --rounds must be at least 1")
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device is {args.device}, but PyTorch sees no GPU here: take cpu")
-    wanted = args.contenders or [
-        n for n in attention.CONTENDERS if attention.available(n) and (n != "flex-attention" or args.device != "cpu")
-    ]
+    usual = [name for name in attention.CONTENDERS if name != "flex-attention" or args.device != "cpu"]
+    wanted = args.contenders or [name for name in usual if attention.available(name)]
     missing = [name for name in wanted if not attention.available(name)]
     if missing:
         parser.error(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
@@ -89,7 +82,9 @@ def measure(setting: attention.Setting, args: argparse.Namespace, machine) -> di
                 call = attention.build_call(name, setting, mode, args.border, args.backend, device, dtype)
                 call()
                 calls[name] = call
-            except (RuntimeError, NotImplementedError) as error:  # what a contender cannot do is a result
+            except (RuntimeError, NotImplementedError) as error:  # what another cannot do is a result
+                if name == OURS:
+                    raise
                 failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
         seconds = interleave(calls, rounds=args.rounds, device=device)
         bound = machine.bound(*setting.work(dtype.itemsize, train=mode == "training"))
@@ -103,6 +98,12 @@ def measure(setting: attention.Setting, args: argparse.Namespace, machine) -> di
                 peak = peak_memory(attention.build_call, name, setting, mode, args.border, args.backend, device, dtype, device=device)
                 result[mode][name]["peak_mib"] = None if peak is None else peak / 2**20
     return result
+
+
+def line(mode: str, result: dict[str, dict], names: list[str]) -> str:
+    """One mode of one setting in a few words."""
+    others = "".join(f", {name} {result[name].get('ratio', float('nan')):.2f}×" for name in names[1:])
+    return f"{mode} {result[OURS]['ms']:.1f} ms{others}"
 
 
 def table(results: dict[str, dict], names: list[str]) -> str:
@@ -144,20 +145,21 @@ def main(argv: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     title = (
         f"{name}, {args.dtype}, PyTorch {torch.__version__}, Python {platform.python_version()}; measured peak: "
-        f"{machine.matrix_rate / 1e9:.0f} Gop/s in matrix products, {machine.copy_rate / 1e9:.1f} GB/s in copies; halodet with border {args.border!r}"
+        f"{machine.matrix_rate / 1e9:.0f} Gop/s in matrix products, {machine.copy_rate / 1e9:.1f} GB/s in copies; "
+        f"halodet with border {args.border!r}"
     )
     print(title)
     results: dict[str, dict] = {}
     args.output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     for i, setting in enumerate(todo, 1):
-        results[str(setting)] = result = measure(setting, args, machine)
+        try:
+            results[str(setting)] = result = measure(setting, args, machine)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         left = (time.monotonic() - start) / i * (len(todo) - i)
-        figures = "; ".join(
-            f"{mode} {result[mode][OURS]['ms']:.1f} ms"
-            + "".join(f", {n} {result[mode][n].get('ratio', float('nan')):.2f}×" for n in args.names[1:])
-            for mode in MODES
-        )
+        figures = "; ".join(line(mode, result[mode], args.names) for mode in MODES)
         print(f"{i}/{len(todo)} {setting}: {figures}; about {left / 60:.0f} min left", flush=True)
         # written after every setting, so that an interrupted run has lost nothing
         (args.output / "results.json").write_text(json.dumps({"machine": title, "results": results}, indent=1), encoding="utf-8")
