@@ -164,6 +164,9 @@ def main(argv: list[str] | None = None) -> int:
         # written after every setting, so that an interrupted run has lost nothing
         (args.output / "results.json").write_text(json.dumps({"machine": title, "results": results}, indent=1), encoding="utf-8")
     text = table(results, args.names)
+    for setting, result in results.items():
+        for mode in MODES:
+            text += "".join(f"\n{setting}, {mode}: {n}: {r['failed']}" for n, r in result[mode].items() if "failed" in r)
     print(text)
     (args.output / "table.md").write_text(f"{title}\n\n{text}\n", encoding="utf-8")
     labels = list(results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -88,12 +88,17 @@ class _ToBlocks(nn.Module):
         return self.layer(x)[..., :height, :width]
 
 
+@cache
+def _flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
 class _Flex(HaloMixer):
     """The same layer through FlexAttention: windows gathered, relative logits added by a score function."""
 
     def forward(self, x: Tensor) -> Tensor:
-        from torch.nn.attention.flex_attention import flex_attention
-
         block, halo, window = self.block_size, self.halo_size, self.block_size + 2 * self.halo_size
         (batch, _, height, width), heads = x.shape, self.num_heads
         rows, columns = -(-height // block), -(-width // block)
@@ -111,7 +116,7 @@ class _Flex(HaloMixer):
         def add_position(score: Tensor, n: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + along_h[n, head, i, j // window] + along_w[n, head, i, j % window]
 
-        out = flex_attention(q, k.contiguous(), v.contiguous(), score_mod=add_position)
+        out = _flex_attention()(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=add_position)
         out = out.view(batch, rows, columns, heads, block, block, -1).permute(0, 3, 6, 1, 4, 2, 5)
         return out.reshape(batch, -1, rows * block, columns * block)[..., :height, :width]
 
@@ -132,8 +137,7 @@ def build_layer(name: str, setting: Setting, border: str, backend: str = "auto")
         layer = HaloAttention(dim=setting.channels, block_size=setting.block, halo_size=setting.halo, dim_head=depth, heads=setting.heads)
         layer.to_out = nn.Identity()  # the others have no output projection
         return _ToBlocks(layer, setting.block)
-    layer = _Flex(setting.channels, setting.channels, **common, border="zero")
-    return torch.compile(layer, dynamic=False)
+    return _Flex(setting.channels, setting.channels, **common, border="zero")
 
 
 def build_call(

@@ -1,7 +1,11 @@
 """Every backend against the definition, finite differences, and what happens on bad input."""
 
+import random
+
 from halodet.attention import blocked, halo_attention
+from halodet.attention.geometry import Geometry
 from halodet.attention.halo import BACKENDS, BORDERS
+from halodet.attention.reference import attend
 
 import pytest
 import torch
@@ -9,20 +13,36 @@ import torch
 FAST = sorted(set(BACKENDS) - {"reference"})
 
 
-def make(batch, heads, depth, value_depth, height, width, block, halo, stride=1, seed=0):
+def make(batch, heads, depth, value_depth, height, width, block, halo, stride=1, seed=0, extra=0):
+    """q, k, v, rel_h, rel_w and, where wanted, extra keys and values; ``halo`` may be given for each side."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    window = block + 2 * halo
-    return [
+    top, bottom, left, right = halo if isinstance(halo, tuple) else (halo,) * 4
+    tensors = [
         normal(batch, heads, depth, -(-height // stride), -(-width // stride)),
         normal(batch, heads, depth, height, width),
         normal(batch, heads, value_depth, height, width),
-        normal(2 * window - 1, depth),
-        normal(2 * window - 1, depth),
+        normal(2 * (top + block + bottom) - 1, depth),
+        normal(2 * (left + block + right) - 1, depth),
     ]
+    if extra:
+        blocks = (batch, heads, -(-height // block), -(-width // block), extra)
+        tensors += [normal(*blocks, depth), normal(*blocks, value_depth)]
+    return tensors
+
+
+def call(tensors, **options):
+    """halo_attention with the last two of seven tensors as extra keys and values."""
+    return halo_attention(*tensors[:5], **dict(zip(("extra_k", "extra_v"), tensors[5:], strict=False)), **options)
+
+
+def assert_near(actual, expected, tolerance):
+    """The greatest difference is at most ``tolerance`` of the greatest value, or of 1 where all values are smaller."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * max(1.0, expected.abs().max())
 
 
 SIZES = [(8, 8), (5, 7), (1, 1), (1, 9), (3, 2), (13, 6), (4, 11)]
@@ -45,13 +65,56 @@ def test_backend_equals_reference(backend, border, block, halo, stride):
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
 
 
+def draw(seed):
+    """A random setting on a map of up to 70 pixels along a side."""
+    pick = random.Random(seed)
+    stride = pick.choice([1, 1, 2])
+    block = pick.choice([1, 2, 3, 4, 5, 7, 8, 12, 14, 32] if stride == 1 else [2, 4, 8, 14])
+    halo = pick.choice([pick.randint(0, 4), tuple(pick.randint(0, 5) for _ in range(4))])
+    tensors = make(
+        pick.choice([1, 2]), pick.choice([1, 3]), pick.choice([1, 3, 8]), pick.choice([2, 5]), pick.randint(1, 70), pick.randint(1, 70),
+        block, halo, stride, seed, extra=pick.choice([0, 0, 3]),
+    )  # fmt: skip
+    return tensors, {
+        "block_size": block,
+        "halo_size": halo,
+        "border": pick.choice(BORDERS),
+        "stride": stride,
+        "scale": pick.choice([None, 0.3]),
+    }
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("seed", range(24))
+def test_random_settings_equal_the_definition(backend, seed):
+    """Some queries of a map of any size, all options mixed: the outputs, and the gradients of everything they depend on."""
+    tensors, options = draw(seed)
+    out = call(tensors, **options, backend=backend)
+    halo = options["halo_size"] if isinstance(options["halo_size"], tuple) else (options["halo_size"],) * 4
+    scale = options["scale"] or tensors[0].shape[2] ** -0.5
+    shape = Geometry(*tensors[1].shape[-2:], options["block_size"], *halo, options["stride"], options["border"] == "mask", scale)
+    pick = random.Random(seed)
+    height, width = out.shape[-2:]
+    places = [(0, 0), (height - 1, width - 1), *((pick.randrange(height), pick.randrange(width)) for _ in range(4))]
+    extra = tensors[5:] or [None, None]
+    expected = torch.stack([attend(*tensors[:5], *extra, shape, *place) for place in places], -1)
+    actual = torch.stack([out[..., y, x] for y, x in places], -1)
+    assert_near(actual, expected, 1e-12)
+    weight = torch.randn(actual.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gradients = (torch.autograd.grad((x * weight).sum(), tensors, retain_graph=True) for x in (actual, expected))
+    for a, e in zip(*gradients, strict=True):
+        assert_near(a, e, 1e-12)
+
+
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-@pytest.mark.parametrize("border", BORDERS)
-def test_gradients_by_finite_differences(backend, border):
-    arguments = make(1, 1, 2, 3, 3, 5, block=2, halo=1)
-    assert torch.autograd.gradcheck(
-        lambda *a: halo_attention(*a, block_size=2, halo_size=1, border=border, backend=backend), arguments, eps=1e-6, atol=1e-6
-    )
+@pytest.mark.parametrize(
+    ("border", "halo", "stride", "extra"),
+    [("zero", 1, 1, 0), ("mask", 1, 1, 0), ("mask", (1, 0, 2, 1), 2, 2), ("zero", (0, 1, 1, 0), 2, 1)],
+)
+def test_gradients_by_finite_differences(backend, border, halo, stride, extra):
+    tensors = make(1, 1, 2, 3, 3, 5, block=2, halo=halo, stride=stride, extra=extra)
+    options = {"block_size": 2, "halo_size": halo, "border": border, "stride": stride, "backend": backend}
+    assert torch.autograd.gradcheck(lambda *a: call(a, **options), tensors, eps=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -161,6 +224,8 @@ BAD = {
     "stride": ({"stride": 3}, "stride is 3"),
     "border": ({"border": "reflect"}, "border is 'reflect'"),
     "backend": ({"backend": "cuda"}, "backend is 'cuda'"),
+    "halo of a side": ({"halo_size": (1, 1, -2, 1)}, r"halo_size is \(1, 1, -2, 1\)"),
+    "halo of two sides": ({"halo_size": (1, 1)}, r"halo_size is \(1, 1\), expected .* four"),
     "table": ({"halo_size": 2}, r"rel_h has shape \(11, 3\), expected \(15, 3\)"),
 }
 
@@ -184,6 +249,36 @@ def test_bad_tensors_are_refused_with_their_numbers():
         (2, good[2].long(), "v is torch.int64"),
         (3, good[3].to("meta"), "rel_h is on meta"),
         (2, good[2].float(), "v is torch.float32 but k is torch.float64"),
+        (2, good[2].to(torch.complex64), "v is torch.complex64"),
+        (1, good[1][:0], "k has shape .*empty"),
+        (1, good[1][..., :0, :], "k has shape .*empty"),
+        (4, good[4][1:], r"rel_w has shape \(10, 3\), expected \(11, 3\)"),
+        (0, good[0].cpu()[:, :1], "q has shape"),
     ):
         with pytest.raises(ValueError, match=message):
             halo_attention(*good[:index], bad, *good[index + 1 :], **options)
+
+
+def test_half_precision_on_the_cpu_is_refused():
+    tensors = [x.detach().half() for x in make(1, 2, 3, 3, 8, 8, block=4, halo=1)]
+    with pytest.raises(ValueError, match="float16 on the CPU"):
+        halo_attention(*tensors, block_size=4, halo_size=1, border="mask")
+
+
+def test_extra_keys_without_values_or_for_other_blocks_are_refused():
+    *tensors, extra_k, extra_v = make(1, 2, 3, 4, 9, 8, block=4, halo=1, extra=2)
+    options = {"block_size": 4, "halo_size": 1, "border": "mask"}
+    with pytest.raises(ValueError, match="one is given"):
+        halo_attention(*tensors, **options, extra_k=extra_k)
+    with pytest.raises(ValueError, match=r"extra_k has shape \(1, 2, 2, 2, 2, 3\), expected \(1, 2, 3, 2, 2, 3\)"):
+        halo_attention(*tensors, **options, extra_k=extra_k[:, :, :2], extra_v=extra_v)
+    with pytest.raises(ValueError, match="extra_v has shape .*6 dimensions"):
+        halo_attention(*tensors, **options, extra_k=extra_k, extra_v=extra_v[0])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_large_logits_and_windows_mostly_outside_stay_finite(backend):
+    tensors = [(x * 300).detach().float().requires_grad_() for x in make(1, 1, 4, 4, 2, 3, block=8, halo=4)]
+    out = call(tensors, block_size=8, halo_size=4, border="mask", backend=backend)
+    for x in (out, *torch.autograd.grad(out.sum(), tensors)):
+        assert x.isfinite().all()
