@@ -35,5 +35,16 @@ setup(
         # Detectron2 and fvcore import pkg_resources, which setuptools 81 and later no longer have.
         "setuptools<81",
     ],
-    extras_require={"test": ["pytest>=8,<10", "timm>=1.0.31,<1.1", "ruff>=0.17,<0.18"]},
+    extras_require={
+        "benchmark": ["timm>=1.0.31,<1.1", "halonet-pytorch>=0.0.5,<0.1"],
+        "test": [
+            "pytest>=8,<10",
+            "ruff>=0.17,<0.18",
+            "timm>=1.0.31,<1.1",
+            "halonet-pytorch>=0.0.5,<0.1",
+            "onnx>=1.17,<2",
+            "onnxruntime>=1.20,<2",
+            "onnxscript>=0.3,<1",
+        ],
+    },
 )

@@ -33,12 +33,12 @@ class Geometry:
     @property
     def rows(self) -> int:
         """Rows of blocks."""
-        return -(-self.height // self.block)
+        return _divide(self.height, self.block)
 
     @property
     def columns(self) -> int:
         """Columns of blocks."""
-        return -(-self.width // self.block)
+        return _divide(self.width, self.block)
 
     @property
     def queries(self) -> int:
@@ -48,12 +48,12 @@ class Geometry:
     @property
     def query_height(self) -> int:
         """Of the map of queries, and of the result."""
-        return -(-self.height // self.stride)
+        return _divide(self.height, self.stride)
 
     @property
     def query_width(self) -> int:
         """The same across."""
-        return -(-self.width // self.stride)
+        return _divide(self.width, self.stride)
 
     @property
     def window_height(self) -> int:
@@ -64,3 +64,8 @@ class Geometry:
     def window_width(self) -> int:
         """Pixels of a window from left to right."""
         return self.left + self.block + self.right
+
+
+def _divide(size: int, by: int) -> int:
+    """Rounded up, in the form in which PyTorch itself writes the size of a strided convolution: sizes may be symbols in a graph."""
+    return (size - 1) // by + 1

@@ -74,7 +74,8 @@ def halo_attention(
     shape = Geometry(
         *k.shape[-2:], block_size, *halo, stride=stride, mask=border == "mask", scale=q.shape[2] ** -0.5 if scale is None else float(scale)
     )
-    _check_shapes(q, k, v, rel_h, rel_w, extra_k, extra_v, shape)
+    if not torch.jit.is_tracing():
+        _check_shapes(q, k, v, rel_h, rel_w, extra_k, extra_v, shape)
     if backend == "auto":
         backend = "unfolded" if torch.jit.is_tracing() or torch.compiler.is_compiling() else "blocked"
     if backend not in BACKENDS:
@@ -112,7 +113,7 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
                 else "(B, heads, rows, columns, E, d)"
             )
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {dimensions} dimensions {kind}")
-        if 0 in tensor.shape:
+        if not torch.jit.is_tracing() and 0 in tensor.shape:  # sizes are tensors there: to ask for one would fix it in the graph
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: there is nothing to attend to in an empty tensor")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}, expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}")

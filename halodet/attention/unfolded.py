@@ -28,8 +28,12 @@ def halo_attention_unfolded(
         inside = (inside_y[:, None, :, None] & inside_x[None, :, None, :]).unsqueeze(-1)
         keys, values = keys * inside, values * inside
 
-    logits_h = torch.einsum("bnyxijd,iwd->bnyxijw", queries, rel_h[_table_rows(shape.queries, shape.window_height, device)])
-    logits_w = torch.einsum("bnyxijd,jwd->bnyxijw", queries, rel_w[_table_rows(shape.queries, shape.window_width, device)])
+    # Each query needs its own rows of the tables, counted as timm counts them so that its weights load unchanged.
+    i = torch.arange(shape.queries, device=device).unsqueeze(1)
+    rows_h = shape.window_height - 1 + torch.arange(shape.window_height, device=device) - i  # (queries, window)
+    rows_w = shape.window_width - 1 + torch.arange(shape.window_width, device=device) - i
+    logits_h = torch.einsum("bnyxijd,iwd->bnyxijw", queries, rel_h[rows_h])
+    logits_w = torch.einsum("bnyxijd,jwd->bnyxijw", queries, rel_w[rows_w])
     if shape.mask:
         # A masked row or column stays masked in the sum below. Every block holds a pixel of the map, so no query loses all its keys.
         logits_h = logits_h.masked_fill(~inside_y[:, None, None, None, :], float("-inf"))
@@ -43,9 +47,11 @@ def halo_attention_unfolded(
         values = torch.cat((values, extra_v), -2)
     out = torch.matmul(scores.softmax(-1).to(values.dtype), values)
 
-    # (B, heads, rows, columns, queries * queries, d) -> (B, heads, d, H, W), cropped
-    out = out.unflatten(-2, (shape.queries, shape.queries)).permute(0, 1, 6, 2, 4, 3, 5)
-    return out.flatten(-2).flatten(-3, -2)[..., : shape.query_height, : shape.query_width]
+    # Every query is fetched from its block: (B, heads, rows, columns, queries * queries, d) -> (B, heads, H, W, d). What completes the last
+    # block is left behind; to cut it off would tie an exported graph to maps that blocks do, or do not, divide.
+    y, x = torch.arange(shape.query_height, device=device).unsqueeze(1), torch.arange(shape.query_width, device=device)
+    out = out[:, :, y // shape.queries, x // shape.queries, y % shape.queries * shape.queries + x % shape.queries]
+    return out.permute(0, 1, 4, 2, 3)
 
 
 def _positions(count: int, block: int, queries: int, before: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -56,11 +62,4 @@ def _positions(count: int, block: int, queries: int, before: int, window: int, d
 
 def _take(x: Tensor, y: Tensor, x_positions: Tensor) -> Tensor:
     """(B, heads, d, H, W), (rows, h), (columns, w) -> (B, heads, rows, columns, h, w, d)."""
-    taken = x.index_select(-2, y.flatten()).index_select(-1, x_positions.flatten())
-    taken = taken.unflatten(-1, (-1, x_positions.shape[1])).unflatten(-3, (-1, y.shape[1]))
-    return taken.permute(0, 1, 3, 5, 4, 6, 2)
-
-
-def _table_rows(queries: int, window: int, device: torch.device) -> Tensor:
-    """(queries, window): the row of the table for query i and key j, counted as timm counts it so that its weights load unchanged."""
-    return window - 1 + torch.arange(window, device=device) - torch.arange(queries, device=device).unsqueeze(1)
+    return x[..., y[:, None, :, None], x_positions[:, None, :]].permute(0, 1, 3, 4, 5, 6, 2)

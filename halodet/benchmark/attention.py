@@ -44,16 +44,13 @@ class Setting:
         return f"{self.batch}×{self.channels}×{self.height}×{self.width} b{self.block} h{self.halo}"
 
     def work(self, element_size: int, *, train: bool) -> tuple[float, float]:
-        """Operations that cannot be left out, and bytes: every map once (x, q, k, v and the result; in training their gradients too, and
-        the maps a second time), no score ever written. What is recomputed does not count."""
-        pixels, rows, columns = self.height * self.width, -(-self.height // self.block), -(-self.width // self.block)
+        """Operations and bytes that cannot be left out: projections and attention read and write every map once, and no score is ever
+        written; training does all of it three times, and what is recomputed does not count."""
+        pixels = self.height * self.width
         window = self.block + 2 * self.halo
         pairs = pixels * window**2
         forward = 2 * 3 * self.channels**2 * pixels + 2 * 2 * self.channels * pairs + 2 * 2 * window * self.channels * pixels
-        windows = rows * columns * window**2 / pixels  # how often a key is read
-        maps = self.channels * pixels * element_size
-        # x, q, k, v written by the projections; q once and k, v as often as windows overlap read; the result
-        moved = maps * (4 + 1 + 2 * min(windows, 1.0) + 1)
+        moved = 8 * self.channels * pixels * element_size  # x, q, k, v; q, k, v again; the result
         return self.batch * forward * (3 if train else 1), self.batch * moved * (3 if train else 1)
 
 

@@ -97,7 +97,7 @@ class HaloMixer(nn.Module):
         weights = self.kv.weight.unflatten(0, (self.num_heads, -1)).split((self.depth, self.value_depth), dim=1)
         maps = (self.q(x), *(F.conv2d(x, weight.flatten(0, 1)) for weight in weights))
         out = halo_attention(
-            *(y.unflatten(1, (self.num_heads, -1)) for y in maps), self.pos_embed.height_rel, self.pos_embed.width_rel,
+            *(y.view(y.shape[0], self.num_heads, -1, *y.shape[2:]) for y in maps), self.pos_embed.height_rel, self.pos_embed.width_rel,
             block_size=self.block_size, halo_size=self.halo_size, border=self.border, stride=self.query_stride, backend=self.backend,
         ).flatten(1, 2)  # fmt: skip
         if self.pool:

@@ -1,0 +1,102 @@
+"""Compiled, exported, checkpointed and mixed-precision attention against the plain call; one exported graph serves maps of all sizes."""
+
+import io
+
+from halodet.mixers.halo import HaloMixer
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+SIZES = [(13, 22), (6, 31), (40, 16)]  # the graph is made with the first; blocks of 4 divide the last
+LAYERS = {
+    "mask": {"border": "mask"},
+    "zero, stride 2": {"border": "zero", "stride": 2},
+    "pooled": {"border": "zero", "stride": 2, "block_size": 5},
+}
+
+
+def layer(case):
+    torch.manual_seed(0)
+    return HaloMixer(16, 24, **{"num_heads": 2, "block_size": 4, "halo_size": 2, **LAYERS[case]}).eval()
+
+
+def image(height, width):
+    return torch.randn(2, 16, height, width, generator=torch.Generator().manual_seed(height))
+
+
+# Before, dynamic sizes had to be proved, not only checked.
+needs_auto = pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="this PyTorch has no torch.export.Dim.AUTO")
+
+
+def dynamic():
+    return ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+@needs_auto
+@pytest.mark.parametrize("case", LAYERS)
+def test_exported_program_takes_any_size(case):
+    mixer = layer(case)
+    program = torch.export.export(mixer, (image(*SIZES[0]),), dynamic_shapes=dynamic()).module()
+    for size in SIZES:
+        torch.testing.assert_close(program(image(*size)), mixer(image(*size)), rtol=1e-5, atol=1e-5)
+
+
+@needs_auto
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Exporting aten..index:UserWarning")
+@pytest.mark.parametrize("exporter", ["torch.export", "TorchScript"])
+@pytest.mark.parametrize("case", ["mask", "zero, stride 2"])
+def test_onnx_runtime_agrees_at_any_size(case, exporter):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    mixer, file = layer(case), io.BytesIO()
+    names = {"input_names": ["x"], "output_names": ["y"]}
+    if exporter == "torch.export":
+        torch.onnx.export(mixer, (image(*SIZES[0]),), dynamo=True, dynamic_shapes=dynamic(), verbose=False, **names).save(file)
+    else:
+        axes = {"x": {2: "height", 3: "width"}}
+        torch.onnx.export(mixer, (image(*SIZES[0]),), file, dynamo=False, dynamic_axes=axes, opset_version=17, **names)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    for size in SIZES:
+        (actual,) = session.run(None, {"x": image(*size).numpy()})
+        torch.testing.assert_close(torch.from_numpy(actual), mixer(image(*size)).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_compiled_layer_is_one_graph_with_the_same_gradients(case):
+    mixer = layer(case)
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    for size in SIZES[:2]:
+        x = image(*size).requires_grad_()
+        inputs = [x, *mixer.parameters()]
+        plain, other = mixer(x), compiled(x)
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
+        for a, b in zip(*(torch.autograd.grad(y.sin().sum(), inputs) for y in (other, plain)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointed_layer_has_the_same_gradients():
+    mixer, x = layer("mask"), image(13, 22).requires_grad_()
+    inputs = [x, *mixer.parameters()]
+    plain = torch.autograd.grad(mixer(x).sin().sum(), inputs)
+    for a, b in zip(torch.autograd.grad(checkpoint(mixer, x, use_reentrant=False).sin().sum(), inputs), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_computes_in_bfloat16_near_the_plain_layer():
+    mixer, x = layer("mask"), image(13, 22).requires_grad_()
+    inputs = [x, *mixer.parameters()]
+    exact = mixer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = mixer(x)
+    assert half.dtype == torch.bfloat16
+    gradients = [torch.autograd.grad(y.float().sin().sum(), inputs) for y in (half, exact)]
+    assert (half - exact).norm() < 0.02 * exact.norm()
+    for a, b in zip(*gradients, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.05 * b.norm()
