@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, ShapeSpec, get_norm
 from detectron2.modeling import Backbone
@@ -98,7 +99,8 @@ class Bottleneck(CNNBlockBase):
         out = self.activation(self.conv1(x))
         out = self.activation(self.norm2(self.mixer(out)))
         out = self.drop_path(self.se(self.conv3(out)))
-        return self.activation(out + self.shortcut(x))
+        out += self.shortcut(x)
+        return self.activation(out)
 
 
 class HaloNet(Backbone):
@@ -214,6 +216,9 @@ class HaloNet(Backbone):
         """Images (B, in_channels, H, W) -> the maps named in ``out_features``."""
         if x.dim() != 4:
             raise ValueError(f"HaloNet takes images (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
+        if x.device.type == "cpu":
+            # Convolutions there are faster with channels last, and attention works with them: nothing is turned over between the two.
+            x = x.contiguous(memory_format=torch.channels_last)
         maps = {"stem": self.stem(x)}
         x = maps["stem"]
         for name, stage in zip(STAGES, self.stages, strict=False):
