@@ -10,10 +10,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_its_python_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
-    exec(code, names)  # noqa: S102
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(code, names)  # noqa: S102
     assert sum(p.numel() for p in names["model"].parameters()) > 10e6
+    assert names["out"].shape == (1, 8, 64, 50, 67)
 
 
 def test_files_it_names_are_there():

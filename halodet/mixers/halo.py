@@ -25,14 +25,15 @@ class HaloMixer(nn.Module):
     its weights load unchanged.
 
     Args:
-        channels: of the input, and of queries and keys over all heads.
+        channels: of the input.
         value_channels: of the values over all heads, and so of the output.
         stride: 1 or 2. With 2, every second query in each direction is kept; where no block of even size allows that, the output of
             stride 1 is averaged over 2×2 pixels.
-        num_heads: heads; divides ``channels`` and ``value_channels``.
+        num_heads: heads; divides the channels of queries and of values.
         block_size: pixels along a side of a block.
         halo_size: pixels around a block.
         border: ``"zero"`` or ``"mask"``, see :func:`halodet.attention.halo_attention`.
+        qk_channels: of queries and keys over all heads, by default those of the input.
         backend: of attention, see there.
 
     Raises:
@@ -51,23 +52,25 @@ class HaloMixer(nn.Module):
         block_size: int = 8,
         halo_size: int = 3,
         border: str = "mask",
+        qk_channels: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        qk_channels = channels if qk_channels is None else qk_channels
         if block_size < 1 or halo_size < 0 or border not in BORDERS:
             raise ValueError(
                 f"block_size is {block_size}, halo_size {halo_size} and border {border!r}, "
                 f"expected a block of 1 pixel or more, a halo of 0 or more and a border of {BORDERS}"
             )
-        if num_heads < 1 or channels % num_heads or value_channels % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide {channels} channels of queries and {value_channels} of values")
+        if num_heads < 1 or qk_channels % num_heads or value_channels % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide {qk_channels} channels of queries and {value_channels} of values")
         self.out_channels = value_channels
         self.num_heads, self.block_size, self.halo_size, self.border, self.backend = num_heads, block_size, halo_size, border, backend
         self.pool = stride > 1 and block_size % stride != 0
         self.query_stride = 1 if self.pool else stride
-        self.depth, self.value_depth = channels // num_heads, value_channels // num_heads
-        self.q = nn.Conv2d(channels, channels, 1, stride=self.query_stride, bias=False)
-        self.kv = nn.Conv2d(channels, channels + value_channels, 1, bias=False)
+        self.depth, self.value_depth = qk_channels // num_heads, value_channels // num_heads
+        self.q = nn.Conv2d(channels, qk_channels, 1, stride=self.query_stride, bias=False)
+        self.kv = nn.Conv2d(channels, qk_channels + value_channels, 1, bias=False)
         self.pos_embed = RelativePosition(block_size + 2 * halo_size, self.depth)
         self.reset_parameters()
 

@@ -44,14 +44,21 @@ def test_heads_must_divide_the_channels():
         HaloMixer(16, 24, num_heads=3)
 
 
-@pytest.mark.parametrize(("stride", "block", "halo"), [(1, 8, 3), (2, 8, 3), (1, 7, 2), (2, 7, 2), (1, 8, 2)])
-def test_halo_mixer_equals_timm_with_its_weights(stride, block, halo):
+@pytest.mark.parametrize(
+    ("stride", "block", "halo", "depth"),
+    [(1, 8, 3, 8), (2, 8, 3, 8), (1, 7, 2, 8), (2, 7, 2, 8), (1, 8, 2, 8), (1, 8, 3, 4), (2, 8, 3, 16)],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_halo_mixer_equals_timm_with_its_weights(stride, block, halo, depth, memory_format):
     halo_attn = pytest.importorskip("timm.layers.halo_attn", reason="timm is not installed")
-    theirs = halo_attn.HaloAttn(32, 32, stride=stride, num_heads=4, block_size=block, halo_size=halo).double()
-    ours = HaloMixer(32, 32, stride=stride, num_heads=4, block_size=block, halo_size=halo, border="zero").double()
+    theirs = halo_attn.HaloAttn(32, 48, stride=stride, num_heads=4, dim_head=depth, block_size=block, halo_size=halo).double()
+    ours = HaloMixer(32, 48, stride=stride, num_heads=4, qk_channels=4 * depth, block_size=block, halo_size=halo, border="zero").double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    x = torch.randn(2, 32, 2 * block, 4 * block, dtype=torch.float64)
+    x = torch.randn(2, 32, 2 * block, 4 * block, dtype=torch.float64).contiguous(memory_format=memory_format)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(ours(x))
+    for a, b in zip(*(torch.autograd.grad((m(x) * weight).sum(), list(m.parameters())) for m in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_initial_spread_is_timms():
