@@ -1,4 +1,4 @@
-"""A picture of how many times as long each contender takes as we do."""
+"""A picture of how many times as long contenders take as one of them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 
-def draw_ratios(panels: dict[str, tuple[list[str], dict[str, list[float | None]]]], title: str, path: Path) -> None:
+def draw_ratios(
+    panels: dict[str, tuple[list[str], dict[str, list[float | None]]]],
+    title: str,
+    path: Path,
+    xlabel: str = "time / time of halodet (above 1: halodet is faster)",
+) -> None:
     """Draw one panel of horizontal bars per entry, all with the same rows, and write them to ``path`` (PNG, SVG, PDF).
 
     Args:
-        panels: title of a panel -> (label of each row, contender -> its time over ours in each row, None where it did not run).
+        panels: title of a panel -> (label of each row, name in the legend -> its ratio in each row, None where there is none).
         title: of the whole.
         path: the file; its ending says the format.
+        xlabel: what the ratios are.
     """
     rows = max(len(labels) for labels, _ in panels.values())
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 1.4 + 0.34 * rows), sharey=True, squeeze=False)
@@ -29,7 +35,7 @@ def draw_ratios(panels: dict[str, tuple[list[str], dict[str, list[float | None]]
                 if value:
                     axis.text(value, y, f" {value:.2f}", va="center", fontsize=6)
         axis.axvline(1, color="black", linewidth=1)
-        axis.set(title=name, xlabel="time / time of halodet (above 1: halodet is faster)", yticks=range(len(labels)), yticklabels=labels)
+        axis.set(title=name, xlabel=xlabel, yticks=range(len(labels)), yticklabels=labels)
         axis.tick_params(axis="y", labelsize=7)
         axis.margins(x=0.12, y=0.01)
     axes[0][0].invert_yaxis()

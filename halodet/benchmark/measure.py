@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import multiprocessing
 import os
@@ -25,6 +26,12 @@ def use_even_allocator() -> None:
     if sys.platform == "linux" and any(name not in os.environ for name in EVEN_ALLOCATOR):
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **EVEN_ALLOCATOR})
+
+
+def release_memory() -> None:
+    """Give what the allocator keeps for later back to the system (glibc only; elsewhere nothing happens)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def synchronize(device: torch.device) -> None:
@@ -83,6 +90,7 @@ def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object, 
         return torch.cuda.max_memory_allocated(device) - before
     if sys.platform != "linux":
         return None
+    release_memory()  # the other process may need what this one does not use
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_growth, args=(sender, build, arguments))
