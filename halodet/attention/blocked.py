@@ -233,7 +233,8 @@ class _Work:
         size = tile.rows.window * tile.columns.window
         inside = scores[..., :size].unflatten(-1, (tile.rows.window, tile.columns.window)).unflatten(1, along_h.shape[1:3])
         torch.add(along_h.unsqueeze(-1), along_w.unsqueeze(-2), out=inside)
-        scores[..., size:] = 0
+        if self.extra_k is not None:
+            scores[..., size:] = 0
         scores.baddbmm_(queries, keys.transpose(1, 2), alpha=self.shape.scale)
         return (torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)), queries, keys
 
