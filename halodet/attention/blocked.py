@@ -240,13 +240,18 @@ class _Work:
 
     def grad_positions(self, tile: _Tile, grad_scores: Tensor) -> Tensor:
         """Undo what :meth:`weights` does with the products of queries and table: each sees the sum over the other direction."""
-        count = sum(rows.stop - rows.start for rows in self.table_rows(tile))
-        grad = self.buffer("products", grad_scores.shape[0] * tile.queries, count).zero_()
-        along_h, along_w = self.positions_of(grad, tile)
-        inside = grad_scores[..., : tile.rows.window * tile.columns.window].unflatten(-1, (tile.rows.window, tile.columns.window))
-        along_h.copy_(inside.sum(-1).view(along_h.shape))
-        along_w.copy_(inside.sum(-2).view(along_w.shape))
-        return grad
+        (rows, columns), count = (tile.rows, tile.columns), sum(rows.stop - rows.start for rows in self.table_rows(tile))
+        size = (len(grad_scores) * tile.queries, count)
+        # Tiles of one shape leave the same places untouched, so these are cleared once.
+        name = f"grad_products {size} {rows.queries} {rows.window} {columns.window}"
+        if name not in self.buffers:
+            self.buffers[name] = grad_scores.new_zeros(size)
+        along_h, along_w = self.positions_of(self.buffers[name], tile)
+        inside = grad_scores[..., : rows.window * columns.window].unflatten(-1, (rows.window, columns.window))
+        inside = inside.unflatten(1, (rows.queries, columns.queries))
+        torch.sum(inside, -1, out=along_h)
+        torch.sum(inside, -2, out=along_w)
+        return self.buffers[name]
 
 
 def _channels_last(x: Tensor) -> Tensor:
