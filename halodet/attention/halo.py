@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from .blocked import halo_attention_blocked
 from .geometry import Geometry
 from .reference import halo_attention_reference
+from .triton import halo_attention_triton, triton_problem, triton_refuses
 from .unfolded import halo_attention_unfolded
 
 BACKENDS = {
+    "triton": halo_attention_triton,
     "blocked": halo_attention_blocked,
     "unfolded": halo_attention_unfolded,
     "reference": halo_attention_reference,
@@ -59,7 +63,8 @@ def halo_attention(
         extra_k: keys that every query of a block sees besides its window, without a position
             (B, heads, ⌈H/block_size⌉, ⌈W/block_size⌉, E, d_qk).
         extra_v: their values (B, heads, ⌈H/block_size⌉, ⌈W/block_size⌉, E, d_v).
-        backend: a name in :data:`BACKENDS`, or ``"auto"``: ``"blocked"``, or ``"unfolded"`` while tracing, compiling or exporting.
+        backend: a name in :data:`BACKENDS`, or ``"auto"``: on a GPU ``"triton"`` if it can be used, with one warning if not; otherwise
+            ``"blocked"``, or ``"unfolded"`` while compiling. Traced and exported models always hold ``"unfolded"``.
 
     Returns:
         Tensor (B, heads, d_v, ⌈H/stride⌉, ⌈W/stride⌉).
@@ -77,11 +82,39 @@ def halo_attention(
     if not torch.jit.is_tracing():
         _check_shapes(q, k, v, rel_h, rel_w, extra_k, extra_v, shape)
     if backend == "auto":
-        backend = "unfolded" if torch.jit.is_tracing() or torch.compiler.is_compiling() else "blocked"
+        backend = _choose(q, v, shape)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
     # Parameters stay float32 where autocast makes the maps half.
     return BACKENDS[backend](q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), extra_k, extra_v, shape)
+
+
+def _choose(q: Tensor, v: Tensor, shape: Geometry) -> str:
+    if torch.jit.is_tracing() or _exporting():
+        return "unfolded"
+    if q.device.type == "cuda":
+        problem = triton_problem(q.device) or triton_refuses(q, v, shape)
+        if problem is None:
+            return "triton"
+        _warn_once(f"{problem}: halo attention uses a slower backend")
+    return "unfolded" if torch.compiler.is_compiling() else "blocked"
+
+
+# A constant, because some versions of PyTorch answer yes to all code that they trace.
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+_warned = False
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(message, stacklevel=2)
 
 
 def _check_sizes(block_size: int, halo_size: int | tuple[int, int, int, int], border: str, stride: int) -> tuple[int, int, int, int]:
