@@ -46,8 +46,8 @@ def halo_attention_triton(
 def triton_problem(device: torch.device) -> str | None:
     """Why the Triton backend cannot be used on a device, in a sentence, or None.
 
-    Triton is missing or too old, or the device is no GPU or too old a one. The answer is found once. With TRITON_INTERPRET=1 set before Triton
-    is imported, its interpreter stands in for a GPU: slow, for tests.
+    Triton is missing or too old, or the device is no GPU or too old a one. The answer is found once. With TRITON_INTERPRET=1 set before
+    Triton is imported, its interpreter stands in for a GPU: slow, for tests.
     """
     return _problem(device)
 

@@ -176,6 +176,7 @@ def _mix(scores, values, highest, total, mixed, PRECISION: tl.constexpr):
         _config(2, BLOCK_M=16, BLOCK_N=64),
         _config(2, BLOCK_M=32, BLOCK_N=32),
         _config(4, BLOCK_M=64, BLOCK_N=32),
+        _config(4, stages=3, BLOCK_M=64, BLOCK_N=32),
         _config(4, BLOCK_M=64, BLOCK_N=64),
         _config(8, BLOCK_M=128, BLOCK_N=64),
     ],
