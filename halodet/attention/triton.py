@@ -149,6 +149,8 @@ def _attend_backward(
     kernels, shape = _kernels(), Geometry(*k.shape[-2:], block, *halo, stride, mask, scale)
     _check_offsets(grad)
     grad, q, k, v = (_channels_last(x) for x in (grad, q, k, v))
+    # As they were made, unless something has moved them since.
+    out, lse = out.permute(0, 3, 4, 1, 2).contiguous(), lse.contiguous()
     table, extra_k, extra_v = (None if x is None else x.contiguous() for x in (table, extra_k, extra_v))
     grad_q, grad_k, grad_v, _, grad_extra_k, grad_extra_v = _attend_backward_fake(grad, out, lse, q, k, v, table, extra_k, extra_v)
     delta = torch.empty_like(lse)
@@ -248,7 +250,7 @@ def _query_tiles(q: Tensor, shape: Geometry, size: int) -> int:
 
 
 def _key_tiles(shape: Geometry, height: int, width: int) -> int:
-    """Rectangles that cover a map, the first beginning so far outside it as ``backward_keys`` has it."""
+    """How many rectangles cover a map where the first begins as far outside it as in ``backward_keys``."""
     return _up(shape.height + -shape.bottom % height, height) * _up(shape.width + -shape.right % width, width)
 
 
@@ -284,7 +286,7 @@ def _sizes(q: Tensor, v: Tensor, shape: Geometry) -> dict[str, Any]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores multiply float32. Three products of TF32 make up one of float32, within its rounding, and are much faster."""
+    """How float32 is multiplied. Three products of TF32 come close to the rounding of one of float32, for which there is no tensor core."""
     matmul = torch.backends.cuda.matmul
     # Reading the older name of that setting fails where the newer one was used.
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

@@ -240,6 +240,7 @@ def forward(
         _config(2, BLOCK_M=32, BLOCK_N=32),
         _config(4, BLOCK_M=64, BLOCK_N=32),
         _config(4, BLOCK_M=64, BLOCK_N=64),
+        _config(8, BLOCK_M=64, BLOCK_N=64),
     ],
     _config(4, BLOCK_M=32, BLOCK_N=64),
     reset_to_zero=["grad_table"],
