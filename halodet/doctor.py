@@ -29,7 +29,7 @@ NEEDED = {
     "detectron2": ("detectron2", INSTALL_DETECTRON2),
 }
 USED = ("detectron2.engine", "halodet.engine", "halodet.inference")
-OPTIONAL = {"timm": "timm", "tensorboard": "tensorboard"}
+OPTIONAL = {"timm": "timm", "tensorboard": "tensorboard", "triton": "triton"}
 
 
 def version_of(distribution: str) -> str:
@@ -54,13 +54,17 @@ def problem_with(module: str) -> str | None:
 
 
 def devices() -> list[str]:
-    """One line for each device PyTorch can use."""
+    """One line for each device PyTorch can use, on a GPU with what computes halo attention there."""
+    from halodet.attention.triton import triton_problem
+
     import torch
 
     lines = [f"cpu: {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        lines.append(f"cuda:{index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}")
+        problem = triton_problem(torch.device("cuda", index))
+        attention = f"attention in plain PyTorch: {problem}" if problem else "attention in Triton"
+        lines.append(f"cuda:{index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}, {attention}")
     return lines
 
 

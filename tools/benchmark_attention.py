@@ -87,11 +87,14 @@ def measure(setting: attention.Setting, args: argparse.Namespace, machine) -> di
                     raise
                 failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
         seconds = interleave(calls, rounds=args.rounds, device=device)
-        bound = machine.bound(*setting.work(dtype.itemsize, train=mode == "training"))
+        operations, moved = setting.work(dtype.itemsize, train=mode == "training")
         result[mode] = {name: {"failed": reason} for name, reason in failed.items()}
         for name, times in seconds.items():
             figures = result[mode][name] = {"ms": statistics.median(times) * 1e3, "ratio": ratio(times, seconds[OURS])}
-            figures["of_bound"] = bound / statistics.median(times)
+            # the fraction of the bound by operations, by bytes, and by whichever is higher
+            figures["of_operations"] = operations / machine.matrix_rate / statistics.median(times)
+            figures["of_bytes"] = moved / machine.copy_rate / statistics.median(times)
+            figures["of_bound"] = max(figures["of_operations"], figures["of_bytes"])
         del calls
         if args.memory:
             for name in seconds:

@@ -123,10 +123,6 @@ class Machine:
     matrix_rate: float
     copy_rate: float
 
-    def bound(self, operations: float, bytes_moved: float) -> float:
-        """Seconds below which that much work cannot be done."""
-        return max(operations / self.matrix_rate, bytes_moved / self.copy_rate)
-
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure the best of what PyTorch offers for matrix products (product, 1×1 convolution) and a copy that no cache holds."""

@@ -1,7 +1,7 @@
 """The layers that are compared compute the same thing, and what is counted is what there is."""
 
 from halodet.benchmark.attention import Setting, available, build_call, build_layer, settings
-from halodet.benchmark.measure import Machine, geometric_mean, interleave, peak_memory, ratio
+from halodet.benchmark.measure import geometric_mean, interleave, peak_memory, ratio
 
 import pytest
 import torch
@@ -88,8 +88,6 @@ def test_calls_are_timed_in_turns():
 def test_ratio_and_mean():
     assert ratio([2.0, 9.0, 4.0], [1.0, 1.0, 2.0]) == 2.0
     assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
-    assert Machine(matrix_rate=10.0, copy_rate=4.0).bound(20.0, 4.0) == 2.0
-    assert Machine(matrix_rate=10.0, copy_rate=4.0).bound(20.0, 40.0) == 10.0
 
 
 def holds(mebibytes):

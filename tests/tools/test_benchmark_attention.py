@@ -19,7 +19,9 @@ def test_writes_figures_table_and_chart(tmp_path, capsys):
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
     (figures,) = results.values()
     for mode in ("forward", "training"):
-        assert figures[mode]["halodet"]["ratio"] == 1.0
+        ours = figures[mode]["halodet"]
+        assert ours["ratio"] == 1.0
+        assert ours["of_bound"] == max(ours["of_operations"], ours["of_bytes"]) and min(ours["of_operations"], ours["of_bytes"]) > 0
         assert figures[mode]["timm"]["ms"] > 0 and figures[mode]["timm"]["ratio"] > 0
     assert "1×128×6×9 b4 h1" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
