@@ -138,13 +138,7 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
             continue
         dimensions = {"rel_h": 2, "rel_w": 2, "extra_k": 6, "extra_v": 6}.get(name, 5)
         if tensor.dim() != dimensions:
-            kind = (
-                "(B, heads, d, H, W)"
-                if dimensions == 5
-                else "(2 * window - 1, d)"
-                if dimensions == 2
-                else "(B, heads, rows, columns, E, d)"
-            )
+            kind = {2: "(2 * window - 1, d)", 5: "(B, heads, d, H, W)", 6: "(B, heads, rows, columns, E, d)"}[dimensions]
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {dimensions} dimensions {kind}")
         if not torch.jit.is_tracing() and 0 in tensor.shape:  # sizes are tensors there: to ask for one would fix it in the graph
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: there is nothing to attend to in an empty tensor")

@@ -10,6 +10,8 @@ from halodet.attention.reference import attend
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Triton takes no float64; test_triton.py is its own.
 EXACT = sorted(set(BACKENDS) - {"triton"})
 FAST = sorted(set(EXACT) - {"reference"})

@@ -12,7 +12,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(triton_problem(DEVICE) is not None, reason=str(triton_problem(DEVICE)))
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(triton_problem(DEVICE) is not None, reason=str(triton_problem(DEVICE))),
+]
 
 
 def make(shape, batch=1, heads=1, depth=4, value_depth=4, extra=0, seed=0):

@@ -6,17 +6,9 @@ from halodet.engine import ConfigError
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTING = models.Setting(70, 101)
 SMALL = "quick/mask_rcnn_halo_small"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine make these small models take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

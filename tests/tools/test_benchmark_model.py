@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 spec = importlib.util.spec_from_file_location("benchmark_model", Path(__file__).parents[2] / "tools" / "benchmark_model.py")
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
@@ -34,15 +34,6 @@ class Broken(Backbone):
 
 def unbuildable():
     raise ImportError("No module named 'elsewhere'")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine make these small models take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
