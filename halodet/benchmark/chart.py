@@ -25,7 +25,9 @@ def draw_ratios(
         xlabel: what the ratios are.
     """
     rows = max(len(labels) for labels, _ in panels.values())
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 1.4 + 0.34 * rows), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6.5 * len(panels), 1.4 + 0.34 * rows), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, (name, (labels, ratios)) in zip(axes[0], panels.items(), strict=True):
         height = 0.8 / max(1, len(ratios))
         for i, (contender, values) in enumerate(ratios.items()):
@@ -41,7 +43,6 @@ def draw_ratios(
     axes[0][0].invert_yaxis()
     axes[0][-1].legend(loc="best", fontsize=8)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
