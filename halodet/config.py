@@ -14,6 +14,7 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.NORM = "BN"  # BN, FrozenBN, SyncBN or GN
     node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # maps the backbone returns; also stem
     node.STOCHASTIC_DEPTH = 0.0  # probability of dropping the last block's branch while training, rising linearly from 0
+    node.BACKEND = "auto"  # what computes attention: auto, or triton, blocked, unfolded, reference (halodet/attention)
     # Each key below overrides one column of the variant's row; None keeps the row's value.
     node.DEPTHS = None  # blocks in each of the four stages
     node.MIXERS = None  # per stage "conv" or "halo", or a list with one name for each block

@@ -1,5 +1,5 @@
 """Blocked local self-attention with a halo, as a function of tensors."""
 
-from .halo import BORDERS, halo_attention
+from .halo import BACKENDS, BORDERS, halo_attention
 
-__all__ = ["BORDERS", "halo_attention"]
+__all__ = ["BACKENDS", "BORDERS", "halo_attention"]

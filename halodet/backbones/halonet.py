@@ -118,6 +118,7 @@ class HaloNet(Backbone):
         stochastic_depth: probability of dropping the last block's branch while training, rising linearly from 0 at the first block.
         freeze_at: stages kept from training: 0 none, 1 the stem, 2 the stem and res2, ... 5 all.
         num_classes: make the classifier form, with the variant's final 1×1, pooling and a linear layer.
+        backend: what computes attention, see :func:`halodet.attention.halo_attention`.
 
     Raises:
         ValueError: an unknown name, or mixers, depths or heads that do not fit together.
@@ -136,6 +137,7 @@ class HaloNet(Backbone):
         stochastic_depth: float = 0.0,
         freeze_at: int = 0,
         num_classes: int | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if isinstance(variant, str):
@@ -173,6 +175,7 @@ class HaloNet(Backbone):
                     block_size=variant.block_size,
                     halo_size=variant.halo_size,
                     border=variant.border,
+                    backend=backend,
                 )
                 blocks.append(
                     Bottleneck(
@@ -210,6 +213,7 @@ class HaloNet(Backbone):
             "out_features": node.OUT_FEATURES,
             "stochastic_depth": node.STOCHASTIC_DEPTH,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+            "backend": node.BACKEND,
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.solver import build_lr_scheduler
 
+from ..attention.triton import triton_problem
 from ..config import add_halodet_config, config_dir
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,9 @@ def _check_device(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but PyTorch sees {torch.cuda.device_count()} GPUs, counted from 0")
     if cfg.SOLVER.AMP.ENABLED and device.type == "cpu":
         raise ConfigError("SOLVER.AMP.ENABLED needs a GPU, and this run is on the CPU: set it to False")
+    problem = triton_problem(device) if cfg.MODEL.HALONET.BACKEND == "triton" else None
+    if problem:
+        raise ConfigError(f"MODEL.HALONET.BACKEND is triton, but {problem}: set it to auto")
 
 
 def _check_compiled_operators(cfg: CfgNode) -> None:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import BORDERS, halo_attention
+from ..attention import BACKENDS, BORDERS, halo_attention
 from .registry import MixerSpec, register_mixer
 
 
@@ -37,7 +37,7 @@ class HaloMixer(nn.Module):
         backend: of attention, see there.
 
     Raises:
-        ValueError: the heads do not divide the channels, or block, halo or border are not usable.
+        ValueError: the heads do not divide the channels, or block, halo, border or backend are not usable.
 
     Source: Vaswani et al., CVPR 2021 (arXiv 2103.12731); initialisation and layout as in timm.
     """
@@ -62,6 +62,8 @@ class HaloMixer(nn.Module):
                 f"block_size is {block_size}, halo_size {halo_size} and border {border!r}, "
                 f"expected a block of 1 pixel or more, a halo of 0 or more and a border of {BORDERS}"
             )
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"the attention backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
         if num_heads < 1 or qk_channels % num_heads or value_channels % num_heads:
             raise ValueError(f"{num_heads} heads do not divide {qk_channels} channels of queries and {value_channels} of values")
         self.out_channels = value_channels
@@ -84,6 +86,7 @@ class HaloMixer(nn.Module):
             block_size=spec.block_size,
             halo_size=spec.halo_size,
             border=spec.border,
+            backend=spec.backend,
         )
 
     def reset_parameters(self) -> None:

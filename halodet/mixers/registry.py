@@ -20,6 +20,7 @@ class MixerSpec:
     block_size: int  # pixels
     halo_size: int  # pixels
     border: str
+    backend: str = "auto"  # what computes attention
 
 
 def register_mixer(name: str):

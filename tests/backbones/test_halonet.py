@@ -186,6 +186,7 @@ def test_only_what_is_asked_for_is_built():
         ({"border": "reflect"}, {}, "border 'reflect'"),
         ({"halo_size": -1}, {}, "halo_size -1"),
         ({"se_ratio": -1.0}, {}, "se_ratio -1.0"),
+        ({}, {"backend": "cuda"}, "attention backend is 'cuda'"),
         ({}, {"norm": "BNN"}, "norm is 'BNN'"),
         ({}, {"stochastic_depth": 1.5}, "stochastic_depth is 1.5"),
         ({}, {"out_features": ["res6"]}, r"out_features are \['res6'\]"),

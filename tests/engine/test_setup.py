@@ -2,12 +2,13 @@
 
 import os
 
-from halodet.engine import ConfigError, check_weights, check_writable, load_config
+from halodet.engine import ConfigError, check_weights, check_writable, load_config, setup
 from halodet.engine.setup import find_config
+from halodet.mixers.halo import HaloMixer
 
 import pytest
 import torch
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 
 PLAIN = "VERSION: 2\n"
 HALO = ["MODEL.BACKBONE.NAME", "build_halonet_fpn_backbone", "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']"]
@@ -94,6 +95,17 @@ def test_a_missing_config_names_the_nearest():
 def test_without_a_gpu_it_says_so_and_uses_the_cpu(caplog):
     assert load_config("mask_rcnn_halo_h0").MODEL.DEVICE == "cpu"
     assert "running on the CPU" in caplog.text
+
+
+def test_the_attention_backend_reaches_the_layers(monkeypatch):
+    model = build_model(load_config("mask_rcnn_halo_h0", ["MODEL.HALONET.BACKEND", "unfolded", "MODEL.DEVICE", "cpu"]))
+    mixers = [module for module in model.modules() if isinstance(module, HaloMixer)]
+    assert mixers and {mixer.backend for mixer in mixers} == {"unfolded"}
+    with pytest.raises(ConfigError, match="attention backend is 'flash'"):
+        load_config("mask_rcnn_halo_h0", ["MODEL.HALONET.BACKEND", "flash"])
+    monkeypatch.setattr(setup, "triton_problem", lambda device: f"there is no Triton for {device}")
+    with pytest.raises(ConfigError, match="BACKEND is triton, but there is no Triton for cpu: set it to auto"):
+        load_config("mask_rcnn_halo_h0", ["MODEL.HALONET.BACKEND", "triton", "MODEL.DEVICE", "cpu"])
 
 
 def test_weights_are_checked_before_anything_long_starts(tmp_path):
