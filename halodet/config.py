@@ -29,6 +29,16 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.ACTIVATION = None  # relu or silu
     node.BORDER = None  # mask: attention leaves out what lies outside the map; zero: it sees zeros there (as timm's weights want)
 
+    node = cfg.MODEL.TIMM = CfgNode()  # of build_timm_backbone and its FPN forms
+    node.NAME = "halonet50ts.a1h_in1k"  # timm's name of a network with attention, with the tag of its weights
+    node.NORM = "FrozenBN"  # FrozenBN, BN or SyncBN
+    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # maps the backbone returns
+    node.STOCHASTIC_DEPTH = 0.0  # probability of dropping the last block's branch while training, rising linearly from 0
+    node.WINDOW = 0  # bottleneck (global) attention: pixels of its map along a side of the windows it stays in; 0 for the whole map
+    node.POSITION = "interpolate"  # how bottleneck attention reads its tables at other sizes: interpolate, or offset (in pixels)
+    node.BACKEND = "auto"  # as MODEL.HALONET.BACKEND
+    node.CHECK_INPUT = True  # INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD must be those the weights were trained with; False: as they are given
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD as Detectron2 builds it, or AdamW without weight decay on relative position tables
 
 

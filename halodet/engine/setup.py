@@ -15,6 +15,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.solver import build_lr_scheduler
 
 from ..attention.triton import triton_problem
+from ..backbones.builders import TIMM_BACKBONES
+from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,11 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"override not usable: {_unknown_key(cfg, error)}") from error
     _check_device(cfg)
+    if cfg.MODEL.BACKBONE.NAME in TIMM_BACKBONES:
+        try:
+            set_input(cfg)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"MODEL.TIMM.NAME: {_sentence(error)}") from error
     _check_compiled_operators(cfg)
     _check_solver(cfg)
     _check_model(cfg)
@@ -118,9 +125,10 @@ def _check_device(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but PyTorch sees {torch.cuda.device_count()} GPUs, counted from 0")
     if cfg.SOLVER.AMP.ENABLED and device.type == "cpu":
         raise ConfigError("SOLVER.AMP.ENABLED needs a GPU, and this run is on the CPU: set it to False")
-    problem = triton_problem(device) if cfg.MODEL.HALONET.BACKEND == "triton" else None
-    if problem:
-        raise ConfigError(f"MODEL.HALONET.BACKEND is triton, but {problem}: set it to auto")
+    for key, node in (("MODEL.HALONET", cfg.MODEL.HALONET), ("MODEL.TIMM", cfg.MODEL.TIMM)):
+        problem = triton_problem(device) if node.BACKEND == "triton" else None
+        if problem:
+            raise ConfigError(f"{key}.BACKEND is triton, but {problem}: set it to auto")
 
 
 def _check_compiled_operators(cfg: CfgNode) -> None:
@@ -162,7 +170,7 @@ def _check_model(cfg: CfgNode) -> None:
     try:
         with torch.device("meta"):
             build_model(blank)
-    except (ValueError, TypeError, AssertionError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except (ImportError, ValueError, TypeError, AssertionError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(f"the model of this config cannot be built: {_sentence(error)}") from error
 
 

@@ -62,10 +62,7 @@ class HaloMixer(nn.Module):
                 f"block_size is {block_size}, halo_size {halo_size} and border {border!r}, "
                 f"expected a block of 1 pixel or more, a halo of 0 or more and a border of {BORDERS}"
             )
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"the attention backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
-        if num_heads < 1 or qk_channels % num_heads or value_channels % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide {qk_channels} channels of queries and {value_channels} of values")
+        check_attention(num_heads, qk_channels, value_channels, backend)
         self.out_channels = value_channels
         self.num_heads, self.block_size, self.halo_size, self.border, self.backend = num_heads, block_size, halo_size, border, backend
         self.pool = stride > 1 and block_size % stride != 0
@@ -114,3 +111,11 @@ class HaloMixer(nn.Module):
     def extra_repr(self) -> str:
         stride = 2 if self.pool else self.query_stride
         return f"heads={self.num_heads}, block={self.block_size}, halo={self.halo_size}, border={self.border!r}, stride={stride}"
+
+
+def check_attention(num_heads: int, qk_channels: int, value_channels: int, backend: str) -> None:
+    """ValueError where heads do not divide the channels, or there is no such backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"the attention backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
+    if num_heads < 1 or qk_channels % num_heads or value_channels % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide {qk_channels} channels of queries and {value_channels} of values")
