@@ -39,7 +39,10 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.BACKEND = "auto"  # as MODEL.HALONET.BACKEND
     node.CHECK_INPUT = True  # INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD must be those the weights were trained with; False: as they are given
 
-    cfg.SOLVER.OPTIMIZER = "SGD"  # SGD as Detectron2 builds it, or AdamW without weight decay on relative position tables
+    cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
+    cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none
+    cfg.SOLVER.WEIGHT_DECAY_REL_POS = 0.0  # weight decay of tables of relative positions (height_rel, width_rel)
 
 
 def config_dir() -> Path:

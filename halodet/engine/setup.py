@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..attention.triton import triton_problem
 from ..backbones.builders import TIMM_BACKBONES
 from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
+from .optimizer import OPTIMIZERS, rate_factors
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +153,15 @@ def _check_compiled_operators(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode) -> None:
-    if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
-        raise ConfigError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, expected 'SGD' or 'AdamW'")
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise ConfigError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, expected one of {list(OPTIMIZERS)}")
+    if not 0 < solver.BACKBONE_LR_FACTOR < math.inf:
+        raise ConfigError(f"SOLVER.BACKBONE_LR_FACTOR is {solver.BACKBONE_LR_FACTOR}, expected more than 0 (FREEZE_AT freezes stages)")
+    if not 0 < solver.LAYER_DECAY <= 1:
+        raise ConfigError(f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, expected more than 0 and at most 1, which is none")
+    if not 0 <= solver.WEIGHT_DECAY_REL_POS < math.inf:
+        raise ConfigError(f"SOLVER.WEIGHT_DECAY_REL_POS is {solver.WEIGHT_DECAY_REL_POS}, expected 0 or more")
     try:
         build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.SOLVER.BASE_LR))
     except (ValueError, AssertionError, ZeroDivisionError) as error:
@@ -169,9 +178,13 @@ def _check_model(cfg: CfgNode) -> None:
     blank.MODEL.DEVICE = "meta"
     try:
         with torch.device("meta"):
-            build_model(blank)
+            model = build_model(blank)
     except (ImportError, ValueError, TypeError, AssertionError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(f"the model of this config cannot be built: {_sentence(error)}") from error
+    try:
+        rate_factors(cfg, model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> str:
