@@ -1,13 +1,15 @@
-"""A picture of how many times as long contenders take as one of them."""
+"""Pictures of measurements: how many times as long contenders take as one of them, and curves over a training run."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
 
 def draw_ratios(
@@ -46,3 +48,31 @@ def draw_ratios(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_curves(panels: dict[str, dict[str, dict[int, float]]], title: str, path: Path) -> None:
+    """Draw one panel of curves over iterations per metric, each run in the same colour everywhere, and write them to ``path``.
+
+    Args:
+        panels: name of a metric -> name of a run -> iteration -> value; values that are no finite numbers are left out.
+        title: of the whole; may be empty.
+        path: the file; its ending says the format, one of :func:`known_formats`.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axis, (metric, runs) in zip(axes[0], panels.items(), strict=True):
+        for run, curve in runs.items():
+            points = [(iteration, value) for iteration, value in curve.items() if math.isfinite(value)]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o" if len(points) <= 50 else "", markersize=3, label=run)
+        axis.set(title=metric, xlabel="iteration")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(loc="best", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def known_formats() -> list[str]:
+    """Endings of the files that pictures can be written to."""
+    return sorted(FigureCanvasAgg.get_supported_filetypes())

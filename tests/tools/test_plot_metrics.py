@@ -1,0 +1,118 @@
+"""Curves from metrics.json, as runs write it and as stopped and resumed runs leave it."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+from halodet.engine.metrics_file import MetricsError, read_metrics
+
+import pytest
+from detectron2.utils.events import EventStorage, JSONWriter
+from PIL import Image
+
+spec = importlib.util.spec_from_file_location("plot_metrics", Path(__file__).parents[2] / "tools" / "plot_metrics.py")
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+
+def write(folder, values, start=0):
+    """What Detectron2 writes of a run that has the AP ``values`` at iterations start + 9, start + 19, ..."""
+    folder.mkdir(exist_ok=True)
+    writer = JSONWriter(str(folder / "metrics.json"), window_size=1)
+    with EventStorage(start) as storage:
+        for step in range(10 * len(values)):
+            storage.iter = start + step
+            storage.put_scalar("total_loss", 5.0 - 0.01 * (start + step))
+            if step % 10 == 9:
+                storage.put_scalars(**{"bbox/AP": values[step // 10], "segm/AP": values[step // 10] / 2}, smoothing_hint=False)
+            if step % 5 == 4:
+                writer.write()
+    writer.close()
+    return folder
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error) of the tool."""
+    try:
+        code = tool.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_detectron2s_own_file_is_read(tmp_path):
+    metrics = read_metrics(write(tmp_path / "run", [1.0, 7.0, 3.0]))
+    assert metrics["bbox/AP"] == {9: 1.0, 19: 7.0, 29: 3.0}
+    assert list(metrics["total_loss"]) == [4, 9, 14, 19, 24, 29]
+
+
+def test_a_cut_line_is_left_out_and_what_a_resumed_run_wrote_on_it_is_kept(tmp_path):
+    folder = write(tmp_path / "run", [1.0, 2.0, 3.0])
+    path = folder / "metrics.json"
+    whole = path.read_text().rstrip()
+    path.write_text(whole[:-15])
+    assert read_metrics(folder)["bbox/AP"] == {9: 1.0, 19: 2.0}
+    write(folder, [8.0, 9.0], start=20)
+    first, *_ = [line for line in path.read_text().splitlines() if line.count("{") == 2]
+    assert json.loads(first[first.rfind("{") :])["iteration"] == 24, "the resumed run writes on the line that was cut"
+    assert list(read_metrics(folder)["total_loss"]) == [4, 9, 14, 19, 24, 29, 34, 39]
+
+
+def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
+    folder = write(tmp_path / "run", [1.0, 2.0, 3.0, 4.0])
+    write(folder, [8.0], start=10)
+    metrics = read_metrics(folder)
+    assert metrics["bbox/AP"] == {9: 1.0, 19: 8.0}, "iterations 29 and 39 belong to what was thrown away"
+    assert list(metrics["total_loss"]) == [4, 9, 14, 19]
+
+
+def test_a_file_without_metrics_is_told(tmp_path):
+    with pytest.raises(MetricsError, match=r"metrics.json cannot be read \(No such file or directory\): give the OUTPUT_DIR"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.json").write_text('[1, 2]\n7\n{"iteration": 3}\n{"loss": 3.0}\nhello\n\n{"iteration": null, "a": 3}\n')
+    with pytest.raises(MetricsError, match="has 7 lines, and none of them"):
+        read_metrics(tmp_path)
+
+
+def test_last_and_best_of_each_run_are_printed(tmp_path, capsys):
+    a, b = write(tmp_path / "a", [1.0, 7.0, float("nan"), 3.0]), write(tmp_path / "b=c", [float("nan")])
+    picture = tmp_path / "new" / "ap.png"
+    code, out, _ = run(capsys, "--runs", f"A={a}", f"B={b}", "--metric", "bbox/AP", "total_loss", "--output", picture)
+    assert code == 0
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
+    assert cells[0] == ["bbox/AP", "A", "4", "3 at 39", "7 at 19"]
+    assert cells[1] == ["bbox/AP", "B", "1", "nan at 9", ""]
+    assert cells[2] == ["total_loss", "A", "8", "4.61 at 39", "4.61 at 39"]
+    with Image.open(picture) as image:
+        assert image.width > 1.5 * image.height, "two panels beside each other"
+
+
+def test_the_curves_are_those_of_the_runs(tmp_path):
+    """The lines that matplotlib is given, in an SVG: one for each run and metric, each run in one colour."""
+    runs = [f"{name}={write(tmp_path / name, values)}" for name, values in (("rising", [1.0, 2.0, 9.0]), ("falling", [9.0, 2.0, 1.0]))]
+    assert tool.main(["--runs", *runs, "--metric", "bbox/AP", "segm/AP", "--output", str(tmp_path / "ap.svg")]) == 0
+    paths = re.findall(r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: (#\w+)', (tmp_path / "ap.svg").read_text())
+    curves = [([float(n) for n in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], colour) for d, colour in paths if d.count("L") == 2]
+    assert len(curves) == 4
+    assert [colour for _, colour in curves[:2]] == [colour for _, colour in curves[2:]] and curves[0][1] != curves[1][1]
+    for heights, _ in curves[::2]:
+        assert heights == sorted(heights, reverse=True)  # SVG counts from the top
+    for heights, _ in curves[1::2]:
+        assert heights == sorted(heights)
+
+
+def test_mistakes_are_told_in_one_sentence(tmp_path, capsys):
+    a = write(tmp_path / "a", [1.0])
+    for arguments, message in (
+        (["--runs", "a"], "--runs got 'a', expected NAME=OUTPUT_DIR"),
+        (["--runs", f"={a}"], "expected NAME=OUTPUT_DIR"),
+        (["--runs", f"A={a}", f"A={a}"], "a name twice: A, A"),
+        (["--runs", f"A={tmp_path / 'gone'}"], "gone/metrics.json cannot be read"),
+        (["--runs", f"A={a}", "--metric", "bbox/AP", "bbox/AP99"], "run A has no metric bbox/AP99: it has bbox/AP, segm/AP, total_loss"),
+        (["--runs", f"A={a}", "--output", "ap.bmp"], "ap.bmp ends in no known format: these are"),
+        (["--runs", f"A={a}", "--output", a / "metrics.json" / "ap.png"], "cannot be written"),
+    ):
+        code, _, error = run(capsys, *arguments)
+        assert code == 2 and message in error and "Traceback" not in error, error
+        assert len([line for line in error.splitlines() if "error: " in line]) == 1

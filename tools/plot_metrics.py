@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Curves of several runs in one picture, one panel for each metric, from the metrics.json that training writes into OUTPUT_DIR.
+
+    python tools/plot_metrics.py --runs pretrained=output/a "from scratch=output/b" --metric bbox/AP segm/AP --output ap.png
+
+The last and the best value of each run are printed. For losses the best is the lowest, for anything else the highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from halodet.benchmark.chart import draw_curves, known_formats
+from halodet.engine.metrics_file import MetricsError, read_metrics
+
+from tabulate import tabulate
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=OUTPUT_DIR", help="runs, and their names in the picture")
+    parser.add_argument("--metric", nargs="+", default=["bbox/AP"], metavar="NAME", help="as in metrics.json (bbox/AP)")
+    parser.add_argument("--title", default="", help="of the picture (none)")
+    parser.add_argument("--output", type=Path, default=Path("metrics.png"), metavar="FILE", help="picture to write (metrics.png)")
+    args = parser.parse_args(argv)
+    named = [run.partition("=") for run in args.runs]
+    for run, (name, _, folder) in zip(args.runs, named, strict=True):
+        if not name or not folder:
+            parser.error(f"--runs got {run!r}, expected NAME=OUTPUT_DIR")
+    if len({name for name, _, _ in named}) < len(named):
+        parser.error(f"--runs has a name twice: {', '.join(name for name, _, _ in named)}")
+    if args.output.suffix.lstrip(".").lower() not in known_formats():
+        parser.error(f"--output {args.output} ends in no known format: these are {', '.join(known_formats())}")
+    args.metric = list(dict.fromkeys(args.metric))
+    try:
+        args.curves = {name: read_metrics(folder) for name, _, folder in named}
+    except MetricsError as error:
+        parser.error(str(error))
+    for name, metrics in args.curves.items():
+        missing = [metric for metric in args.metric if metric not in metrics]
+        if missing:
+            parser.error(f"run {name} has no metric {', '.join(missing)}: it has {', '.join(sorted(metrics))}")
+    return args
+
+
+def summary(runs: dict[str, dict[str, dict[int, float]]], metrics: list[str]) -> str:
+    """One row for each metric and run: its last value and its best one, with their iterations."""
+    rows = []
+    for metric in metrics:
+        choose = min if "loss" in metric else max
+        for name, curves in runs.items():
+            curve = curves[metric]
+            last = next(reversed(curve))
+            finite = [iteration for iteration, value in curve.items() if math.isfinite(value)]
+            best = choose(finite, key=curve.__getitem__, default=None)
+            rows.append([metric, name, len(curve), f"{curve[last]:.4g} at {last}", "" if best is None else f"{curve[best]:.4g} at {best}"])
+    return tabulate(rows, ["metric", "run", "points", "last, at iteration", "best, at iteration"], tablefmt="github", disable_numparse=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    panels = {metric: {name: curves[metric] for name, curves in args.curves.items()} for metric in args.metric}
+    try:
+        draw_curves(panels, args.title, args.output)
+    except OSError as error:
+        print(f"error: {args.output} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    print(summary(args.curves, args.metric))
+    print(f"written: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
