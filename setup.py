@@ -27,6 +27,7 @@ setup(
         "Pillow>=11,<14",
         "opencv-python>=4.10,<6",
         "pycocotools>=2.0.8,<3",
+        "safetensors>=0.4,<1",
         "fvcore>=0.1.5,<0.1.6",
         "iopath>=0.1.7,<0.1.10",
         "tabulate",
@@ -36,6 +37,8 @@ setup(
         "setuptools<81",
     ],
     extras_require={
+        # timm itself asks for any huggingface_hub.
+        "timm": ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"],
         "benchmark": ["timm>=1.0.31,<1.1", "halonet-pytorch>=0.0.5,<0.1"],
         "test": [
             "pytest>=8,<10",

@@ -8,9 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-
-class WeightsError(ValueError):
-    """Weights that cannot be used; the message is one sentence."""
+from .errors import WeightsError
 
 
 class _CompleteCheckpointer(DetectionCheckpointer):

@@ -1,0 +1,7 @@
+"""The error of everything in this package."""
+
+from __future__ import annotations
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used; the message is one sentence."""
