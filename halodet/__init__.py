@@ -1,4 +1,4 @@
-"""halodet: HaloNet backbones for Detectron2. Importing it registers the backbones and the built-in dataset with Detectron2."""
+"""halodet: HaloNet backbones for Detectron2. Importing it registers the backbones, the built-in dataset and ``timm://`` with Detectron2."""
 
 import warnings
 
@@ -9,7 +9,7 @@ try:
     with warnings.catch_warnings():
         # Detectron2 uses torch.jit.script at import; PyTorch's remark on that is nothing a user could act on.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-        from . import data
+        from . import data, weights  # noqa: F401
         from .backbones import HaloNet
         from .config import add_halodet_config
 except Exception as error:  # a PyTorch and a torchvision of different builds raise RuntimeError
