@@ -60,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"{options.output}: {options.to}, {len(done.tensors)} tensors, {sum(t.numel() for t in done.tensors.values()) / 1e6:.2f} M numbers"
     )
+    if options.to in ("timm", "classifier") and not any(name.startswith("head.") for name in done.tensors):
+        print("it has no classification head: timm's --pretrained-path takes it and makes a new one, --initial-checkpoint does not")
     if into is not None:
         print(f"filled: {done.filled}; as in {options.into}: {len(into) - done.filled} (without its optimizer and iteration)")
     listed(f"left out, without a place in the form {options.to}", done.left_out)

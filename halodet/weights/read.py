@@ -93,16 +93,32 @@ def _read_torch_zip(path: str, size: int, trust_pickle: bool) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            damaged = next((entry.filename for entry in archive.infolist() if not _intact(archive, entry)), None)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise WeightsError(
             f"{path} is truncated or damaged: its {size} bytes begin like a checkpoint of torch.save, but the table at the end of it is "
             "not there: get it again."
         ) from error
+    if damaged is not None:
+        raise WeightsError(f"{path} is damaged: in its {size} bytes the checksum of {damaged} does not hold: get it again.")
     if any(name.endswith("/constants.pkl") for name in names):
         raise WeightsError(f"{path} is a TorchScript program, not weights: save its state_dict() with torch.save.")
     if not any(name.endswith("/data.pkl") for name in names):
         raise WeightsError(f"{path} is a zip archive, but not one of torch.save: it holds {', '.join(names[:3]) or 'nothing'}.")
     return _read(path, size, "checkpoint of torch.save", _trusting_torch if trust_pickle else load_torch)
+
+
+def _intact(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    # PyTorch does not look at the checksums. 0 is what it writes when told to write none.
+    if entry.CRC == 0:
+        return True
+    try:
+        with archive.open(entry) as file:
+            while file.read(2**20):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def _read_torch_legacy(path: str, size: int, trust_pickle: bool) -> Any:

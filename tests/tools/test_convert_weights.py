@@ -55,6 +55,7 @@ def test_round_trips_are_bit_equal(trained, tmp_path, capsys):
     assert run("--input", trained, "--output", tmp_path / "timm.safetensors", "--to", "timm") == 0
     shown = capsys.readouterr().out
     held = read_checkpoint(trained)["model"]
+    assert "no classification head: timm's --pretrained-path" in shown
     elsewhere = [name for name in held if not name.startswith("backbone.bottom_up.")]
     assert f"left out, without a place in the form timm: {len(elsewhere)}" in shown
     assert all(f"\n  {name} (" in shown for name in elsewhere)

@@ -97,6 +97,16 @@ def test_names_of_wrappers_are_taken_off(classifier):
     assert_same(convert(wrapped, "timm").tensors, classifier)
 
 
+def test_networks_of_timm_keep_timms_names_in_a_detector():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    with torch.device("meta"):
+        theirs = timm.create_model("lamhalobotnet50ts_256").state_dict()
+    done = convert(theirs, "detector")
+    assert set(done.left_out) == {"head.fc.weight", "head.fc.bias"}
+    assert set(done.tensors) == {f"backbone.bottom_up.{name}" for name in theirs if name not in done.left_out}
+    assert set(convert(done.tensors, "timm").tensors) == set(theirs) - set(done.left_out)
+
+
 def test_timms_own_h1_and_ours_exchange_names():
     timm = pytest.importorskip("timm", reason="timm is not installed")
     with torch.device("meta"):

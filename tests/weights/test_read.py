@@ -248,6 +248,23 @@ def test_truncated_files_say_so(tmp_path, form):
         assert "truncated or damaged" in message and f"{size}" in message and "get it again" in message
 
 
+def test_a_changed_byte_is_noticed_where_there_are_checksums(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"model": {"w": torch.arange(1000.0)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(500.0, 502.0).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert "is damaged" in refusal(path) and "data/0 does not hold" in refusal(path)
+    set_checksums = getattr(torch.serialization, "set_crc32_options", None)
+    if set_checksums is not None:
+        set_checksums(False)
+        try:
+            torch.save({"model": {"w": torch.arange(3.0)}}, path)
+        finally:
+            set_checksums(True)
+        assert read_checkpoint(path)["model"]["w"].tolist() == [0, 1, 2]
+
+
 def test_damaged_headers_of_safetensors(tmp_path):
     path = tmp_path / "a.safetensors"
     for header in (
