@@ -19,7 +19,7 @@ from .halonet import HaloNet, _tupled, get_variant
 from .variants import VARIANTS, HaloNetVariant
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(HaloNetVariant))
-_SIZES = {"H3": 320, "H4": 384, "H5": 448, "H6": 512, "H7": 600}  # of the paper's training; 256 for the others
+_SIZES = {"H3": 320, "H4": 384, "H5": 448, "H6": 512, "H7": 600}  # as keras_cv_attention_models has them; 256 for the others
 
 
 class HaloNetClassifier(HaloNet):

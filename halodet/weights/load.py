@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from .checkpointer import Checkpointer
 from .errors import WeightsError
+from .report import LoadReport
 
 
-class _CompleteCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, for which a parameter the file does not fill is an error instead of a line in the log."""
+def load_weights(model: nn.Module, weights: str, *, trust_pickle: bool = False, min_filled: float = 1.0) -> LoadReport:
+    """Fill ``model`` from the checkpoint ``weights``, a path or a name that Detectron2's PathManager knows, and tell what was filled.
 
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        # Before PyTorch 2.6 the default would run code that a checkpoint brings along.
-        return torch.load(f, map_location="cpu", weights_only=True)
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        # A key of the wrong shape is reported as missing as well.
-        unfilled = list(dict.fromkeys([*incompatible.missing_keys, *(key for key, _, _ in incompatible.incorrect_shapes)]))
-        if unfilled:
-            total = len(self.model.state_dict())
-            raise WeightsError(f"{len(unfilled)} of the model's {total} tensors are missing or of another shape, first {unfilled[0]}")
-        return incompatible
-
-
-def load_weights(model: nn.Module, weights: str) -> None:
-    """Fill every parameter and buffer of ``model`` from the checkpoint ``weights``, a path or a URL that Detectron2 knows.
+    Args:
+        model: to be filled.
+        weights: of this very model, when all of it must be filled; else of anything that :class:`Checkpointer` understands.
+        trust_pickle: read pickle files that may run code.
+        min_filled: share, 0 to 1, of what the file should fill.
 
     Raises:
-        WeightsError: the file cannot be read as a checkpoint, or leaves a part of the model as it was.
+        WeightsError: the file cannot be read as a checkpoint, or leaves more of the model as it was; nothing is filled then.
     """
+    if not weights:
+        raise WeightsError("MODEL.WEIGHTS is empty: give the path of trained weights")
+    checkpointer = Checkpointer(model, min_filled=min_filled, exact=min_filled >= 1.0, trust_pickle=trust_pickle)
     try:
-        _CompleteCheckpointer(model).load(weights)
-    except WeightsError as error:
-        raise WeightsError(f"MODEL.WEIGHTS {weights} does not fit the config: {error}; use the config it was trained with.") from error
-    except Exception as error:  # unpickling an arbitrary file raises nearly anything
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise WeightsError(f"MODEL.WEIGHTS {weights} cannot be read as a checkpoint ({reason}).") from error
+        checkpointer.load(weights, checkpointables=[])
+    except OSError as error:
+        raise WeightsError(f"MODEL.WEIGHTS {weights} cannot be read ({error.strerror or error})") from error
+    return checkpointer.report

@@ -1,0 +1,133 @@
+"""A checkpointer that reads safely, and copies nothing into a model before the file is known to fit it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qs
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from torch import nn
+
+from .errors import WeightsError
+from .identify import identify
+from .match import match
+from .read import read_checkpoint
+from .report import LoadReport, percent, some
+from .target import Target
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, for which weights that do not arrive are an error instead of lines in the log.
+
+    It takes what :mod:`halodet.weights.match` understands: checkpoints of this package and of Detectron2, backbones alone, classifiers of
+    timm, ResNets. After a load, ``report`` tells what was filled; it is logged once, as a table.
+
+    Args:
+        model: to be filled or saved, as for Detectron2's.
+        save_dir: folder of checkpoints.
+        min_filled: share, 0 to 1, of what a file should fill, below which it is refused.
+        exact: take only checkpoints of this very model, all of it; what a run resumes from is always taken so.
+        trust_pickle: read pickle files that may run code.
+        checkpointables: further objects to save and load, as for Detectron2's.
+
+    Raises:
+        WeightsError: on loading; the model is then as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        min_filled: float = 0.95,
+        exact: bool = False,
+        trust_pickle: bool = False,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.min_filled, self.exact, self.trust_pickle = min_filled, exact, trust_pickle
+        self.report: LoadReport | None = None
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As Detectron2's; a run goes on only from a checkpoint that fills all of the model."""
+        before = self.exact
+        self.exact = before or (resume and self.has_checkpoint())
+        try:
+            return super().resume_or_load(path, resume=resume)
+        finally:
+            self.exact = before
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Fill the model from ``path``, a file or a name that Detectron2's PathManager knows; return what else the file holds."""
+        self._file = path
+        try:
+            return super().load(path, checkpointables)
+        except AssertionError as error:  # how Detectron2 and fvcore tell of a file that is not there
+            raise WeightsError(f"{path} cannot be read: {error}") from error
+        finally:
+            self._parsed_url_during_load = None
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        checkpoint = read_checkpoint(filename, trust_pickle=self.trust_pickle)
+        return with_query(checkpoint, self._parsed_url_during_load.query, self._file)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        self.report = check_fit(self.model, checkpoint, self._file, min_filled=self.min_filled, exact=self.exact)
+        checkpoint.pop("model")
+        self.model.load_state_dict({name: fill.make() for name, fill in self.report.match.fills.items()}, strict=False)
+        if comm.is_main_process():
+            logger.info(str(self.report))
+
+
+def with_query(checkpoint: dict[str, Any], query: str, file: str) -> dict[str, Any]:
+    """The checkpoint, to be matched as the address asks: Detectron2 has ``?matching_heuristics=True``."""
+    queries = parse_qs(query)
+    if queries.pop("matching_heuristics", ["False"]) == ["True"]:
+        checkpoint["matching_heuristics"] = True
+    if queries:
+        raise WeightsError(f"{file} asks for {', '.join(queries)}, but the only thing to ask for is ?matching_heuristics=True")
+    return checkpoint
+
+
+def check_fit(model: nn.Module, checkpoint: Mapping[str, Any], file: str, *, min_filled: float, exact: bool) -> LoadReport:
+    """Match ``checkpoint`` with ``model``, which may be on the device ``meta``, and copy nothing.
+
+    Raises:
+        WeightsError: it fills less of the model than asked for; the message names the first tensors on both sides, the network that the
+            file looks like, and what differs.
+    """
+    report = LoadReport(file, match(Target.of(model), checkpoint, exact=exact))
+    share, least = (report.model_share, 1.0) if exact else (report.share, min_filled)
+    if share < least or not report.match.fills:
+        raise WeightsError(_complaint(report, checkpoint, share, least, exact))
+    return report
+
+
+def _complaint(report: LoadReport, checkpoint: Mapping[str, Any], share: float, least: float, exact: bool) -> str:
+    found = report.match
+    wanted = list(found.target.shapes) if exact else found.expected
+    unfilled = [name for name in wanted if name not in found.fills]
+    missing = [name for name in unfilled if name not in found.mismatched]
+    part = "model" if exact or found.whole or not found.target.detector else "backbone"
+    said = [f"{len(unfilled)} of the {part}'s {len(wanted)} tensors are missing or of another shape, {percent(share)} is filled"]
+    if not exact:
+        said[0] += f" and MODEL.WEIGHTS_MIN_FILLED asks for {percent(least)}"
+    if not found.fills and not found.mismatched:
+        said.append("no tensor of the file has a name of the model's")
+    looks = identify({name: tuple(value.shape) for name, value in checkpoint["model"].items()})
+    own = identify(found.target.shapes)
+    if looks and looks != own:
+        said.append(f"the file looks like {looks}" + (f", the model is {own}" if own else ""))
+    for name, (file, model) in list(found.mismatched.items())[:1]:
+        said.append(f"the first of another shape is {name}, {file} in the file and {model} in the model")
+    if missing:
+        said.append(f"missing in the file: {some(missing)}")
+    if found.unexpected or found.not_used:
+        said.append(f"unexpected in the file: {some([*found.unexpected, *found.not_used])}")
+    mend = "use the config it was trained with" if exact else "use a file of this model, or the config of the file's"
+    return f"MODEL.WEIGHTS {report.file} does not fit the config: {'; '.join(said)}: {mend}"

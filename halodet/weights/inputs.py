@@ -1,0 +1,56 @@
+"""What values of a pixel a network was trained on, and its first convolution for others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputConvention:
+    """Order, mean and standard deviation of the channels that a network takes, of pixels from 0 to 255.
+
+    Args:
+        order: ``"RGB"`` or ``"BGR"``.
+        mean: taken off, by channel in that order.
+        std: divided by, by channel in that order.
+    """
+
+    order: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.order} over {', '.join(f'{value:g}' for value in self.std)}"
+
+
+# As Detectron2 documents them beside its models, and as torchvision and timm train.
+TORCHVISION = InputConvention("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+MSRA = InputConvention("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
+
+
+def adapt_stem(weight: Tensor, old: InputConvention, new: InputConvention) -> Tensor:
+    """A first convolution (out, 3, k, k), trained on ``old`` pixels, that gives the same on ``new`` ones where their means agree."""
+    colours = [old.order.index(colour) for colour in new.order]
+    factor = torch.tensor([new.std[i] / old.std[colour] for i, colour in enumerate(colours)], dtype=torch.float64)
+    return (weight[:, colours].double() * factor.view(1, 3, 1, 1).to(weight.device)).to(weight.dtype)
+
+
+def same_mean(old: InputConvention, new: InputConvention) -> bool:
+    """Whether the two take the same off every colour, to a hundredth of a grey level."""
+    return all(abs(old.mean[old.order.index(colour)] - new.mean[i]) < 0.01 for i, colour in enumerate(new.order))
+
+
+def convention_of(checkpoint: Mapping[str, Any], style: str, names: set[str]) -> InputConvention | None:
+    """What a file of backbone weights was trained on, where its kind tells."""
+    author = checkpoint.get("__author__")
+    if author == "Caffe2":
+        return MSRA
+    # HaloNet's classifier form is trained by timm's script, with timm's own constants.
+    if author == "torchvision" or style.startswith("torchvision") or "head.linear.weight" in names:
+        return TORCHVISION
+    return None

@@ -1,0 +1,100 @@
+"""What a checkpoint filled of a model, as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from .match import Match
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one file filled of one model; its text is a table for people.
+
+    Args:
+        file: path or name of the checkpoint.
+        match: whose tensor went where.
+    """
+
+    file: str
+    match: Match
+
+    @property
+    def share(self) -> float:
+        """Numbers filled over the numbers that a file of this kind should fill, 0 to 1."""
+        return self._share(self.match.expected)
+
+    @property
+    def backbone_share(self) -> float:
+        """Numbers filled over all there are in the backbone, 0 to 1."""
+        return self._share([name for name in self.match.target.shapes if name.startswith(self.match.target.backbone)])
+
+    @property
+    def model_share(self) -> float:
+        """Numbers filled over all there are in the model, 0 to 1."""
+        return self._share(self.match.target.shapes)
+
+    def _share(self, names: Iterable[str]) -> float:
+        sizes = {name: math.prod(self.match.target.shapes[name]) for name in names}
+        total = sum(sizes.values())
+        return sum(size for name, size in sizes.items() if name in self.match.fills) / total if total else 0.0
+
+    def rows(self) -> list[tuple[str, int, int, int, int, int, float]]:
+        """A row for each group of modules: name, tensors, filled, resized, missing, of another shape, share of its numbers filled."""
+        groups: dict[str, list[str]] = {}
+        for name in self.match.target.shapes:
+            groups.setdefault(group_of(name, self.match.target.backbone), []).append(name)
+        # A backbone under FPN comes after the FPN in the model; people read from the input on.
+        order = sorted(groups, key=lambda group: not groups[group][0].startswith(self.match.target.backbone))
+        return [self._row(group, groups[group]) for group in order] + [self._row("all", list(self.match.target.shapes))]
+
+    def _row(self, group: str, names: list[str]) -> tuple[str, int, int, int, int, int, float]:
+        fills, mismatched = self.match.fills, self.match.mismatched
+        resized = sum(name in fills and fills[name].resized for name in names)
+        filled = sum(name in fills for name in names) - resized
+        wrong = sum(name in mismatched for name in names)
+        return group, len(names), filled, resized, len(names) - filled - resized - wrong, wrong, self._share(names)
+
+    def __str__(self) -> str:
+        found = self.match
+        headers = ["module", "tensors", "filled", "resized", "missing", "other shape", "parameters filled"]
+        # An empty module counts as filled nowhere: there is none, every group has a tensor.
+        lines = [
+            f"Weights from {self.file}, understood by {found.naming or 'no name'}:",
+            tabulate([(*row[:-1], percent(row[-1])) for row in self.rows()], headers, stralign="right", colalign=["left"]),
+            f"Filled: {percent(self.share)} of what it should fill ({len(found.expected)} tensors of the "
+            f"{'model' if found.whole or not found.target.detector else 'backbone'}), {percent(self.backbone_share)} of all of the "
+            f"backbone, {percent(self.model_share)} of the model.",
+        ]
+        shapes = [f"{name} {file} in the file, {model} in the model" for name, (file, model) in found.mismatched.items()]
+        for title, names in (("Of another shape", shapes), ("Unexpected", found.unexpected), ("Not used by a detector", found.not_used)):
+            if names:
+                lines.append(f"{title}: {len(names)} tensors, {some(names)}.")
+        return "\n".join([*lines, *(f"Note: {note}." for note in found.notes)])
+
+
+def group_of(name: str, backbone: str) -> str:
+    """The group of modules a tensor is counted in: a stage of the backbone, the FPN, a head."""
+    parts = name.removeprefix(backbone).split(".") if name.startswith(backbone) else name.split(".")
+    if name.startswith(backbone):
+        return ".".join(parts[:2]) if parts[0] == "stages" else parts[0]
+    if parts[0] == "backbone":
+        return "fpn"
+    if parts[0] == "roi_heads":
+        return f"roi_heads.{parts[1].split('_')[0]}"
+    return parts[0]
+
+
+def percent(share: float) -> str:
+    """A share as text; never rounded up, so that 100 % is all."""
+    return f"{math.floor(share * 1000) / 10:.1f} %"
+
+
+def some(names: Iterable[str], count: int = 3) -> str:
+    """The first few of them, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
