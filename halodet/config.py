@@ -39,6 +39,8 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.BACKEND = "auto"  # as MODEL.HALONET.BACKEND
     node.CHECK_INPUT = True  # INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD must be those the weights were trained with; False: as they are given
 
+    cfg.MODEL.WEIGHTS_MIN_FILLED = 0.95  # share of what MODEL.WEIGHTS should fill (its kind decides) below which training does not start
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
     cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         files = find_images(args.input, args.output)
-        predictor = Predictor(_load_config(args))
+        predictor = Predictor(_load_config(args), trust_pickle=args.trust_pickle)
         os.makedirs(args.output, exist_ok=True)
     except (ConfigError, ClassesError, PredictorError, UsageError, WeightsError) as error:
         return _fail(str(error))
@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help=f"folder for the drawings and {DETECTIONS_FILE}")
     parser.add_argument("--confidence-threshold", type=_score, default=0.5, metavar="SCORE", help="least score to keep (default: 0.5)")
+    parser.add_argument("--trust-pickle", action="store_true", help="read pickle files that may run code")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, such as MODEL.WEIGHTS; must come last"
     )

@@ -34,6 +34,7 @@ from detectron2.utils.logger import setup_logger
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = default_argument_parser()
     parser.description = __doc__
+    parser.add_argument("--trust-pickle", action="store_true", help="read pickle files that may run code")
     own = parser.add_argument_group("your own COCO-format data, instead of the config's datasets")
     own.add_argument("--train-json", metavar="FILE", help="COCO json to train on; its classes become the model's")
     own.add_argument("--train-images", metavar="DIR", help="folder its file names are relative to")
@@ -50,8 +51,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, name="halodet", configure_stdout=False)
     if args.train_json or args.val_json or args.train_images or args.val_images:
         cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
+    weights = check_weights(cfg, eval_only=args.eval_only, resume=args.resume, trust_pickle=args.trust_pickle)
     prepare_datasets(cfg, train=not args.eval_only)
-    weights = check_weights(cfg, eval_only=args.eval_only, resume=args.resume)
     if args.eval_only:
         cfg = cfg.clone()
         cfg.defrost()
@@ -85,12 +86,14 @@ def check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """Train or evaluate, in each process of the run."""
     register_user_data_again(cfg, args.train_images, args.val_images)
+    if not logging.getLogger("halodet").handlers:  # a process started for a further GPU
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        load_weights(model, cfg.MODEL.WEIGHTS)
+        load_weights(model, cfg.MODEL.WEIGHTS, trust_pickle=args.trust_pickle)
         return Trainer.test(cfg, model)
-    trainer = Trainer(cfg)
+    trainer = Trainer(cfg, trust_pickle=args.trust_pickle)
     if comm.is_main_process():
         save_classes(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -8,17 +8,21 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.solver import build_lr_scheduler
+from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from ..attention.triton import triton_problem
 from ..backbones.builders import TIMM_BACKBONES
 from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
+from ..weights import WeightsError, check_fit, read_checkpoint, with_query
 from .optimizer import OPTIMIZERS, rate_factors
 
 logger = logging.getLogger(__name__)
@@ -174,11 +178,8 @@ def _check_model(cfg: CfgNode) -> None:
         known = [name for name, _ in BACKBONE_REGISTRY]
         near = difflib.get_close_matches(cfg.MODEL.BACKBONE.NAME, known, n=3) or known
         raise ConfigError(f"there is no backbone {cfg.MODEL.BACKBONE.NAME!r}: the nearest are {', '.join(near)}")
-    blank = cfg.clone()
-    blank.MODEL.DEVICE = "meta"
     try:
-        with torch.device("meta"):
-            model = build_model(blank)
+        model = _blank_model(cfg)
     except (ImportError, ValueError, TypeError, AssertionError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(f"the model of this config cannot be built: {_sentence(error)}") from error
     try:
@@ -187,29 +188,43 @@ def _check_model(cfg: CfgNode) -> None:
         raise ConfigError(str(error)) from error
 
 
-def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> str:
-    """The weights a run starts from: MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming; they are there and readable.
+def _blank_model(cfg: CfgNode) -> nn.Module:
+    blank = cfg.clone()
+    blank.defrost()
+    blank.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(blank)
+
+
+def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool, trust_pickle: bool = False) -> str:
+    """The weights a run starts from: MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming; they are there, and they fit.
+
+    A name such as ``detectron2://...`` is fetched. Before any data is loaded the file is read and matched with the model, without memory
+    for it; an evaluation, and a run that goes on, must fill all of it.
 
     Raises:
-        ConfigError: the file does not exist or holds no tensors, or an evaluation has no weights at all.
+        ConfigError: the file does not exist, or an evaluation has no weights at all.
+        WeightsError: it cannot be fetched or read, or fills too little of the model.
     """
-    weights, tag = cfg.MODEL.WEIGHTS, Path(cfg.OUTPUT_DIR) / "last_checkpoint"
+    weights, tag, exact = cfg.MODEL.WEIGHTS, Path(cfg.OUTPUT_DIR) / "last_checkpoint", eval_only
     if resume and tag.is_file():
-        weights = str(Path(cfg.OUTPUT_DIR) / tag.read_text().strip())
+        weights, exact = str(Path(cfg.OUTPUT_DIR) / tag.read_text().strip()), True
         if not os.path.isfile(weights):
             raise ConfigError(f"{tag} names {weights}, which does not exist: put it back, or write another checkpoint's name into {tag}")
     elif eval_only and not weights:
         looked = f", and {cfg.OUTPUT_DIR} holds no checkpoint to resume from" if resume else ""
         raise ConfigError(f"--eval-only needs trained weights{looked}: add MODEL.WEIGHTS path/to/model_final.pth")
-    if not weights or "://" in weights:
+    if not weights:
         return weights
-    if not os.path.isfile(weights):
+    url = urlparse(weights)
+    try:
+        file = PathManager.get_local_path(url._replace(query="").geturl())
+    except OSError as error:
+        raise WeightsError(f"MODEL.WEIGHTS {weights} cannot be fetched ({_sentence(error)})") from error
+    if not os.path.isfile(file):
         raise ConfigError(f"MODEL.WEIGHTS is {weights}, which is not a file")
-    if weights.endswith(".pth"):
-        try:
-            torch.load(weights, map_location="meta", weights_only=True)
-        except Exception as error:  # unpickling an arbitrary file raises nearly anything
-            raise ConfigError(f"{weights} cannot be read as a checkpoint of tensors: {_sentence(error)[:200]}") from error
+    checkpoint = with_query(read_checkpoint(file, trust_pickle=trust_pickle), url.query, weights)
+    check_fit(_blank_model(cfg), checkpoint, weights, min_filled=cfg.MODEL.WEIGHTS_MIN_FILLED, exact=exact)
     return weights
 
 

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import os
+import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from torch import nn
 
+from ..weights import Checkpointer
 from .optimizer import build_optimizer
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer that evaluates boxes and masks with COCO's metrics and trains with SGD or AdamW (SOLVER.OPTIMIZER)."""
+    """DefaultTrainer with COCO's metrics, SGD or AdamW (SOLVER.OPTIMIZER), and weights that are known to have arrived.
+
+    Args:
+        cfg: the run.
+        trust_pickle: read pickle files that may run code as MODEL.WEIGHTS.
+    """
+
+    def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
+        self._trust_pickle = trust_pickle
+        super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks, around this package's checkpointer."""
+        self.checkpointer = Checkpointer(
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            min_filled=self.cfg.MODEL.WEIGHTS_MIN_FILLED,
+            trust_pickle=self._trust_pickle,
+            trainer=weakref.proxy(self),
+        )
+        return super().build_hooks()
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -27,13 +27,15 @@ class Predictor(DefaultPredictor):
 
     ``classes`` holds the dataset id and name of each class in the order of the model's outputs (see ``read_classes``).
 
+    ``trust_pickle`` reads pickle files that may run code.
+
     Raises:
         PredictorError: ``cfg.MODEL.WEIGHTS`` is empty or missing.
         WeightsError: they are unreadable, or do not fill every parameter of the model.
         ClassesError: the class list beside the weights does not fit the model.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
         weights = cfg.MODEL.WEIGHTS
         if not weights:
             raise PredictorError("MODEL.WEIGHTS is empty; give the trained weights, for example MODEL.WEIGHTS output/model_final.pth.")
@@ -47,7 +49,7 @@ class Predictor(DefaultPredictor):
         super().__init__(blank)
         self.cfg.MODEL.WEIGHTS = weights
         self.aug = _ResizeToAtLeastOnePixel(self.aug.short_edge_length, self.aug.max_size)
-        load_weights(self.model, weights)
+        load_weights(self.model, weights, trust_pickle=trust_pickle)
 
     def __call__(self, original_image: np.ndarray) -> Instances:
         """Detect objects in one (H, W, 3) uint8 BGR image; the instances are on the CPU, in pixels of that image.

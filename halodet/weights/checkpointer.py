@@ -67,8 +67,8 @@ class Checkpointer(DetectionCheckpointer):
         self._file = path
         try:
             return super().load(path, checkpointables)
-        except AssertionError as error:  # how Detectron2 and fvcore tell of a file that is not there
-            raise WeightsError(f"{path} cannot be read: {error}") from error
+        except (AssertionError, OSError) as error:  # how Detectron2 and its PathManager tell of a file that is not there
+            raise WeightsError(f"MODEL.WEIGHTS {path} cannot be read ({error})") from error
         finally:
             self._parsed_url_during_load = None
 

@@ -24,8 +24,5 @@ def load_weights(model: nn.Module, weights: str, *, trust_pickle: bool = False, 
     if not weights:
         raise WeightsError("MODEL.WEIGHTS is empty: give the path of trained weights")
     checkpointer = Checkpointer(model, min_filled=min_filled, exact=min_filled >= 1.0, trust_pickle=trust_pickle)
-    try:
-        checkpointer.load(weights, checkpointables=[])
-    except OSError as error:
-        raise WeightsError(f"MODEL.WEIGHTS {weights} cannot be read ({error.strerror or error})") from error
+    checkpointer.load(weights, checkpointables=[])
     return checkpointer.report

@@ -128,9 +128,7 @@ def _under(target: Target, names: dict[str, Tensor], naming: str, rename: Rename
     if attention:
         found.notes.append(f"attention stands where the file has the 3×3 convolutions {_first(attention)}: they are left out")
     if statistics:
-        found.notes.append(
-            "the model's norms keep no statistics: the file's batch norm statistics are left out, its maps are not had again"
-        )
+        found.notes.append("the model's norms keep no statistics: the file's batch norm statistics are left out")
     for old, new in sorted(pairs):
         found.notes.append(
             f"relative tables resized by offset from block {old[0]}, halo {old[1]} (the file's, as far as their length tells) "
@@ -157,10 +155,9 @@ def _table_sizes(target: Target, name: str, shape: tuple[int, ...], checkpoint: 
 
 def _unfold_norms(found: Match, names: dict[str, Tensor]) -> None:
     """A ResNet whose norms are folded to a scale and a shift has mean 0 and variance 1."""
-    goals = [
-        n for n in found.target.shapes if STATISTICS.search(n) and n not in found.fills and STATISTICS.sub(".weight", n) in found.fills
-    ]
-    if not goals or any(STATISTICS.search(name) for name in names):
+    goals = [n for n in found.target.shapes if STATISTICS.search(n) and STATISTICS.sub(".weight", n) in found.fills]
+    resnet = _is_resnet(found.naming) or found.target.kind == "resnet"
+    if not resnet or not goals or any(STATISTICS.search(name) for name in names):
         return
     for goal in goals:
         shape = found.target.shapes[goal]
@@ -192,9 +189,7 @@ def _note_stride(found: Match, checkpoint: Mapping[str, Any]) -> None:
         return
     in_1x1 = checkpoint.get("__author__") == "Caffe2"
     if in_1x1 and not found.target.stride_in_1x1:
-        found.notes.append(
-            "MSRA's ResNets halve a map in the first 1×1 of a stage, this model in the 3×3: torchvision's weights fit better"
-        )
+        found.notes.append("MSRA's ResNets halve a map in a stage's first 1×1, this model in the 3×3: torchvision's fit better")
     elif found.naming.startswith("torchvision") and found.target.stride_in_1x1:
         found.notes.append("torchvision's ResNets halve a map in a stage's 3×3, this model in the first 1×1: set STRIDE_IN_1X1 to False")
 

@@ -36,11 +36,11 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 
 
 def block_and_halo(rows: int, new: tuple[int, int], metadata: Mapping[str, object]) -> tuple[int, int]:
-    """Block and halo that a table of ``rows`` rows was made for, which the file may say in its ``metadata`` (``block_size``, ``halo_size``).
+    """Block and halo that a table of ``rows`` rows was made for.
 
-    A table's length gives the window alone. Where the file says no more, a table as long as the model's is taken for one of the same
-    block and halo; of another length, for the one among the known pairs of that window that shares block or halo with the model, then
-    for any known pair, and then for one with the model's halo.
+    A table's length gives the window alone. Where the file's ``metadata`` has no ``block_size`` and ``halo_size`` beside it, a table as
+    long as the model's is taken for one of the same block and halo; of another length, for the one among the known pairs of that window
+    that shares block or halo with the model, then for any known pair, and then for one with the model's halo.
     """
     window = (rows + 1) // 2
     try:
