@@ -219,7 +219,7 @@ def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool, trust_pickle: 
     url = urlparse(weights)
     try:
         file = PathManager.get_local_path(url._replace(query="").geturl())
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise WeightsError(f"MODEL.WEIGHTS {weights} cannot be fetched ({_sentence(error)})") from error
     if not os.path.isfile(file):
         raise ConfigError(f"MODEL.WEIGHTS is {weights}, which is not a file")

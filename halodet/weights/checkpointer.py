@@ -67,7 +67,7 @@ class Checkpointer(DetectionCheckpointer):
         self._file = path
         try:
             return super().load(path, checkpointables)
-        except (AssertionError, OSError) as error:  # how Detectron2 and its PathManager tell of a file that is not there
+        except (AssertionError, OSError, RuntimeError) as error:  # how Detectron2 and its PathManager tell of a file that is not there
             raise WeightsError(f"MODEL.WEIGHTS {path} cannot be read ({error})") from error
         finally:
             self._parsed_url_during_load = None

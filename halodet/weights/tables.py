@@ -40,7 +40,7 @@ def block_and_halo(rows: int, new: tuple[int, int], metadata: Mapping[str, objec
 
     A table's length gives the window alone. Where the file's ``metadata`` has no ``block_size`` and ``halo_size`` beside it, a table as
     long as the model's is taken for one of the same block and halo; of another length, for the one among the known pairs of that window
-    that shares block or halo with the model, then for any known pair, and then for one with the model's halo.
+    that shares the block with the model, or else the halo, then for any known pair, and then for one with the model's halo.
     """
     window = (rows + 1) // 2
     try:
@@ -52,5 +52,5 @@ def block_and_halo(rows: int, new: tuple[int, int], metadata: Mapping[str, objec
     if window == new[0] + 2 * new[1]:
         return new
     pairs = [pair for pair in KNOWN if pair[0] + 2 * pair[1] == window]
-    alike = [pair for pair in pairs if pair[0] == new[0] or pair[1] == new[1]]
+    alike = [pair for pair in pairs if pair[0] == new[0]] + [pair for pair in pairs if pair[1] == new[1]]
     return (alike or pairs or [(window - 2 * new[1], new[1])])[0]

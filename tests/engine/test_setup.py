@@ -5,6 +5,7 @@ import os
 from halodet.engine import ConfigError, check_weights, check_writable, load_config, setup
 from halodet.engine.setup import find_config
 from halodet.mixers.halo import HaloMixer
+from halodet.weights import WeightsError
 
 import pytest
 import torch
@@ -119,17 +120,43 @@ def test_weights_are_checked_before_anything_long_starts(tmp_path):
     with pytest.raises(ConfigError, match="gone.pth, which is not a file"):
         check_weights(cfg, eval_only=False, resume=False)
     (tmp_path / "gone.pth").write_text("not a checkpoint")
-    with pytest.raises(ConfigError, match="cannot be read as a checkpoint"):
+    with pytest.raises(WeightsError, match="gone.pth"):
+        check_weights(cfg, eval_only=False, resume=False)
+    cfg = load_config("mask_rcnn_halo_h0", ["MODEL.WEIGHTS", "nowhere://halonet"])
+    with pytest.raises((ConfigError, WeightsError), match="nowhere://halonet"):
+        check_weights(cfg, eval_only=False, resume=False)
+
+
+def test_weights_are_matched_with_the_model_before_anything_long_starts(tmp_path):
+    cfg = load_config("quick/mask_rcnn_halo_small", ["OUTPUT_DIR", str(tmp_path)])
+    state = build_model(cfg).state_dict()
+    heads = {name: value for name, value in state.items() if name.startswith(("proposal_generator", "roi_heads"))}
+    torch.save({"model": heads}, tmp_path / "heads.pth")
+    cfg = load_config("quick/mask_rcnn_halo_small", ["MODEL.WEIGHTS", str(tmp_path / "heads.pth")])
+    with pytest.raises(WeightsError, match="heads.pth does not fit the config.*MODEL.WEIGHTS_MIN_FILLED asks for 95.0 %.*backbone"):
+        check_weights(cfg, eval_only=False, resume=False)
+    cfg = load_config("quick/mask_rcnn_halo_small", ["MODEL.WEIGHTS", str(tmp_path / "heads.pth"), "MODEL.WEIGHTS_MIN_FILLED", "0.1"])
+    assert check_weights(cfg, eval_only=False, resume=False) == str(tmp_path / "heads.pth")
+    with pytest.raises(WeightsError, match="use the config it was trained with"):
+        check_weights(cfg, eval_only=True, resume=False)
+    torch.save({"model": {"other": torch.zeros(3)}}, tmp_path / "other.pth")
+    cfg = load_config("quick/mask_rcnn_halo_small", ["MODEL.WEIGHTS", str(tmp_path / "other.pth"), "MODEL.WEIGHTS_MIN_FILLED", "0.0"])
+    with pytest.raises(WeightsError, match="no tensor of the file has a name of the model's"):
         check_weights(cfg, eval_only=False, resume=False)
 
 
 def test_resume_starts_from_the_checkpoint_the_tag_names(tmp_path):
-    cfg = load_config("mask_rcnn_halo_h0", ["OUTPUT_DIR", str(tmp_path)])
+    cfg = load_config("quick/mask_rcnn_halo_small", ["OUTPUT_DIR", str(tmp_path)])
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     with pytest.raises(ConfigError, match="model_0000009.pth, which does not exist"):
         check_weights(cfg, eval_only=False, resume=True)
-    torch.save({"model": {}, "iteration": 9}, tmp_path / "model_0000009.pth")
+    state = build_model(cfg).state_dict()
+    torch.save({"model": state, "iteration": 9}, tmp_path / "model_0000009.pth")
     assert check_weights(cfg, eval_only=True, resume=True) == str(tmp_path / "model_0000009.pth")
+    state.popitem()
+    torch.save({"model": state, "iteration": 9}, tmp_path / "model_0000009.pth")
+    with pytest.raises(WeightsError, match="1 of the model's"):
+        check_weights(cfg, eval_only=False, resume=True)
 
 
 def test_output_folder_must_be_writable(tmp_path):
