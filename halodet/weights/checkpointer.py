@@ -30,7 +30,7 @@ class Checkpointer(DetectionCheckpointer):
     Args:
         model: to be filled or saved, as for Detectron2's.
         save_dir: folder of checkpoints.
-        min_filled: share, 0 to 1, of what a file should fill, below which it is refused.
+        min_filled: share, 0 to 1, of what a file should fill, in tensors as in parameters, below which it is refused.
         exact: take only checkpoints of this very model, all of it; what a run resumes from is always taken so.
         trust_pickle: read pickle files that may run code.
         checkpointables: further objects to save and load, as for Detectron2's.
@@ -61,6 +61,13 @@ class Checkpointer(DetectionCheckpointer):
             return super().resume_or_load(path, resume=resume)
         finally:
             self.exact = before
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As Detectron2's, with block and halo of the model's attention beside it: the length of a relative table does not tell them."""
+        windows = set(Target.of(self.model).windows.values())
+        if len(windows) == 1:
+            kwargs["metadata"] = dict(zip(("block_size", "halo_size"), map(str, *windows), strict=True))
+        super().save(name, **kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Fill the model from ``path``, a file or a name that Detectron2's PathManager knows; return what else the file holds."""
@@ -102,21 +109,25 @@ def check_fit(model: nn.Module, checkpoint: Mapping[str, Any], file: str, *, min
             file looks like, and what differs.
     """
     report = LoadReport(file, match(Target.of(model), checkpoint, exact=exact))
-    share, least = (report.model_share, 1.0) if exact else (report.share, min_filled)
-    if share < least or not report.match.fills:
-        raise WeightsError(_complaint(report, checkpoint, share, least, exact))
+    fills = report.match.fills
+    enough = len(fills) == len(report.match.target.shapes) if exact else min(report.share, report.tensor_share) >= min_filled
+    if not enough or not fills:
+        raise WeightsError(_complaint(report, checkpoint, min_filled, exact))
     return report
 
 
-def _complaint(report: LoadReport, checkpoint: Mapping[str, Any], share: float, least: float, exact: bool) -> str:
+def _complaint(report: LoadReport, checkpoint: Mapping[str, Any], min_filled: float, exact: bool) -> str:
     found = report.match
     wanted = list(found.target.shapes) if exact else found.expected
     unfilled = [name for name in wanted if name not in found.fills]
     missing = [name for name in unfilled if name not in found.mismatched]
     part = "model" if exact or found.whole or not found.target.detector else "backbone"
-    said = [f"{len(unfilled)} of the {part}'s {len(wanted)} tensors are missing or of another shape, {percent(share)} is filled"]
+    said = [
+        f"{len(unfilled)} of the {part}'s {len(wanted)} tensors are missing or of another shape, "
+        f"{percent(report.model_share if exact else report.share)} of its parameters are filled"
+    ]
     if not exact:
-        said[0] += f" and MODEL.WEIGHTS_MIN_FILLED asks for {percent(least)}"
+        said[0] += f" and MODEL.WEIGHTS_MIN_FILLED asks for {percent(min_filled)} of both"
     if not found.fills and not found.mismatched:
         said.append("no tensor of the file has a name of the model's")
     looks = identify({name: tuple(value.shape) for name, value in checkpoint["model"].items()})

@@ -16,7 +16,7 @@ def load_weights(model: nn.Module, weights: str, *, trust_pickle: bool = False, 
         model: to be filled.
         weights: of this very model, when all of it must be filled; else of anything that :class:`Checkpointer` understands.
         trust_pickle: read pickle files that may run code.
-        min_filled: share, 0 to 1, of what the file should fill.
+        min_filled: share, 0 to 1, of what the file should fill, in tensors as in parameters.
 
     Raises:
         WeightsError: the file cannot be read as a checkpoint, or leaves more of the model as it was; nothing is filled then.

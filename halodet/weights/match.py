@@ -41,7 +41,6 @@ class Match:
         unexpected: the file's tensors that have no place in the model.
         not_used: the file's tensors that belong to a classifier.
         notes: sentences for the user.
-        file_shapes: shapes of the file's tensors, named as far as known as the model's would be, without the backbone's prefix.
         whole: the file holds (a part of) a whole detector, not a backbone alone.
     """
 
@@ -53,7 +52,6 @@ class Match:
     unexpected: list[str] = field(default_factory=list)
     not_used: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    file_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     whole: bool = False
 
     @property
@@ -90,11 +88,17 @@ def match(target: Target, checkpoint: Mapping[str, Any], *, exact: bool = False)
             found = _under(target, names, naming, rename, checkpoint, exact)
             if best is None or found.score > best.score:
                 best = found
+                best_names = names
                 if prefix:
                     found.notes.insert(0, f"prefix {prefix} taken off the file's names")
-    if best is None:
-        best = Match(target)
-        _expect(best, {})
+    if best is None:  # a file without tensors
+        best, best_names = Match(target), {}
+    if not exact:
+        _unfold_norms(best, best_names)
+        if not best.whole:
+            _adapt_input(best, checkpoint, best_names)
+        _note_stride(best, checkpoint)
+    _expect(best, best_names)
     return best
 
 
@@ -107,7 +111,6 @@ def _under(target: Target, names: dict[str, Tensor], naming: str, rename: Rename
     for name, value in names.items():
         goal = rename(name)
         shape = tuple(value.shape)
-        found.file_shapes[goal.removeprefix(target.backbone)] = shape
         if _is_resnet(naming) and target.has_attention(goal) and re.search(r"\.(mixer|norm2)\.", goal):
             attention.append(name)
         elif goal in target.shapes:
@@ -135,12 +138,6 @@ def _under(target: Target, names: dict[str, Tensor], naming: str, rename: Rename
             f"to block {new[0]}, halo {new[1]}"
         )
     found.whole = any(not name.startswith(target.backbone) for name in (*found.fills, *found.mismatched))
-    if not exact:
-        _unfold_norms(found, names)
-        if not found.whole:
-            _adapt_input(found, checkpoint, names)
-        _note_stride(found, checkpoint)
-    _expect(found, names)
     return found
 
 

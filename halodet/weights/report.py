@@ -29,6 +29,12 @@ class LoadReport:
         return self._share(self.match.expected)
 
     @property
+    def tensor_share(self) -> float:
+        """Tensors filled over the tensors that a file of this kind should fill, 0 to 1; norms without statistics show here alone."""
+        wanted = self.match.expected
+        return sum(name in self.match.fills for name in wanted) / len(wanted) if wanted else 0.0
+
+    @property
     def backbone_share(self) -> float:
         """Numbers filled over all there are in the backbone, 0 to 1."""
         return self._share([name for name in self.match.target.shapes if name.startswith(self.match.target.backbone)])
@@ -48,9 +54,7 @@ class LoadReport:
         groups: dict[str, list[str]] = {}
         for name in self.match.target.shapes:
             groups.setdefault(group_of(name, self.match.target.backbone), []).append(name)
-        # A backbone under FPN comes after the FPN in the model; people read from the input on.
-        order = sorted(groups, key=lambda group: not groups[group][0].startswith(self.match.target.backbone))
-        return [self._row(group, groups[group]) for group in order] + [self._row("all", list(self.match.target.shapes))]
+        return [self._row(group, names) for group, names in (groups | {"all": list(self.match.target.shapes)}).items()]
 
     def _row(self, group: str, names: list[str]) -> tuple[str, int, int, int, int, int, float]:
         fills, mismatched = self.match.fills, self.match.mismatched
@@ -62,7 +66,6 @@ class LoadReport:
     def __str__(self) -> str:
         found = self.match
         headers = ["module", "tensors", "filled", "resized", "missing", "other shape", "parameters filled"]
-        # An empty module counts as filled nowhere: there is none, every group has a tensor.
         lines = [
             f"Weights from {self.file}, understood by {found.naming or 'no name'}:",
             tabulate([(*row[:-1], percent(row[-1])) for row in self.rows()], headers, stralign="right", colalign=["left"]),

@@ -18,7 +18,7 @@ class Target:
     """A model as :func:`halodet.weights.match.match` sees it.
 
     Args:
-        shapes: shape of every tensor of the state dict that is learned, by name.
+        shapes: shape of every tensor of the state dict that is learned, by name, the backbone's first.
         backbone: what the names of the backbone's tensors begin with; empty for a model that is a backbone.
         kind: of the backbone, ``"halonet"``, ``"resnet"`` (Detectron2's) or ``"other"``.
         norm: of the backbone, ``"BN"``, ``"FrozenBN"`` or ``"GN"`` (also none, or another without statistics).
@@ -47,6 +47,8 @@ class Target:
         # Detectron2 has backbones with other names inside as well, such as backbone.net. of its ViTDet.
         other = "backbone." if any(name.startswith("backbone.") for name in shapes) else ""
         backbone = next((m[0] for m in map(BACKBONE.match, shapes) if m), other)
+        # A backbone under FPN comes after the FPN's own layers in the model; people read from the input on.
+        shapes = dict(sorted(shapes.items(), key=lambda item: not item[0].startswith(backbone)))
         norms = {name.rsplit(".", 1)[-1] for name in state if name.startswith(backbone)}
         kinds = {"stem.conv1.conv.weight": "halonet", "stem.conv1.weight": "resnet"}
         kind = next((kinds[name] for name in kinds if backbone + name in shapes), "other")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -107,6 +108,27 @@ def test_usage_errors_are_one_sentence_and_exit_code_2(arguments, message, tmp_p
     code, log = train_net(*arguments, *(["OUTPUT_DIR", tmp_path] if arguments else []), DETECTRON2_DATASETS=str(tmp_path))
     assert code == 2, log
     assert "Traceback" not in log and re.search(message, log.replace("\n", " ")), log
+
+
+class _Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["strange.pth", "code.pkl"])
+def test_weights_that_do_not_fit_or_bring_code_are_not_trained(name, data, tmp_path):
+    torch.save({"model": {"encoder.weight": torch.ones(3, 3)}}, tmp_path / "strange.pth")
+    (tmp_path / "code.pkl").write_bytes(pickle.dumps({"model": {"a": _Payload(str(tmp_path / "marker"))}}))
+    code, log = train_net(
+        "--config-file", "quick/mask_rcnn_halo_small", *data[:4], "OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", tmp_path / name
+    )
+    assert code == 2 and "Traceback" not in log and name in log, log
+    assert not (tmp_path / "marker").exists() and not list((tmp_path / "out").glob("*.pth")) and "Starting training" not in log
 
 
 def test_real_photos_train_and_evaluate(tmp_path):

@@ -1,7 +1,6 @@
 """Loading into real detectors: what arrives, what is refused, in which words, and that a refused file leaves the model as it was."""
 
 import logging
-import os
 import pickle
 
 from halodet.backbones import HaloNet
@@ -14,7 +13,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from safetensors.torch import save_file
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet50
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,7 +80,7 @@ def test_files_that_arrive(files, name):
         ("variant.pth", ["does not fit the config", "the file looks like HaloNet H1, the model is HaloNet H0",
                          "the first of another shape is backbone.bottom_up.res2.0.conv3.conv.weight, (64, 64, 1, 1) in the file and "
                          "(32, 64, 1, 1) in the model", "unexpected in the file: res4.7", "95.0 %"]),
-        ("strange.pth", ["no tensor of the file has a name of the model's", "0.0 % is filled", "missing in the file: backbone.",
+        ("strange.pth", ["no tensor of the file has a name of the model's", "0.0 % of its parameters are filled", "missing in the file: backbone.",
                          "unexpected in the file: a0.weight, a1.weight, a2.weight and 2 more"]),
         ("half.pth", ["does not fit the config", "missing in the file: backbone."]),
         ("truncated.pth", ["truncated.pth"]),
@@ -169,6 +169,26 @@ def test_a_run_resumes_only_from_all_of_its_model(files, tmp_path):
     Checkpointer(model, str(tmp_path)).resume_or_load(str(tmp_path / "model_0000009.pth"), resume=False)
 
 
+def test_batch_norms_without_statistics_are_refused_although_they_are_few_parameters(tmp_path):
+    state = {name: value for name, value in detector().state_dict().items() if ".running_" not in name}
+    torch.save({"model": state}, tmp_path / "no_statistics.pth")
+    with pytest.raises(WeightsError, match="99.. % of its parameters are filled.*missing in the file: .*running_mean"):
+        Checkpointer(detector()).load(str(tmp_path / "no_statistics.pth"))
+
+
+def test_block_and_halo_are_saved_beside_the_weights(tmp_path):
+    Checkpointer(detector(CONFIG, "MODEL.HALONET.BLOCK_SIZE", "12", "MODEL.HALONET.HALO_SIZE", "2"), str(tmp_path)).save(
+        "b12h2", iteration=3
+    )
+    saved = torch.load(tmp_path / "b12h2.pth", weights_only=True)
+    assert saved["metadata"] == {"block_size": "12", "halo_size": "2"} and saved["iteration"] == 3
+    checkpointer = Checkpointer(detector(CONFIG, "MODEL.HALONET.BLOCK_SIZE", "10"))  # a window of 16 as well
+    checkpointer.load(str(tmp_path / "b12h2.pth"))
+    assert "resized by offset from block 12, halo 2" in str(checkpointer.report)
+    Checkpointer(detector("mask_rcnn_r50"), str(tmp_path)).save("r50")
+    assert "metadata" not in torch.load(tmp_path / "r50.pth", weights_only=True)
+
+
 def test_what_it_saves_detectron2_reads(tmp_path):
     source, model = detector(), detector()
     Checkpointer(source, str(tmp_path)).save("model_final")
@@ -196,6 +216,18 @@ def test_pickles_that_may_run_code_are_read_when_trusted(files, tmp_path):
     with pytest.raises(WeightsError):  # it is no tensor, but it did run: this is what the flag allows
         load_weights(detector(), str(tmp_path / "code.pkl"), trust_pickle=True)
     assert (tmp_path / "marker").exists()
+
+
+def test_a_model_in_distributed_data_parallel_is_filled(files):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(detector())
+        checkpointer = Checkpointer(model)
+        checkpointer.load(str(files / "right.pth"))
+        source = torch.load(files / "right.pth", weights_only=True)["model"]
+        assert unchanged(model.module, source) and checkpointer.report.model_share == 1.0
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_networks_are_told_by_their_tensors():
@@ -230,5 +262,5 @@ def test_the_trainer_loads_and_saves_through_it(files, tmp_path, monkeypatch):
         trainer.resume_or_load(resume=True)
     assert unchanged(trainer.model, before)
     assert trainer.checkpointer.min_filled == 0.95 and not trainer.checkpointer.trust_pickle
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.glob("*.pth")) and not (tmp_path / "last_checkpoint").exists()
     assert Trainer(cfg, trust_pickle=True).checkpointer.trust_pickle

@@ -128,9 +128,8 @@ def test_tables_are_told_apart_by_what_the_file_says_where_their_lengths_agree()
     found, values = filled(model, source.state_dict())
     assert torch.equal(values[PREFIX + name], source.state_dict()[name]) and not any("resized" in note for note in found.notes)
     found, values = filled(model, source.state_dict(), metadata={"block_size": "12", "halo_size": "2"})
-    assert (
-        torch.equal(values[PREFIX + name], resize_table(source.state_dict()[name], (12, 2), (10, 3))) and found.fills[PREFIX + name].resized
-    )
+    assert torch.equal(values[PREFIX + name], resize_table(source.state_dict()[name], (12, 2), (10, 3)))
+    assert found.fills[PREFIX + name].resized
 
 
 def test_tables_of_another_depth_are_mismatched():
