@@ -19,6 +19,7 @@ from torchvision.models import resnet50
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = "mask_rcnn_halo_h0"
+NORMS = ["MODEL.HALONET.NORM", "MODEL.FPN.NORM", "MODEL.ROI_MASK_HEAD.NORM"]
 LIGHT = ["MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
 
 
@@ -80,7 +81,7 @@ def test_files_that_arrive(files, name):
         ("variant.pth", ["does not fit the config", "the file looks like HaloNet H1, the model is HaloNet H0",
                          "the first of another shape is backbone.bottom_up.res2.0.conv3.conv.weight, (64, 64, 1, 1) in the file and "
                          "(32, 64, 1, 1) in the model", "unexpected in the file: res4.7", "95.0 %"]),
-        ("strange.pth", ["no tensor of the file has a name of the model's", "0.0 % of its parameters are filled", "missing in the file: backbone.",
+        ("strange.pth", ["no tensor of the file has a name of the model's", "0.0 % of its parameters", "missing in the file: backbone.",
                          "unexpected in the file: a0.weight, a1.weight, a2.weight and 2 more"]),
         ("half.pth", ["does not fit the config", "missing in the file: backbone."]),
         ("truncated.pth", ["truncated.pth"]),
@@ -221,7 +222,7 @@ def test_pickles_that_may_run_code_are_read_when_trusted(files, tmp_path):
 def test_a_model_in_distributed_data_parallel_is_filled(files):
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        model = DistributedDataParallel(detector())
+        model = DistributedDataParallel(detector(CONFIG, *(opt for key in NORMS for opt in (key, "BN"))))
         checkpointer = Checkpointer(model)
         checkpointer.load(str(files / "right.pth"))
         source = torch.load(files / "right.pth", weights_only=True)["model"]
