@@ -26,6 +26,7 @@ NEEDED = {
     "cv2": ("opencv-python", "pip install opencv-python, or opencv-python-headless where libGL is missing"),
     "pycocotools": ("pycocotools", "pip install pycocotools"),
     "fvcore": ("fvcore", "pip install fvcore"),
+    "safetensors": ("safetensors", "pip install safetensors"),
     "detectron2": ("detectron2", INSTALL_DETECTRON2),
 }
 USED = ("detectron2.engine", "halodet.engine", "halodet.inference")
