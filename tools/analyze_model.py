@@ -24,16 +24,15 @@ from fvcore.nn import ActivationCountAnalysis, parameter_count
 from tabulate import tabulate
 from torch import nn
 
-STAGES = ("stem", "res2", "res3", "res4", "res5")
+STAGES = ("stem", "res2", "res3", "res4", "res5", *(f"stages.{i}" for i in range(4)), "final_conv")  # the latter timm's
 
 
 def parts(model: nn.Module) -> dict[str, str]:
     """Name of each row -> name of the module in the model; a part of the backbone stands before the backbone itself."""
     rows = {}
     bottom_up = "backbone.bottom_up" if hasattr(model.backbone, "bottom_up") else "backbone"
-    for stage in STAGES:
-        if hasattr(model.get_submodule(bottom_up), stage):
-            rows[stage] = f"{bottom_up}.{stage}"
+    there = {name for name, _ in model.named_modules()}
+    rows.update({stage: f"{bottom_up}.{stage}" for stage in STAGES if f"{bottom_up}.{stage}" in there})
     rows["backbone"] = bottom_up
     if bottom_up != "backbone":
         rows["backbone with FPN"] = "backbone"

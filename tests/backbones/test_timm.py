@@ -97,15 +97,15 @@ def test_what_lies_outside_an_image_of_any_size_is_zeros(name, last, one_thread)
 
     Far enough: where timm's maps do not change when the ground is noise. Squeeze-excitation, which looks at the whole map, is left out.
     """
-    net = timms(name).double()
-    ours = TimmBackbone(name, norm="BN").double().eval()
-    ours.load_state_dict(net.state_dict(), strict=False)
+    net, ours = timm.create_model(name), TimmBackbone(name, norm="BN").double().eval()
     for model in (net, ours):
         for path, module in list(model.named_modules()):
             if type(module).__name__ == "SEModule":
                 parent, _, child = path.rpartition(".")
                 setattr(model.get_submodule(parent), child, nn.Identity())
     size = net.default_cfg["input_size"][-1]
+    net = randomise(net, size).double()
+    ours.load_state_dict(net.state_dict(), strict=False)
     height, width = size - 19, 2 * size - 53
     ground = torch.zeros(1, 3, size, 2 * size, dtype=torch.float64)
     ground[..., :height, :width] = torch.randn(height, width)
