@@ -181,4 +181,4 @@ def _resolved(value: Any, known: dict[int, Any]) -> Any:
 
 def _spoken(name: str) -> str:
     """``os.system`` for the ``posix.system`` that a pickle says."""
-    return re.sub(r"^(posix|nt)\.", "os.", name)
+    return re.sub(r"[^\w.<>]", "?", re.sub(r"^(posix|nt)\.", "os.", name))[:100]

@@ -233,6 +233,30 @@ def test_a_tar_archive_disguised_as_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "pkl"])
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_a_changed_byte_does_the_error_is_a_sentence(tmp_path, form):
+    path = tmp_path / ("a.pkl" if form == "pkl" else "a.pth")
+    if form == "safetensors":
+        safetensors.torch.save_file(TENSORS, path)
+    elif form == "pkl":
+        path.write_bytes(pickle.dumps({"w": np.ones(2), "v": np.float32(1), "list": [1, (2, "3")]}, protocol=2))
+    else:
+        torch.save({"model": TENSORS, "metric": np.float64(1)}, path, _use_new_zipfile_serialization=form == "zip")
+    whole, places = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        content = bytearray(whole)
+        content[places.integers(min(600, len(whole)))] = places.integers(256)
+        path.write_bytes(content)
+        try:
+            read_checkpoint(path)
+        except WeightsError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(error).endswith(".")
+    assert refused > 30
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "pkl"])
 def test_truncated_files_say_so(tmp_path, form):
     path = tmp_path / ("a.pkl" if form == "pkl" else "a.pth")
     if form == "safetensors":
