@@ -71,6 +71,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             raise ConfigError(f"MODEL.TIMM.NAME: {_sentence(error)}") from error
     _check_compiled_operators(cfg)
     _check_solver(cfg)
+    if not 0.0 <= cfg.MODEL.WEIGHTS_MIN_FILLED <= 1.0:
+        raise ConfigError(f"MODEL.WEIGHTS_MIN_FILLED is {cfg.MODEL.WEIGHTS_MIN_FILLED}, expected a share from 0 to 1")
     _check_model(cfg)
     cfg.freeze()
     return cfg

@@ -13,9 +13,9 @@ from torch import nn
 
 from .errors import WeightsError
 from .identify import identify
-from .match import match
+from .match import match, some
 from .read import read_checkpoint
-from .report import LoadReport, percent, some
+from .report import LoadReport, percent
 from .target import Target
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,16 @@ class Checkpointer(DetectionCheckpointer):
         self._file = path
         try:
             return super().load(path, checkpointables)
-        except (AssertionError, OSError, RuntimeError) as error:  # how Detectron2 and its PathManager tell of a file that is not there
-            raise WeightsError(f"MODEL.WEIGHTS {path} cannot be read ({error})") from error
+        except WeightsError:
+            raise
+        except (
+            AssertionError,
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+        ) as error:  # no file, or another optimizer
+            raise WeightsError(f"MODEL.WEIGHTS {path} cannot be loaded ({' '.join(str(error).split())})") from error
         finally:
             self._parsed_url_during_load = None
 
@@ -140,5 +148,7 @@ def _complaint(report: LoadReport, checkpoint: Mapping[str, Any], min_filled: fl
         said.append(f"missing in the file: {some(missing)}")
     if found.unexpected or found.not_used:
         said.append(f"unexpected in the file: {some([*found.unexpected, *found.not_used])}")
-    mend = "use the config it was trained with" if exact else "use a file of this model, or the config of the file's"
+    mend = "use the config it was trained with"
+    if not exact:
+        mend = "use a file of this model, the config of the file's, or, where this is meant, a lower MODEL.WEIGHTS_MIN_FILLED"
     return f"MODEL.WEIGHTS {report.file} does not fit the config: {'; '.join(said)}: {mend}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -129,7 +129,7 @@ def _under(target: Target, names: dict[str, Tensor], naming: str, rename: Rename
         else:
             found.unexpected.append(name)
     if attention:
-        found.notes.append(f"attention stands where the file has the 3×3 convolutions {_first(attention)}: they are left out")
+        found.notes.append(f"attention stands where the file has the 3×3 convolutions {some(attention)}: they are left out")
     if statistics:
         found.notes.append("the model's norms keep no statistics: the file's batch norm statistics are left out")
     for old, new in sorted(pairs):
@@ -187,7 +187,7 @@ def _note_stride(found: Match, checkpoint: Mapping[str, Any]) -> None:
     in_1x1 = checkpoint.get("__author__") == "Caffe2"
     if in_1x1 and not found.target.stride_in_1x1:
         found.notes.append("MSRA's ResNets halve a map in a stage's first 1×1, this model in the 3×3: torchvision's fit better")
-    elif found.naming.startswith("torchvision") and found.target.stride_in_1x1:
+    elif (found.naming.startswith("torchvision") or checkpoint.get("__author__") == "torchvision") and found.target.stride_in_1x1:
         found.notes.append("torchvision's ResNets halve a map in a stage's 3×3, this model in the first 1×1: set STRIDE_IN_1X1 to False")
 
 
@@ -217,7 +217,9 @@ def _is_resnet(naming: str) -> bool:
     return naming.endswith("ResNet names")
 
 
-def _first(names: list[str], count: int = 3) -> str:
+def some(names: Iterable[str], count: int = 3) -> str:
+    """The first few of them, and how many more there are."""
+    names = list(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 

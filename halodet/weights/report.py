@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from .match import Match
+from .match import Match, some
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,3 @@ def group_of(name: str, backbone: str) -> str:
 def percent(share: float) -> str:
     """A share as text; never rounded up, so that 100 % is all."""
     return f"{math.floor(share * 1000) / 10:.1f} %"
-
-
-def some(names: Iterable[str], count: int = 3) -> str:
-    """The first few of them, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -139,6 +139,8 @@ def test_weights_are_matched_with_the_model_before_anything_long_starts(tmp_path
     assert check_weights(cfg, eval_only=False, resume=False) == str(tmp_path / "heads.pth")
     with pytest.raises(WeightsError, match="use the config it was trained with"):
         check_weights(cfg, eval_only=True, resume=False)
+    with pytest.raises(ConfigError, match="WEIGHTS_MIN_FILLED is 95.0, expected a share"):
+        load_config("quick/mask_rcnn_halo_small", ["MODEL.WEIGHTS_MIN_FILLED", "95.0"])
     torch.save({"model": {"other": torch.zeros(3)}}, tmp_path / "other.pth")
     cfg = load_config("quick/mask_rcnn_halo_small", ["MODEL.WEIGHTS", str(tmp_path / "other.pth"), "MODEL.WEIGHTS_MIN_FILLED", "0.0"])
     with pytest.raises(WeightsError, match="no tensor of the file has a name of the model's"):

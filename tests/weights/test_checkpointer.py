@@ -190,6 +190,18 @@ def test_block_and_halo_are_saved_beside_the_weights(tmp_path):
     assert "metadata" not in torch.load(tmp_path / "r50.pth", weights_only=True)
 
 
+def test_a_state_of_another_optimizer_is_told_in_one_sentence(tmp_path):
+    def optimizer(model, groups):
+        parameters = list(model.parameters())
+        return torch.optim.SGD([{"params": parameters[i::groups]} for i in range(groups)], lr=0.1)
+
+    source, model = detector(), detector()
+    Checkpointer(source, str(tmp_path), optimizer=optimizer(source, 1)).save("model_0000001")
+    with pytest.raises(WeightsError, match="model_0000001.pth cannot be loaded .*parameter groups") as caught:
+        Checkpointer(model, str(tmp_path), optimizer=optimizer(model, 2)).resume_or_load("")
+    assert "\n" not in str(caught.value)
+
+
 def test_what_it_saves_detectron2_reads(tmp_path):
     source, model = detector(), detector()
     Checkpointer(source, str(tmp_path)).save("model_final")

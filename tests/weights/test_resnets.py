@@ -152,6 +152,23 @@ def test_msras_files_in_halonet_say_what_does_not_fit(resnet):
     assert "turned from BGR over 1, 1, 1 to BGR over 57.375" in notes
 
 
+def test_torchvisions_weights_as_detectron2_converts_them(resnet):
+    """Detectron2's tool renames them and keeps the classifier as ``stem.fc``; its conversion is told by its author entry."""
+    state = {f"stem.{name}": value for name, value in resnet.state_dict().items() if name.startswith("fc")}
+    for name, value in resnet.state_dict().items():
+        if not name.startswith("fc"):
+            theirs = ours(name).replace("mixer.conv", "conv2.conv").replace("norm2.", "conv2.norm.").replace(".conv.", ".")
+            state[theirs] = value
+    file = {"model": state, "__author__": "torchvision", "matching_heuristics": True}
+    for config in ("mask_rcnn_r50", "mask_rcnn_r50_se"):
+        target = Target.of(detector(config, "MODEL.RESNETS.STRIDE_IN_1X1", "True"))
+        found, same = match(target, file), match(target, {"model": resnet.state_dict()})
+        assert found.fills.keys() == same.fills.keys() and len(found.fills) == 265
+        assert all(torch.equal(fill.make(), same.fills[name].make()) for name, fill in found.fills.items())
+        assert found.not_used == ["stem.fc.weight", "stem.fc.bias"] and not found.unexpected
+        assert any("set STRIDE_IN_1X1 to False" in note for note in found.notes) == (config == "mask_rcnn_r50")
+
+
 def test_another_mean_is_told(resnet):
     found = match(Target.of(detector("mask_rcnn_r50", "MODEL.PIXEL_MEAN", "[0.0, 0.0, 0.0]")), {"model": resnet.state_dict()})
     assert any("PIXEL_MEAN is not that of the file's network" in note for note in found.notes)
