@@ -14,16 +14,18 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from halodet.weights import WeightsError, read_checkpoint, write_weights
 from halodet.weights.convert import FORMS, convert, rename_for
+from halodet.weights.inputs import convention_of
 
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 
-def read(path: str, trust_pickle: bool) -> tuple[str, dict[str, Tensor]]:
-    """The local file of ``path``, a path or a URL that Detectron2 knows, and its tensors."""
+def read(path: str, trust_pickle: bool) -> tuple[str, dict[str, Any]]:
+    """The local file of ``path``, a path or a URL that Detectron2 knows, and what it holds."""
     local = path
     if "://" in path:
         try:
@@ -35,7 +37,16 @@ def read(path: str, trust_pickle: bool) -> tuple[str, dict[str, Tensor]]:
     checkpoint = read_checkpoint(local, trust_pickle=trust_pickle)
     if checkpoint.get("__author__") == "Caffe2":
         raise WeightsError(f"{path} has Caffe2's names, which are matched only when loading: give the file itself as MODEL.WEIGHTS.")
-    return local, checkpoint["model"]
+    return local, checkpoint
+
+
+def metadata_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, str]:
+    """What goes along with weights of the form ``source``: the pixels their first convolution takes, block and halo of attention."""
+    said = checkpoint.get("metadata") or {}
+    kept = {key: str(said[key]) for key in ("block_size", "halo_size") if key in said}
+    names = {"head.linear.weight"} if any(name.endswith("head.linear.weight") for name in checkpoint["model"]) else set()
+    convention = convention_of(checkpoint, "", names if source == "classifier" else set())
+    return kept | (convention.metadata() if convention else {})
 
 
 def listed(title: str, tensors: Mapping[str, Tensor]) -> None:
@@ -47,15 +58,18 @@ def listed(title: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    source, tensors = read(options.input, options.trust_pickle)
-    into_file, into = read(options.into, options.trust_pickle) if options.into else (None, None)
+    source, checkpoint = read(options.input, options.trust_pickle)
+    tensors = checkpoint["model"]
+    into_file, into = read(options.into, options.trust_pickle) if options.into else (None, {"model": None})
+    into = into["model"]
     for path in (source, into_file):
         if path and os.path.exists(options.output) and os.path.samefile(path, options.output):
             raise WeightsError(f"--output {options.output} is what is read, and would be overwritten: give another name.")
     if options.names:
         tensors = rename_for(options.names, tensors)
     done = convert(tensors, options.to, into=into, prefix=options.prefix)
-    write_weights(options.output, done.tensors, metadata={"form": options.to, "source": os.path.basename(options.input)})
+    metadata = {"form": options.to, "source": os.path.basename(options.input)} | metadata_of(checkpoint, done.source)
+    write_weights(options.output, done.tensors, metadata=metadata)
     print(f"{options.input}: {done.source}, {len(tensors)} tensors")
     print(
         f"{options.output}: {options.to}, {len(done.tensors)} tensors, {sum(t.numel() for t in done.tensors.values()) / 1e6:.2f} M numbers"
@@ -64,6 +78,9 @@ def run(options: argparse.Namespace) -> None:
         print("it has no classification head: timm's --pretrained-path takes it and makes a new one, --initial-checkpoint does not")
     if into is not None:
         print(f"filled: {done.filled}; as in {options.into}: {len(into) - done.filled} (without its optimizer and iteration)")
+    if "pixel_std" in metadata:
+        pixels = f"{metadata['input_format']} over {metadata['pixel_std']}"
+        print(f"trained on {pixels}, which is saved beside them: training adapts the stem to its config")
     listed(f"left out, without a place in the form {options.to}", done.left_out)
     listed("of the backbone, but not in the input, so left as they were", {name: done.tensors[name] for name in done.unfilled})
 

@@ -76,13 +76,8 @@ class Checkpointer(DetectionCheckpointer):
             return super().load(path, checkpointables)
         except WeightsError:
             raise
-        except (
-            AssertionError,
-            OSError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-        ) as error:  # no file, or another optimizer
+        # Detectron2's ways to tell of a file that is not there, and PyTorch's of a state for another optimizer.
+        except (AssertionError, OSError, RuntimeError, ValueError, KeyError) as error:
             raise WeightsError(f"MODEL.WEIGHTS {path} cannot be loaded ({' '.join(str(error).split())})") from error
         finally:
             self._parsed_url_during_load = None
@@ -148,7 +143,7 @@ def _complaint(report: LoadReport, checkpoint: Mapping[str, Any], min_filled: fl
         said.append(f"missing in the file: {some(missing)}")
     if found.unexpected or found.not_used:
         said.append(f"unexpected in the file: {some([*found.unexpected, *found.not_used])}")
-    mend = "use the config it was trained with"
-    if not exact:
-        mend = "use a file of this model, the config of the file's, or, where this is meant, a lower MODEL.WEIGHTS_MIN_FILLED"
+    mend = "use the config it was trained with" if exact else "use a file of this model, or the config of the file's"
+    if found.fills and not exact:
+        mend += ", or, where this is meant, a lower MODEL.WEIGHTS_MIN_FILLED"
     return f"MODEL.WEIGHTS {report.file} does not fit the config: {'; '.join(said)}: {mend}"

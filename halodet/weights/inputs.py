@@ -24,6 +24,11 @@ class InputConvention:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def metadata(self) -> dict[str, str]:
+        """As entries to be saved beside weights; :func:`convention_of` reads them."""
+        mean, std = (" ".join(f"{value:.10g}" for value in values) for values in (self.mean, self.std))
+        return {"input_format": self.order, "pixel_mean": mean, "pixel_std": std}
+
     def __str__(self) -> str:
         return f"{self.order} over {', '.join(f'{value:g}' for value in self.std)}"
 
@@ -46,7 +51,19 @@ def same_mean(old: InputConvention, new: InputConvention) -> bool:
 
 
 def convention_of(checkpoint: Mapping[str, Any], style: str, names: set[str]) -> InputConvention | None:
-    """What a file of backbone weights was trained on, where its kind tells."""
+    """What a file of backbone weights was trained on, where it says so or its kind tells."""
+    metadata = checkpoint.get("metadata") or {}
+    try:
+        if "pixel_std" in metadata:
+            mean, std = (tuple(map(float, metadata[key].split())) for key in ("pixel_mean", "pixel_std"))
+            if len(mean) == len(std) == 3 and sorted(metadata["input_format"]) == sorted("RGB"):
+                return InputConvention(metadata["input_format"], mean, std)
+        if "std" in metadata:  # timm's, of pixels from 0 to 1
+            mean, std = (tuple(round(255 * float(value), 4) for value in metadata[key]) for key in ("mean", "std"))
+            if len(mean) == len(std) == 3:
+                return InputConvention("RGB", mean, std)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass  # of another program: the kind of file tells then
     author = checkpoint.get("__author__")
     if author == "Caffe2":
         return MSRA

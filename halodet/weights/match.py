@@ -95,7 +95,7 @@ def match(target: Target, checkpoint: Mapping[str, Any], *, exact: bool = False)
         best, best_names = Match(target), {}
     if not exact:
         _unfold_norms(best, best_names)
-        if not best.whole:
+        if not best.whole or "pixel_std" in (checkpoint.get("metadata") or {}):
             _adapt_input(best, checkpoint, best_names)
         _note_stride(best, checkpoint)
     _expect(best, best_names)

@@ -1,11 +1,13 @@
 """tools/convert_weights.py: files there and back, what it prints, and how it refuses."""
 
+import dataclasses
 import importlib.util
 import pickle
 from pathlib import Path
 
+from halodet.backbones import VARIANTS, HaloNet
 from halodet.engine import load_config
-from halodet.weights import read_checkpoint
+from halodet.weights import Checkpointer, read_checkpoint
 
 import numpy as np
 import pytest
@@ -138,3 +140,30 @@ def test_refusals_are_one_sentence_and_write_nothing(trained, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["R-50.pkl", "bad.pkl", "cut.pth"]
     assert run("--input", tmp_path / "bad.pkl", "--output", output, "--to", "backbone", "--trust-pickle") == 0
     assert (tmp_path / "ran").exists() and sorted(read_checkpoint(output)["model"]) == ["res2.w", "stem.w"]
+
+
+@pytest.mark.parametrize("to", ["backbone", "detector", "into"])
+def test_a_converted_classifier_says_which_pixels_it_takes(to, trained, tmp_path, capsys):
+    """The head, by which a classifier is known, is gone: without a word beside them its weights would meet pixels of another order."""
+    classifier = HaloNet(get_cfg_variant(), num_classes=3, out_features=["linear"])
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    into = ["--into", trained] if to == "into" else []
+    output = tmp_path / "converted.safetensors"
+    assert run("--input", tmp_path / "classifier.pth", "--output", output, "--to", "detector" if into else to, *into) == 0
+    assert "trained on RGB over 58.395 57.12 57.375" in capsys.readouterr().out
+    model = build_model(load_config("mask_rcnn_halo_h3", SMALL))  # its images are BGR
+    Checkpointer(model).load(str(output))
+    expected = classifier.state_dict()["stem.conv1.conv.weight"].flip(1)
+    assert torch.equal(model.state_dict()["backbone.bottom_up.stem.conv1.conv.weight"], expected)
+
+
+def test_block_and_halo_go_along(trained, tmp_path):
+    Checkpointer(build_model(load_config("mask_rcnn_halo_h3", SMALL)), str(tmp_path)).save("model_final")
+    assert run("--input", tmp_path / "model_final.pth", "--output", tmp_path / "timm.pth", "--to", "timm") == 0
+    assert read_checkpoint(tmp_path / "timm.pth")["metadata"].items() >= {"block_size": "10", "halo_size": "3"}.items()
+
+
+def get_cfg_variant():
+    """The network of SMALL."""
+    fields = {key: KWARGS[key] for key in ("depths", "base_width", "num_heads")}
+    return dataclasses.replace(VARIANTS["H3"], **fields)

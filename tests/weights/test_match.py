@@ -5,13 +5,13 @@ import dataclasses
 from halodet.backbones import VARIANTS, HaloNet
 from halodet.engine import load_config
 from halodet.weights import Target, match
+from halodet.weights.inputs import InputConvention
 from halodet.weights.report import LoadReport
 from halodet.weights.tables import resize_table
 
 import pytest
 import torch
 from detectron2.modeling import build_model
-from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dataclasses.replace(
@@ -80,30 +80,50 @@ def test_a_classifier_fills_a_classifier():
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in values.items())
 
 
-class _TimmDetector(nn.Module):
-    """A detector around timm's own modules, under the names of a timm backbone."""
-
-    def __init__(self, network):
-        super().__init__()
-        bottom_up = nn.Module()
-        bottom_up.stem, bottom_up.stages = network.stem, network.stages
-        self.backbone = nn.Module()
-        self.backbone.fpn_lateral2 = nn.Conv2d(3, 3, 1)
-        self.backbone.bottom_up = bottom_up
-
-
-def test_timms_names_fill_a_timm_backbone():
+@pytest.mark.parametrize("config", ["haloregnetz_b", "eca_halonext26ts", "halo2botnet50ts"])
+def test_timms_names_fill_a_timm_backbone(config):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
-    network = timm.create_model("haloregnetz_b")  # it has a final_conv, which this backbone does without
-    with torch.device("meta"):
-        model = _TimmDetector(timm.create_model("haloregnetz_b"))
-    found, values = filled(model, network.state_dict())
-    expected = {n: v for n, v in weights(network.state_dict()).items() if n.startswith(("stem.", "stages."))}
-    assert values.keys() == {PREFIX + name for name in expected}
-    assert all(torch.equal(values[PREFIX + name], value) for name, value in expected.items())
-    assert {name.split(".")[0] for name in found.not_used} == {"final_conv", "head"} and not found.unexpected
-    assert not found.missing and LoadReport("x", found).share == 1.0
+    cfg = load_config(f"mask_rcnn_{config}", ["MODEL.DEVICE", "cpu"])
+    network, model = timm.create_model(cfg.MODEL.TIMM.NAME), build_model(cfg)
+    kinds = {"__author__": "timm", "matching_heuristics": True, "metadata": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}}
+    for entries in ({}, kinds):  # a file of timm, and what timm:// makes of it
+        found, values = filled(model, network.state_dict(), **entries)
+        expected = {n: v for n, v in weights(network.state_dict()).items() if not n.startswith("head.")}
+        assert values.keys() == {PREFIX + name for name in expected}
+        assert all(torch.equal(values[PREFIX + name], value) for name, value in expected.items())
+        assert {name.split(".")[0] for name in found.not_used} == {"head"} and not found.unexpected and not found.missing
+        assert LoadReport("x", found).share == LoadReport("x", found).backbone_share == 1.0
+
+
+def test_timms_final_conv_is_not_used_where_the_backbone_has_none():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    cfg = load_config("mask_rcnn_haloregnetz_b", ["MODEL.DEVICE", "cpu", "MODEL.TIMM.OUT_FEATURES", "['res2', 'res3', 'res4']",
+                      "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4']", "MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']",
+                      "MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3', 'p4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64], [128], [256]]",
+                      ])  # fmt: skip
+    found, _ = filled(build_model(cfg), timm.create_model("haloregnetz_b").state_dict())
+    assert {name.split(".")[0] for name in found.not_used} == {"head", "final_conv"} and not found.missing
+    assert {name.split(".")[1] for name in found.unexpected} == {"3"}  # the stage that is not built
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_file_says_of_its_pixels_comes_first(whole):
+    """Saved by our own conversion, the convention holds for a backbone by any name, and for a detector filled with one."""
+    source, model = classifier(), small_detector()
+    state = {PREFIX + n: v for n, v in source.state_dict().items() if not n.startswith("head.")}
+    state |= {n: v for n, v in model.state_dict().items() if not n.startswith(PREFIX)} if whole else {}
+    said = InputConvention("RGB", (127.5, 127.5, 127.5), (127.5, 51.0, 25.5)).metadata()
+    found, values = filled(model, state, metadata=said)
+    stem = source.state_dict()["stem.conv1.conv.weight"]
+    factors = [57.375 / 25.5, 57.12 / 51.0, 58.395 / 127.5]  # the config's BGR deviations over the file's
+    expected = torch.stack([stem[:, 2 - i] * factor for i, factor in enumerate(factors)], 1)
+    torch.testing.assert_close(values[PREFIX + "stem.conv1.conv.weight"], expected)
+    assert any("PIXEL_MEAN is not that" in note for note in found.notes) and found.whole == whole
+    _, again = filled(model, source.state_dict(), metadata={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.2, 0.1)})  # as timm writes it
+    torch.testing.assert_close(again[PREFIX + "stem.conv1.conv.weight"], expected)
+    _, other = filled(model, source.state_dict(), metadata={"pixel_std": "none", "pixel_mean": "", "input_format": "grey"})
+    assert torch.equal(other[PREFIX + "stem.conv1.conv.weight"], stem.flip(1)), "words of another program are passed over"
 
 
 def test_tables_of_another_block_or_halo_are_resized_by_offset():
