@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -53,9 +52,11 @@ def _build() -> Iterator[tuple[str, nn.Module]]:
     """Every network known, on a device without memory."""
     builders: dict[str, Callable[[], nn.Module]] = {f"HaloNet {name}": functools.partial(HaloNet, name) for name in VARIANTS}
     builders |= {f"a ResNet-{depth}": functools.partial(_resnet, depth) for depth in (18, 34, 50, 101, 152)}
-    if importlib.util.find_spec("timm"):
+    try:
         import timm
-
+    except ImportError:
+        pass
+    else:
         builders |= {f"timm's {name}": functools.partial(timm.create_model, name) for name in timm.list_models(module="byoanet")}
     with torch.device("meta"):
         for label, build in builders.items():

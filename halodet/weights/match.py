@@ -95,7 +95,8 @@ def match(target: Target, checkpoint: Mapping[str, Any], *, exact: bool = False)
         best, best_names = Match(target), {}
     if not exact:
         _unfold_norms(best, best_names)
-        if not best.whole or "pixel_std" in (checkpoint.get("metadata") or {}):
+        says = checkpoint.get("__author__") == "Caffe2" or "pixel_std" in (checkpoint.get("metadata") or {})
+        if not best.whole or says:
             _adapt_input(best, checkpoint, best_names)
         _note_stride(best, checkpoint)
     _expect(best, best_names)

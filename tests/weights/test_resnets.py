@@ -4,7 +4,7 @@ import pickle
 import re
 
 from halodet.engine import load_config
-from halodet.weights import Checkpointer, Target, match
+from halodet.weights import Checkpointer, Target, match, read_checkpoint
 
 import pytest
 import torch
@@ -136,6 +136,27 @@ def test_msras_files_fill_what_detectron2_fills(resnet, tmp_path):
         assert torch.equal(own.state_dict()[name], value), name
     assert len(found.fills) == 265 and found.not_used and not found.unexpected
     assert not any("STRIDE" in note or "halve" in note or "FrozenBN only" in note or "turned" in note for note in found.notes)
+
+
+def test_detectron1s_detectors_fill_what_detectron2_fills(resnet, tmp_path):
+    opts = ["MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]", "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.STRIDE_IN_1X1", "True"]
+    theirs, own = detector("mask_rcnn_r50", *opts), detector("mask_rcnn_r50", *opts)
+    # 80 classes, as here: their background is the first row, Detectron2's the last
+    heads = {"fpn_inner_res4_5_sum_lateral_w": (16, 1024, 1, 1), "fpn_res4_5_sum_b": (16,), "conv_rpn_fpn2_w": (16, 16, 3, 3),
+             "fc7_b": (16,), "rpn_cls_logits_fpn2_b": (3,), "cls_score_w": (81, 16),
+             "bbox_pred_b": (324,), "_[mask]_fcn2_w": (16, 16, 3, 3)}  # fmt: skip
+    blobs = msra(resnet) | {name: torch.randn(shape) for name, shape in heads.items()}
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps({"blobs": {name: value.numpy() for name, value in blobs.items()}}))
+    DetectionCheckpointer(theirs).load(str(tmp_path / "model_final.pkl"))
+    checkpointer = Checkpointer(own, min_filled=0.0)
+    checkpointer.load(str(tmp_path / "model_final.pkl"))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(own.state_dict()[name], value), name
+    found = checkpointer.report.match
+    assert found.whole and len([name for name in found.fills if not name.startswith("backbone.bottom_up.")]) == len(heads)
+    other = match(Target.of(detector("mask_rcnn_r50")), read_checkpoint(tmp_path / "model_final.pkl"))
+    stem = other.fills["backbone.bottom_up.stem.conv1.weight"].make()
+    torch.testing.assert_close(stem, resnet.conv1.weight * torch.tensor([57.375, 57.12, 58.395]).view(1, 3, 1, 1))
 
 
 def test_msras_files_in_halonet_say_what_does_not_fit(resnet):
