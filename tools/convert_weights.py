@@ -81,6 +81,8 @@ def run(options: argparse.Namespace) -> None:
     if "pixel_std" in metadata:
         pixels = f"{metadata['input_format']} over {metadata['pixel_std']}"
         print(f"trained on {pixels}, which is saved beside them: training adapts the stem to its config")
+        if options.to == "timm" and metadata["input_format"] != "RGB":
+            print("timm's programs do not know, and feed RGB")
     listed(f"left out, without a place in the form {options.to}", done.left_out)
     listed("of the backbone, but not in the input, so left as they were", {name: done.tensors[name] for name in done.unfilled})
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from .errors import WeightsError
 from .identify import identify
+from .inputs import convention_of
 from .match import match, some
 from .read import read_checkpoint
 from .report import LoadReport, percent
@@ -63,11 +64,13 @@ class Checkpointer(DetectionCheckpointer):
             self.exact = before
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As Detectron2's, with block and halo of the model's attention beside it: the length of a relative table does not tell them."""
-        windows = set(Target.of(self.model).windows.values())
+        """As Detectron2's, with what tensors do not tell beside it: the pixels the model takes, block and halo of its attention."""
+        target = Target.of(self.model)
+        metadata = target.convention.metadata() if target.convention else {}
+        windows = set(target.windows.values())
         if len(windows) == 1:
-            kwargs["metadata"] = dict(zip(("block_size", "halo_size"), map(str, *windows), strict=True))
-        super().save(name, **kwargs)
+            metadata |= dict(zip(("block_size", "halo_size"), map(str, *windows), strict=True))
+        super().save(name, **({"metadata": metadata} if metadata else {}), **kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Fill the model from ``path``, a file or a name that Detectron2's PathManager knows; return what else the file holds."""
@@ -109,13 +112,19 @@ def check_fit(model: nn.Module, checkpoint: Mapping[str, Any], file: str, *, min
 
     Raises:
         WeightsError: it fills less of the model than asked for; the message names the first tensors on both sides, the network that the
-            file looks like, and what differs.
+            file looks like, and what differs. With ``exact`` also: it says that it was trained on other pixels than the model takes.
     """
     report = LoadReport(file, match(Target.of(model), checkpoint, exact=exact))
     fills = report.match.fills
     enough = len(fills) == len(report.match.target.shapes) if exact else min(report.share, report.tensor_share) >= min_filled
     if not enough or not fills:
         raise WeightsError(_complaint(report, checkpoint, min_filled, exact))
+    old, new = convention_of({"metadata": checkpoint.get("metadata")}, "", set()), report.match.target.convention
+    if exact and old and new and old != new:
+        raise WeightsError(
+            f"{file} was trained with INPUT.FORMAT {old.order} MODEL.PIXEL_MEAN {list(old.mean)} MODEL.PIXEL_STD {list(old.std)}, but the "
+            f"config has {new.order}, {list(new.mean)} and {list(new.std)}: use the config it was trained with"
+        )
     return report
 
 

@@ -172,9 +172,9 @@ def _adapt_input(found: Match, checkpoint: Mapping[str, Any], names: dict[str, T
     ends = {"halonet": "stem.conv1.conv.weight", "resnet": "stem.conv1.weight"}
     stem = target.backbone + ends.get(target.kind, "")
     old = convention_of(checkpoint, found.naming, set(names))
-    if stem not in found.fills or old is None or target.pixel_std is None or sorted(target.input_format or "") != sorted("RGB"):
+    new = target.convention
+    if stem not in found.fills or old is None or new is None:
         return
-    new = InputConvention(target.input_format, target.pixel_mean, target.pixel_std)
     if not same_mean(old, new):
         found.notes.append(f"PIXEL_MEAN is not that of the file's network ({old.order} {old.mean}): set it, or its first maps are off")
     if (old.order, old.std) != (new.order, new.std):

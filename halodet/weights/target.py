@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .inputs import InputConvention
+
 # Where a file's or a model's backbone lies: under FPN, or bare. "backbone.fpn_lateral2" is no part of it.
 BACKBONE = re.compile(r"^backbone\.(bottom_up\.|(?=(stem|res\d|stages|final_conv|layer\d|conv1|bn1)\.))")
 # Counters, and what old Detectron2 checkpoints keep although the config sets it: no part of what is learned.
@@ -76,6 +78,13 @@ class Target:
     def detector(self) -> bool:
         """Whether there is more than a backbone."""
         return bool(self.backbone)
+
+    @property
+    def convention(self) -> InputConvention | None:
+        """The pixels the model takes, where it says so."""
+        if self.pixel_std is None or self.pixel_mean is None or sorted(self.input_format or "") != sorted("RGB"):
+            return None
+        return InputConvention(self.input_format, self.pixel_mean, self.pixel_std)
 
     def block(self, name: str) -> str:
         """What the names in the same residual block as ``name`` begin with; the name itself outside of blocks."""

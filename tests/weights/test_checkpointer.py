@@ -177,17 +177,30 @@ def test_batch_norms_without_statistics_are_refused_although_they_are_few_parame
         Checkpointer(detector()).load(str(tmp_path / "no_statistics.pth"))
 
 
-def test_block_and_halo_are_saved_beside_the_weights(tmp_path):
+def test_what_tensors_do_not_tell_is_saved_beside_them(tmp_path):
+    pixels = {"input_format": "BGR", "pixel_mean": "103.53 116.28 123.675", "pixel_std": "57.375 57.12 58.395"}
     Checkpointer(detector(CONFIG, "MODEL.HALONET.BLOCK_SIZE", "12", "MODEL.HALONET.HALO_SIZE", "2"), str(tmp_path)).save(
         "b12h2", iteration=3
     )
     saved = torch.load(tmp_path / "b12h2.pth", weights_only=True)
-    assert saved["metadata"] == {"block_size": "12", "halo_size": "2"} and saved["iteration"] == 3
+    assert saved["metadata"] == {**pixels, "block_size": "12", "halo_size": "2"} and saved["iteration"] == 3
     checkpointer = Checkpointer(detector(CONFIG, "MODEL.HALONET.BLOCK_SIZE", "10"))  # a window of 16 as well
     checkpointer.load(str(tmp_path / "b12h2.pth"))
     assert "resized by offset from block 12, halo 2" in str(checkpointer.report)
     Checkpointer(detector("mask_rcnn_r50"), str(tmp_path)).save("r50")
-    assert "metadata" not in torch.load(tmp_path / "r50.pth", weights_only=True)
+    assert torch.load(tmp_path / "r50.pth", weights_only=True)["metadata"] == pixels
+
+
+def test_pixels_of_another_order_are_refused_where_nothing_is_trained_and_adapted_where_it_is(tmp_path):
+    model = detector(CONFIG)
+    Checkpointer(model, str(tmp_path)).save("bgr")
+    rgb = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]", "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]"]
+    other = detector(CONFIG, *rgb)
+    with pytest.raises(WeightsError, match=r"bgr.pth was trained with INPUT.FORMAT BGR .*PIXEL_MEAN \[103.53.*config has RGB, \[123.675"):
+        load_weights(other, str(tmp_path / "bgr.pth"))
+    Checkpointer(other).load(str(tmp_path / "bgr.pth"))
+    stems = [m.backbone.bottom_up.stem.conv1.conv.weight for m in (model, other)]
+    torch.testing.assert_close(stems[1], stems[0].flip(1))
 
 
 def test_a_state_of_another_optimizer_is_told_in_one_sentence(tmp_path):
