@@ -51,15 +51,19 @@ def draw_ratios(
 
 
 def draw_curves(panels: dict[str, dict[str, dict[int, float]]], title: str, path: Path) -> None:
-    """Draw one panel of curves over iterations per metric, each run in the same colour everywhere, and write them to ``path``.
+    """Draw curves over iterations, one panel per metric and three in a row, each run in one colour, and write them to ``path``.
 
     Args:
         panels: name of a metric -> name of a run -> iteration -> value; values that are no finite numbers are left out.
         title: of the whole; may be empty.
         path: the file; its ending says the format, one of :func:`known_formats`.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.2), squeeze=False, layout="constrained")
-    for axis, (metric, runs) in zip(axes[0], panels.items(), strict=True):
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
+    for unused in axes.flat[len(panels) :]:
+        unused.remove()
+    for axis, (metric, runs) in zip(axes.flat, panels.items(), strict=False):
         for run, curve in runs.items():
             points = [(iteration, value) for iteration, value in curve.items() if math.isfinite(value)]
             axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o" if len(points) <= 50 else "", markersize=3, label=run)

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from halodet.benchmark.chart import draw_curves
 from halodet.engine.metrics_file import MetricsError, read_metrics
 
 import pytest
@@ -86,6 +87,16 @@ def test_last_and_best_of_each_run_are_printed(tmp_path, capsys):
     assert cells[2] == ["total_loss", "A", "8", "4.61 at 39", "4.61 at 39"]
     with Image.open(picture) as image:
         assert image.width > 1.5 * image.height, "two panels beside each other"
+
+
+def test_a_fourth_panel_starts_another_row(tmp_path):
+    sizes = []
+    for panels in (1, 3, 4):
+        draw_curves({f"metric {i}": {"A": {0: 1.0, 9: 2.0}} for i in range(panels)}, "", tmp_path / "curves.png")
+        with Image.open(tmp_path / "curves.png") as image:
+            sizes.append(image.size)
+    (width, height), three, four = sizes
+    assert three == (3 * width, height) and four == (3 * width, 2 * height)
 
 
 def test_the_curves_are_those_of_the_runs(tmp_path):
