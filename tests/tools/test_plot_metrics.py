@@ -24,7 +24,7 @@ def write(folder, values, start=0):
     with EventStorage(start) as storage:
         for step in range(10 * len(values)):
             storage.iter = start + step
-            storage.put_scalar("total_loss", 5.0 - 0.01 * (start + step))
+            storage.put_scalar("total_loss", 4.0 + values[0] - 0.01 * (start + step))
             if step % 10 == 9:
                 storage.put_scalars(**{"bbox/AP": values[step // 10], "segm/AP": values[step // 10] / 2}, smoothing_hint=False)
             if step % 5 == 4:
@@ -57,7 +57,9 @@ def test_a_cut_line_is_left_out_and_what_a_resumed_run_wrote_on_it_is_kept(tmp_p
     write(folder, [8.0, 9.0], start=20)
     first, *_ = [line for line in path.read_text().splitlines() if line.count("{") == 2]
     assert json.loads(first[first.rfind("{") :])["iteration"] == 24, "the resumed run writes on the line that was cut"
-    assert list(read_metrics(folder)["total_loss"]) == [4, 9, 14, 19, 24, 29, 34, 39]
+    losses = read_metrics(folder)["total_loss"]
+    assert list(losses) == [4, 9, 14, 19, 24, 29, 34, 39]
+    assert losses[19] == pytest.approx(5 - 0.19) and losses[24] == pytest.approx(12 - 0.24), "iteration 24 is the resumed run's"
 
 
 def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
