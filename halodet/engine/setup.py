@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import math
@@ -22,7 +23,7 @@ from ..attention.triton import triton_problem
 from ..backbones.builders import TIMM_BACKBONES
 from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
-from ..weights import WeightsError, check_fit, read_checkpoint, with_query
+from ..weights import Target, WeightsError, check_fit, read_checkpoint, with_query
 from .optimizer import OPTIMIZERS, rate_factors
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,14 @@ def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool, trust_pickle: 
     if not os.path.isfile(file):
         raise ConfigError(f"MODEL.WEIGHTS is {weights}, which is not a file")
     checkpoint = with_query(read_checkpoint(file, trust_pickle=trust_pickle), url.query, weights)
-    check_fit(_blank_model(cfg), checkpoint, weights, min_filled=cfg.MODEL.WEIGHTS_MIN_FILLED, exact=exact)
+    # A model without memory does not tell which pixels it takes.
+    target = dataclasses.replace(
+        Target.of(_blank_model(cfg)),
+        input_format=cfg.INPUT.FORMAT,
+        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+    )
+    check_fit(target, checkpoint, weights, min_filled=cfg.MODEL.WEIGHTS_MIN_FILLED, exact=exact)
     return weights
 
 

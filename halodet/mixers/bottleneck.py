@@ -122,7 +122,9 @@ def read_table(table: Tensor, side: int, block: int, position: str) -> Tensor:
     last = (table.shape[0] - 1) // 2  # the offset of the table's end
     if side == block == last + 1:
         return table
-    offsets = torch.arange(1 - block, block, device=table.device, dtype=torch.float32)
+    # places in half precision would be off by whole rows
+    dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+    offsets = torch.arange(1 - block, block, device=table.device, dtype=dtype)
     if position == "interpolate" and side > 1:
         offsets = offsets * (last / (side - 1))
     place = (offsets + last).clamp(0, 2 * last)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
@@ -74,7 +75,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Fill the model from ``path``, a file or a name that Detectron2's PathManager knows; return what else the file holds."""
-        self._file = path
+        self._file, self._with_state = path, checkpointables is None
         try:
             return super().load(path, checkpointables)
         except WeightsError:
@@ -90,11 +91,30 @@ class Checkpointer(DetectionCheckpointer):
         return with_query(checkpoint, self._parsed_url_during_load.query, self._file)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        self.report = check_fit(self.model, checkpoint, self._file, min_filled=self.min_filled, exact=self.exact)
+        self.report = check_fit(Target.of(self.model), checkpoint, self._file, min_filled=self.min_filled, exact=self.exact)
+        if self._with_state and "trainer" in self.checkpointables:
+            saved = checkpoint.get("trainer", {}).get("_trainer", {}).get("optimizer")
+            _check_optimizer(saved, self.checkpointables["trainer"]._trainer.optimizer, self._file)
         checkpoint.pop("model")
         self.model.load_state_dict({name: fill.make() for name, fill in self.report.match.fills.items()}, strict=False)
         if comm.is_main_process():
             logger.info(str(self.report))
+
+
+def _check_optimizer(saved: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer, file: str) -> None:
+    """WeightsError where a saved state is not that of such an optimizer: PyTorch would take it, and stop at the next step."""
+    groups = saved["param_groups"] if saved else []
+    for theirs, ours in zip(groups, optimizer.param_groups, strict=False):
+        other = sorted((set(theirs) ^ set(ours)) & {"momentum", "betas"})
+        if other or len(theirs["params"]) != len(ours["params"]):
+            break
+    else:
+        if not saved or len(groups) == len(optimizer.param_groups):
+            return
+    raise WeightsError(
+        f"{file} has the state of another optimizer, or of one with other parameter groups, than this config's "
+        f"{type(optimizer).__name__}: go on with the SOLVER keys the run was begun with, or begin anew with MODEL.WEIGHTS {file}"
+    )
 
 
 def with_query(checkpoint: dict[str, Any], query: str, file: str) -> dict[str, Any]:
@@ -107,18 +127,32 @@ def with_query(checkpoint: dict[str, Any], query: str, file: str) -> dict[str, A
     return checkpoint
 
 
-def check_fit(model: nn.Module, checkpoint: Mapping[str, Any], file: str, *, min_filled: float, exact: bool) -> LoadReport:
-    """Match ``checkpoint`` with ``model``, which may be on the device ``meta``, and copy nothing.
+def check_fit(target: Target, checkpoint: Mapping[str, Any], file: str, *, min_filled: float, exact: bool) -> LoadReport:
+    """Match ``checkpoint`` with a model, and copy nothing.
 
     Raises:
-        WeightsError: it fills less of the model than asked for; the message names the first tensors on both sides, the network that the
-            file looks like, and what differs. With ``exact`` also: it says that it was trained on other pixels than the model takes.
+        WeightsError: it fills less of the model than asked for, or brings more than the model has a place for (in the same parts of it);
+            the message names the first tensors on both sides, the network that the file looks like, and what differs. With ``exact``
+            also: it says that it was trained on other pixels, or with another block or halo, than the model has.
     """
-    report = LoadReport(file, match(Target.of(model), checkpoint, exact=exact))
-    fills = report.match.fills
-    enough = len(fills) == len(report.match.target.shapes) if exact else min(report.share, report.tensor_share) >= min_filled
-    if not enough or not fills:
+    report = LoadReport(file, match(target, checkpoint, exact=exact))
+    found = report.match
+    if exact:
+        enough = len(found.fills) == len(target.shapes) and not found.foreign.total()
+    else:
+        used = sum(name.startswith(target.backbone) for name in found.fills)
+        foreign = sum(n for part, n in found.foreign.items() if part in target.backbone_groups)
+        enough = min(report.share, report.tensor_share) >= min_filled and used >= min_filled * (used + foreign)
+        # Behind a random first convolution the rest is worth nothing, few parameters as it has.
+        enough = enough and (not used or target.stem is None or target.stem in found.fills)
+    if not enough or not found.fills:
         raise WeightsError(_complaint(report, checkpoint, min_filled, exact))
+    if found.window:
+        old, new = found.window
+        raise WeightsError(
+            f"{file} was trained with attention of block {old[0]} and halo {old[1]}, but the config has {new[0]} and {new[1]}: use the "
+            "config it was trained with"
+        )
     old, new = convention_of({"metadata": checkpoint.get("metadata")}, "", set()), report.match.target.convention
     if exact and old and new and old != new:
         raise WeightsError(
@@ -140,6 +174,11 @@ def _complaint(report: LoadReport, checkpoint: Mapping[str, Any], min_filled: fl
     ]
     if not exact:
         said[0] += f" and MODEL.WEIGHTS_MIN_FILLED asks for {percent(min_filled)} of both"
+    if found.foreign.total():
+        parts = some(group for group, count in found.foreign.items() if count)
+        said.append(f"{found.foreign.total()} tensors of the file belong to parts that the model has ({parts}), and have no place there")
+    if not exact and found.target.stem in missing:
+        said.append("the first convolution is one of the missing")
     if not found.fills and not found.mismatched:
         said.append("no tensor of the file has a name of the model's")
     looks = identify({name: tuple(value.shape) for name, value in checkpoint["model"].items()})

@@ -58,6 +58,9 @@ def convention_of(checkpoint: Mapping[str, Any], style: str, names: set[str]) ->
             mean, std = (tuple(map(float, metadata[key].split())) for key in ("pixel_mean", "pixel_std"))
             if len(mean) == len(std) == 3 and sorted(metadata["input_format"]) == sorted("RGB"):
                 return InputConvention(metadata["input_format"], mean, std)
+        given = vars(checkpoint["args"]) if hasattr(checkpoint.get("args"), "__dict__") else {}
+        if given.get("mean") and given.get("std"):  # of timm's training script, where not its default
+            metadata = given
         if "std" in metadata:  # timm's, of pixels from 0 to 1
             mean, std = (tuple(round(255 * float(value), 4) for value in metadata[key]) for key in ("mean", "std"))
             if len(mean) == len(std) == 3:

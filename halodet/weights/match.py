@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor
 from .inputs import InputConvention, adapt_stem, convention_of, same_mean
 from .naming import CLASSIFIER, FINAL_CONV, Rename, by_suffix, renamings, shared_prefixes
 from .tables import TABLE, block_and_halo, resize_table
-from .target import BACKBONE, NOT_WEIGHTS, Target
+from .target import BACKBONE, NOT_WEIGHTS, Target, group_of
 
 STATISTICS = re.compile(r"\.running_(mean|var)$")
 
@@ -39,9 +40,11 @@ class Match:
         mismatched: shapes in the file and in the model of tensors that have the same name only.
         expected: the model's tensors that a file of this kind should fill.
         unexpected: the file's tensors that have no place in the model.
+        foreign: those of them that belong to parts the model has: a network of another depth or kind. Part -> count.
         not_used: the file's tensors that belong to a classifier.
         notes: sentences for the user.
         whole: the file holds (a part of) a whole detector, not a backbone alone.
+        window: block and halo of attention in the file and in the model, where ``exact`` is asked for and they differ.
     """
 
     target: Target
@@ -50,9 +53,11 @@ class Match:
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     expected: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    foreign: Counter[str] = field(default_factory=Counter)
     not_used: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     whole: bool = False
+    window: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -94,10 +99,13 @@ def match(target: Target, checkpoint: Mapping[str, Any], *, exact: bool = False)
     if best is None:  # a file without tensors
         best, best_names = Match(target), {}
     if not exact:
-        _unfold_norms(best, best_names)
+        if checkpoint.get("__author__") == "Caffe2" and not any("_gn_" in name for name in checkpoint["model"]):
+            _unfold_norms(best, best_names)
         says = checkpoint.get("__author__") == "Caffe2" or "pixel_std" in (checkpoint.get("metadata") or {})
         if not best.whole or says:
             _adapt_input(best, checkpoint, best_names)
+        elif target.convention:
+            best.notes.append(f"the file does not say on which pixels it was trained: it must be those of the config, {target.convention}")
         _note_stride(best, checkpoint)
     _expect(best, best_names)
     return best
@@ -109,6 +117,7 @@ def _under(target: Target, names: dict[str, Tensor], naming: str, rename: Rename
     attention: list[str] = []
     statistics: list[str] = []
     pairs: set[tuple[tuple[int, int], tuple[int, int]]] = set()
+    groups = {group_of(name, target.backbone) for name in target.shapes}
     for name, value in names.items():
         goal = rename(name)
         shape = tuple(value.shape)
@@ -116,6 +125,8 @@ def _under(target: Target, names: dict[str, Tensor], naming: str, rename: Rename
             attention.append(name)
         elif goal in target.shapes:
             old, new = _table_sizes(target, goal, shape, checkpoint)
+            if old != new and exact:
+                found.window = (old, new)
             if old != new and not exact:
                 pairs.add((old, new))
                 found.fills[goal] = Fill(partial(resize_table, value, old, new), resized=True)
@@ -127,8 +138,11 @@ def _under(target: Target, names: dict[str, Tensor], naming: str, rename: Rename
             found.not_used.append(name)
         elif STATISTICS.search(goal) and STATISTICS.sub(".weight", goal) in target.shapes:
             statistics.append(name)
+            found.foreign["norms"] += exact
         else:
             found.unexpected.append(name)
+            group = group_of(goal, target.backbone)
+            found.foreign[group] += group in groups
     if attention:
         found.notes.append(f"attention stands where the file has the 3×3 convolutions {some(attention)}: they are left out")
     if statistics:
@@ -169,8 +183,7 @@ def _unfold_norms(found: Match, names: dict[str, Tensor]) -> None:
 def _adapt_input(found: Match, checkpoint: Mapping[str, Any], names: dict[str, Tensor]) -> None:
     """Turn the first convolution from the pixels that the file's network was trained on to the model's."""
     target = found.target
-    ends = {"halonet": "stem.conv1.conv.weight", "resnet": "stem.conv1.weight"}
-    stem = target.backbone + ends.get(target.kind, "")
+    stem = target.stem
     old = convention_of(checkpoint, found.naming, set(names))
     new = target.convention
     if stem not in found.fills or old is None or new is None:

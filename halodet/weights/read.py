@@ -48,9 +48,12 @@ def read_checkpoint(path: str | os.PathLike, *, trust_pickle: bool = False) -> d
     if not os.path.isfile(path):
         kind = "is a folder" if os.path.isdir(path) else "does not exist"
         raise WeightsError(f"{path} {kind}, expected a file of weights.")
-    with open(path, "rb") as file:
-        start = file.read(512)
-    size = os.path.getsize(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+        size = os.path.getsize(path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}).") from error
     if size == 0:
         raise WeightsError(f"{path} is empty (0 bytes), expected a file of weights: get it again.")
     if start.startswith(b"PK\x03\x04"):

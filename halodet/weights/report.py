@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from .match import Match, some
+from .target import group_of
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,6 @@ class LoadReport:
             if names:
                 lines.append(f"{title}: {len(names)} tensors, {some(names)}.")
         return "\n".join([*lines, *(f"Note: {note}." for note in found.notes)])
-
-
-def group_of(name: str, backbone: str) -> str:
-    """The group of modules a tensor is counted in: a stage of the backbone, the FPN, a head."""
-    parts = name.removeprefix(backbone).split(".") if name.startswith(backbone) else name.split(".")
-    if name.startswith(backbone):
-        return ".".join(parts[:2]) if parts[0] == "stages" else parts[0]
-    if parts[0] == "backbone":
-        return "fpn"
-    if parts[0] == "roi_heads":
-        return f"roi_heads.{parts[1].split('_')[0]}"
-    return parts[0]
 
 
 def percent(share: float) -> str:

@@ -75,6 +75,17 @@ class Target:
         )
 
     @property
+    def backbone_groups(self) -> set[str]:
+        """The groups of modules (:func:`group_of`) that the backbone has."""
+        return {group_of(name, self.backbone) for name in self.shapes if name.startswith(self.backbone)}
+
+    @property
+    def stem(self) -> str | None:
+        """Name of the convolution that takes the image; None where none is known."""
+        inside = (n for n, shape in self.shapes.items() if n.startswith(f"{self.backbone}stem.") and len(shape) == 4)
+        return next(inside, None)
+
+    @property
     def detector(self) -> bool:
         """Whether there is more than a backbone."""
         return bool(self.backbone)
@@ -94,6 +105,18 @@ class Target:
     def has_attention(self, name: str) -> bool:
         """Whether ``name`` would lie in a HaloNet's block that has attention in the place of the 3×3 convolution."""
         return f"{self.block(name)}mixer.q.weight" in self.shapes
+
+
+def group_of(name: str, backbone: str) -> str:
+    """The group of modules a tensor is counted in: a stage of the backbone, the FPN, a head."""
+    parts = name.removeprefix(backbone).split(".") if name.startswith(backbone) else name.split(".")
+    if name.startswith(backbone):
+        return ".".join(parts[:2]) if parts[0] == "stages" else parts[0]
+    if parts[0] == "backbone":
+        return "fpn"
+    if parts[0] == "roi_heads":
+        return f"roi_heads.{parts[1].split('_')[0]}"
+    return parts[0]
 
 
 def _three_numbers(buffer: object) -> tuple[float, ...] | None:

@@ -52,7 +52,7 @@ def definition(mixer, x, side_of):
 
 
 @pytest.mark.parametrize("position", ["interpolate", "offset"])
-@pytest.mark.parametrize("size", [(5, 7), (3, 2), (4, 4)])
+@pytest.mark.parametrize("size", [(5, 7), (3, 2), (4, 4), (6, 8)])
 def test_other_sizes_read_the_tables_as_promised(position, size):
     mixer = BottleneckMixer(6, 8, table_size=(4, 4), num_heads=2, qk_channels=4, position=position).double()
     x = torch.randn(1, 6, *size, dtype=torch.float64)
