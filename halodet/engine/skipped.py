@@ -108,5 +108,5 @@ class TolerantCOCOEvaluator(COCOEvaluator):
                 self._report.add(0, skipped, evaluation=True)
             except OSError as error:
                 logger.warning(f"{self._report.path} cannot be written ({error.strerror or error}).")
-            logger.warning(f"{len(skipped)} images could not be used and count as having no detections: see {SKIPPED_FILE}.")
+            logger.warning(f"Images that could not be used and count as having no detections: {len(skipped)}, see {SKIPPED_FILE}.")
         return super().evaluate(img_ids)

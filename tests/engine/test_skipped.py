@@ -119,7 +119,7 @@ def test_a_bad_image_counts_as_one_without_detections(shapes, register, tmp_path
     assert last in whole and left == [image_id for image_id in whole if image_id != last]
     report = json.loads((tmp_path / "output" / "skipped.json").read_text())
     assert [entry["file"] for entry in report["evaluation"]] == [bad] and report["files"] == []
-    assert "1 images could not be used and count as having no detections" in caplog.text
+    assert "could not be used and count as having no detections: 1, see" in caplog.text
 
 
 def predictions(cfg, model):
