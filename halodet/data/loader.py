@@ -18,6 +18,16 @@ def build_train_loader(cfg: CfgNode) -> CountingLoader:
     """Detectron2's endless loader of DATASETS.TRAIN, with its samplers (DATALOADER.SAMPLER_TRAIN), counting what is left out.
 
     Raises:
+        DatasetError: as :func:`training_data`.
+    """
+    dataset, mapper = training_data(cfg)
+    return CountingLoader(build_detection_train_loader(cfg, mapper=mapper, dataset=dataset))
+
+
+def training_data(cfg: CfgNode) -> tuple[DatasetFromList, TolerantMapper]:
+    """The entries of DATASETS.TRAIN, those that Detectron2 leaves out being gone, and what makes samples of them.
+
+    Raises:
         DatasetError: the masks are not of the kind that INPUT.MASK_FORMAT, or copy-paste, needs.
     """
     entries = get_detection_dataset_dicts(
@@ -28,8 +38,7 @@ def build_train_loader(cfg: CfgNode) -> CountingLoader:
     )
     check_masks(cfg, entries)
     dataset = DatasetFromList(entries, copy=False)
-    mapper = TolerantMapper(cfg, is_train=True, others=dataset)
-    return CountingLoader(build_detection_train_loader(cfg, mapper=mapper, dataset=dataset))
+    return dataset, TolerantMapper(cfg, is_train=True, others=dataset)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:

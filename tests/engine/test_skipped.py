@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from halodet.data import write_shapes
@@ -165,3 +167,52 @@ def test_real_bad_files_among_good_ones(shapes, register, tmp_path):
     options = ["SOLVER.MAX_ITER", "40", "DATALOADER.MAX_SKIPPED", "0.5", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False"]
     report = train(config(tmp_path, register(data, folder), "", *options))
     assert len(bad) > 5 and sorted(entry["file"] for entry in report["files"]) == sorted(bad)
+
+
+TWO_PROCESSES = """
+import sys
+from halodet.data.skipped import SKIPPED_KEY, CountingLoader, Skipped, TooManySkipped
+from halodet.engine.skipped import ReportSkipped
+from detectron2.engine import TrainerBase, launch
+from detectron2.utils import comm
+
+class Loop(TrainerBase):
+    def __init__(self, loader):
+        super().__init__()
+        self.batches = iter(loader)
+
+    def run_step(self):
+        next(self.batches)
+
+def batches():  # rank 1 meets a bad file in each batch of two
+    for number in range(1000):
+        yield [{SKIPPED_KEY: [Skipped(f"{number % 3}.jpg", "does not exist")]} if comm.get_rank() else {}, {}]
+
+def run(max_share):
+    loader = CountingLoader(batches())
+    loop = Loop(loader)
+    loop.register_hooks([ReportSkipped(loader, sys.argv[1], max_share=max_share, checkpoint_period=100)])
+    try:
+        loop.train(0, 50)
+    except TooManySkipped as error:
+        print(f"rank {comm.get_rank()} stops after {loop.iter + 1}: {error}", flush=True)
+
+if __name__ == "__main__":
+    launch(run, 2, dist_url="auto", args=(float(sys.argv[2]),))
+"""
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_two_processes_count_together_and_stop_together(tmp_path, stops):
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, str(script), str(tmp_path), "0.1" if stops else "0.3"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    report = json.loads((tmp_path / "skipped.json").read_text())
+    iterations = 20 if stops else 50
+    # Of five images that come in an iteration one is bad.
+    assert (report["images_seen"], report["images_skipped"]) == (5 * iterations, iterations), result.stderr
+    assert {entry["file"]: entry["count"] for entry in report["files"]} == {f"{n}.jpg": len(range(n, iterations, 3)) for n in range(3)}
+    lines = sorted(line for line in result.stdout.splitlines() if "stops after" in line)
+    sentence = "20 of 100 images could not be used, more than the share of 0.1"
+    assert [line.partition(" that")[0] for line in lines] == ([f"rank {n} stops after 20: {sentence}" for n in (0, 1)] if stops else [])
