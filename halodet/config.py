@@ -41,6 +41,18 @@ def add_halodet_config(cfg: CfgNode) -> None:
 
     cfg.MODEL.WEIGHTS_MIN_FILLED = 0.95  # share of what MODEL.WEIGHTS should fill (its kind decides) below which training does not start
 
+    node = cfg.INPUT.LSJ = CfgNode()  # large-scale jitter instead of INPUT.MIN_SIZE_TRAIN and its like
+    node.ENABLED = False
+    node.MIN_SCALE = 0.1  # of the square an image is scaled into
+    node.MAX_SCALE = 2.0
+    node.SIZE = 1024  # pixels along a side of the square that is cut out or padded to
+
+    node = cfg.INPUT.COPY_PASTE = CfgNode()  # objects of another image of the dataset laid on an image; needs masks
+    node.ENABLED = False
+    node.PROBABILITY = 1.0  # share of images that get objects pasted
+
+    cfg.DATALOADER.MAX_SKIPPED = 0.05  # share of images seen that may be unusable before training stops; from 10 of them on
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
     cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none

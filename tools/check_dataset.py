@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a COCO json and its images before training, and print its faults, one line each (the first 200 of them).
+"""Check a COCO json before training, read each of its images to the end, and print the faults, one line each (the first 200 of them).
 
 Exit code: 0 clean, 1 usable although with faults, 2 unusable.
 """
@@ -7,9 +7,12 @@ Exit code: 0 clean, 1 usable although with faults, 2 unusable.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from halodet.data import DatasetError, check_coco_json
+from halodet.data.check_images import check_images
+from halodet.inference import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,17 +21,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", required=True, metavar="FILE", help="COCO instances annotations")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder that the json's file names are relative to")
     parser.add_argument("--boxes-only", action="store_true", help="do not ask for masks")
+    parser.add_argument("--no-images", action="store_true", help="open images no further than their headers, which takes seconds")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many read images at the same time (default: one for each core)")
+    parser.add_argument("--report", metavar="FILE", help="also write all faults to this json")
     options = parser.parse_args(arguments)
+    if options.processes is not None and options.processes < 1:
+        parser.error(f"--processes is {options.processes}, expected 1 or more")
     try:
         checked = check_coco_json(options.json, options.images, need_masks=not options.boxes_only)
+        bad = [] if options.no_images else check_images(checked, options.images, processes=options.processes)
+        checked = dataclasses.replace(checked, faults=[*checked.faults, *bad])
+        usable = len(checked.dataset["images"]) - len(bad)
+        if options.report:
+            write_json(options.report, {"images_usable": usable, "faults": [dataclasses.asdict(fault) for fault in checked.faults]})
+        if not usable:
+            raise DatasetError(f"{options.json}: none of its {len(bad)} images can be read (first {bad[0].where}: {bad[0].what})")
     except DatasetError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"--report {options.report} cannot be written ({error.strerror or error}): give another path", file=sys.stderr)
         return 2
     for line in checked.fault_lines():
         print(line)
     kept = checked.dataset
     print(
-        f"{options.json}: {len(kept['images'])} images, {len(kept['annotations'])} annotations and {len(kept['categories'])} classes "
+        f"{options.json}: {usable} images, {len(kept['annotations'])} annotations and {len(kept['categories'])} classes "
         f"usable, {len(checked.faults)} faults"
     )
     return 1 if checked.faults else 0

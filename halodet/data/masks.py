@@ -9,7 +9,7 @@ import pycocotools.mask as mask_util
 from .values import TOLERANCE, Note, Unusable, is_int, is_number, show
 
 
-def _clip_polygon(polygon: list[float], width: int, height: int) -> list[float]:
+def clip_polygon(polygon: list[float], width: int, height: int) -> list[float]:
     """The part of the polygon inside the image (Sutherland and Hodgman); empty if there is none."""
     points = list(zip(polygon[::2], polygon[1::2], strict=True))
     for axis, sign, limit in ((0, 1, 0), (0, -1, width), (1, 1, 0), (1, -1, height)):
@@ -38,7 +38,7 @@ def _clean_polygon(polygon: Any, name: str, width: int, height: int, note: Note)
     overhang = max(-min(xs), -min(ys), max(xs) - width, max(ys) - height)
     if overhang <= TOLERANCE:
         return polygon
-    clipped = _clip_polygon(polygon, width, height)
+    clipped = clip_polygon(polygon, width, height)
     if len(clipped) < 6:
         raise Unusable(f"lies outside the image of {width} x {height}")
     note(f"{name} reaches {overhang:.6g} pixels out of the image of {width} x {height}", "clipped")

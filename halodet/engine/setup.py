@@ -23,6 +23,7 @@ from ..attention.triton import triton_problem
 from ..backbones.builders import TIMM_BACKBONES
 from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
+from ..data.augment import check_input
 from ..weights import Target, WeightsError, check_fit, read_checkpoint, with_query
 from .optimizer import OPTIMIZERS, rate_factors
 
@@ -71,6 +72,10 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"MODEL.TIMM.NAME: {_sentence(error)}") from error
     _check_compiled_operators(cfg)
+    try:
+        check_input(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     _check_solver(cfg)
     if not 0.0 <= cfg.MODEL.WEIGHTS_MIN_FILLED <= 1.0:
         raise ConfigError(f"MODEL.WEIGHTS_MIN_FILLED is {cfg.MODEL.WEIGHTS_MIN_FILLED}, expected a share from 0 to 1")

@@ -8,11 +8,14 @@ import weakref
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import COCOEvaluator
 from torch import nn
+from torch.utils.data import DataLoader
 
+from ..data.loader import build_test_loader, build_train_loader
+from ..data.skipped import CountingLoader
 from ..weights import Checkpointer
 from .optimizer import build_optimizer
+from .skipped import ReportSkipped, TolerantCOCOEvaluator
 
 
 class Trainer(DefaultTrainer):
@@ -36,13 +39,30 @@ class Trainer(DefaultTrainer):
             trust_pickle=self._trust_pickle,
             trainer=weakref.proxy(self),
         )
-        return super().build_hooks()
+        report = ReportSkipped(
+            self._trainer.data_loader,
+            self.cfg.OUTPUT_DIR,
+            max_share=self.cfg.DATALOADER.MAX_SKIPPED,
+            checkpoint_period=self.cfg.SOLVER.CHECKPOINT_PERIOD,
+        )
+        return [report, *super().build_hooks()]
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_train_loader(cls, cfg: CfgNode) -> CountingLoader:
+        """Detectron2's loader, which leaves out images that cannot be used."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """Detectron2's loader, in which images that cannot be used are blank."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> TolerantCOCOEvaluator:
         """COCO's own evaluation; predictions are written to OUTPUT_DIR/inference."""
         # Detectron2's faster COCO evaluation stops on a dataset in which nothing is detected; the official one does not.
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"), use_fast_impl=False)
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return TolerantCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False, report_dir=cfg.OUTPUT_DIR)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 from halodet.inference.classes import read_classes
+from halodet.inference.resize import ResizeShortestEdge
 from halodet.weights import load_weights
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform, Transform
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -48,7 +48,7 @@ class Predictor(DefaultPredictor):
         blank.MODEL.WEIGHTS = ""
         super().__init__(blank)
         self.cfg.MODEL.WEIGHTS = weights
-        self.aug = _ResizeToAtLeastOnePixel(self.aug.short_edge_length, self.aug.max_size)
+        self.aug = ResizeShortestEdge(self.aug.short_edge_length, self.aug.max_size)
         load_weights(self.model, weights, trust_pickle=trust_pickle)
 
     def __call__(self, original_image: np.ndarray) -> Instances:
@@ -75,13 +75,3 @@ def to_coco(instances: Instances, image_id: int, category_ids: list[int]) -> lis
     for result in results:
         result["category_id"] = category_ids[result["category_id"]]
     return results
-
-
-class _ResizeToAtLeastOnePixel(ResizeShortestEdge):
-    """Detectron2's resizing, which rounds the short side of an image of 8000 x 3 pixels down to 0."""
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        transform = super().get_transform(image)
-        if isinstance(transform, ResizeTransform):
-            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
-        return transform

@@ -1,0 +1,71 @@
+"""Reads all images of a dataset ahead of time, as training will."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..inference.image import ImageError, read_image
+from .coco_json import CheckedJson, DatasetError, Fault
+
+_CHUNK = 16  # images handed to a process at a time
+_WORTH_A_PROCESS = 200  # images read in the seconds that starting another process takes
+
+
+def check_images(checked: CheckedJson, image_dir: str | Path, *, processes: int | None = None) -> list[Fault]:
+    """Decode every image of a checked json to its last pixel, and list those that training would leave out.
+
+    Args:
+        checked: what :func:`check_coco_json` returned.
+        image_dir: the folder that the json's file names are relative to.
+        processes: how many read at the same time; None for one for each core, or fewer where there are few images.
+
+    Returns:
+        One fault for each bad image, in the json's order.
+
+    Raises:
+        DatasetError: a process was killed while it read, by a lack of memory, say.
+    """
+    images = checked.dataset["images"]
+    read = partial(_problem, Path(image_dir))
+    processes = processes or min(_cores(), 1 + len(images) // _WORTH_A_PROCESS)
+    bar = partial(tqdm, total=len(images), desc=f"reading images of {checked.json_file.name}", unit="image")
+    if processes == 1:
+        problems = list(bar(map(read, images)))
+    else:
+        try:
+            # Not forked: a fork of a process in which libraries run threads may hang.
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                problems = list(bar(pool.map(read, images, chunksize=_CHUNK)))
+        except BrokenProcessPool as error:
+            raise DatasetError(
+                f"a process ended while it read images of {checked.json_file}, for lack of memory or in a decoder: "
+                "try again with --processes 1, which stops at the image"
+            ) from error
+    return [
+        Fault(checked.json_file.name, f"image {image['id']}", problem, "left out in training")
+        for image, problem in zip(images, problems, strict=True)
+        if problem
+    ]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _problem(image_dir: Path, image: dict[str, Any]) -> str | None:
+    path = image_dir / image["file_name"]
+    try:
+        height, width = read_image(path).shape[:2]
+    except ImageError as error:
+        return str(error).rstrip(".")
+    if (width, height) != (image["width"], image["height"]):
+        return f"{path} is {width} x {height} pixels (upright), and {image['width']} x {image['height']} in the json"
+    return None
