@@ -41,6 +41,10 @@ def add_halodet_config(cfg: CfgNode) -> None:
 
     cfg.MODEL.WEIGHTS_MIN_FILLED = 0.95  # share of what MODEL.WEIGHTS should fill (its kind decides) below which training does not start
 
+    node = cfg.MODEL.EMA = CfgNode()
+    node.ENABLED = False  # keep a moving average of the weights: evaluated as ema/bbox/AP, saved as model_final_ema.pth
+    node.DECAY = 0.9999  # share of the average that stays at each iteration; less in the first ones: (1 + t) / (10 + t)
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
     cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none

@@ -73,6 +73,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     _check_solver(cfg)
     if not 0.0 <= cfg.MODEL.WEIGHTS_MIN_FILLED <= 1.0:
         raise ConfigError(f"MODEL.WEIGHTS_MIN_FILLED is {cfg.MODEL.WEIGHTS_MIN_FILLED}, expected a share from 0 to 1")
+    if not 0.0 <= cfg.MODEL.EMA.DECAY < 1.0:
+        raise ConfigError(f"MODEL.EMA.DECAY is {cfg.MODEL.EMA.DECAY}, expected a share from 0 to below 1")
     _check_model(cfg)
     cfg.freeze()
     return cfg

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 from torch import nn
 
 from ..weights import Checkpointer
+from .ema import EMA
 from .optimizer import build_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -36,13 +42,30 @@ class Trainer(DefaultTrainer):
             trust_pickle=self._trust_pickle,
             trainer=weakref.proxy(self),
         )
-        return super().build_hooks()
+        cfg, early, late = self.cfg, [], []
+        if cfg.MODEL.EMA.ENABLED:
+            ema = EMA(self.model, cfg.MODEL.EMA.DECAY, cfg.OUTPUT_DIR)
+            self.checkpointer.add_checkpointable("ema", ema.average)
+            early.append(ema)
+            late.append(EvalHook(cfg.TEST.EVAL_PERIOD, lambda: {"ema": self.test_into("inference_ema", cfg, ema.model)}))
+        hooks = super().build_hooks()
+        # Detectron2's are timer, schedule and precise norms, then checkpoints, evaluation, and the writers of what all of them measured.
+        hooks[3:3] = early
+        end = len(hooks) - comm.is_main_process()
+        hooks[end:end] = late
+        return hooks
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO's own evaluation; predictions are written to OUTPUT_DIR/inference."""
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> COCOEvaluator:
+        """COCO's own evaluation; predictions are written to ``folder`` in OUTPUT_DIR."""
         # Detectron2's faster COCO evaluation stops on a dataset in which nothing is detected; the official one does not.
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"), use_fast_impl=False)
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, folder), use_fast_impl=False)
+
+    @classmethod
+    def test_into(cls, folder: str, cfg: CfgNode, model: nn.Module) -> dict:
+        """As ``test``, with the predictions in a folder of their own in OUTPUT_DIR."""
+        logger.info(f"Evaluation with predictions in {os.path.join(cfg.OUTPUT_DIR, folder)}:")
+        return cls.test(cfg, model, [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST])
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
