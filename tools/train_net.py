@@ -92,7 +92,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS, trust_pickle=args.trust_pickle)
-        return Trainer.test(cfg, model)
+        results = Trainer.test(cfg, model)
+        return {**results, **Trainer.test_with_tta(cfg, model)} if cfg.TEST.AUG.ENABLED else results
     trainer = Trainer(cfg, trust_pickle=args.trust_pickle)
     if comm.is_main_process():
         save_classes(cfg)

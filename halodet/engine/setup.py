@@ -24,6 +24,7 @@ from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
 from ..weights import WeightsError, check_fit, read_checkpoint, with_query
 from .optimizer import OPTIMIZERS, rate_factors
+from .tta import check_tta
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,7 @@ def _check_model(cfg: CfgNode) -> None:
         raise ConfigError(f"the model of this config cannot be built: {_sentence(error)}") from error
     try:
         rate_factors(cfg, model)
+        check_tta(cfg, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -17,6 +18,7 @@ from torch import nn
 from ..weights import Checkpointer
 from .ema import EMA
 from .optimizer import build_optimizer
+from .tta import evaluate_augmented
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,10 @@ class Trainer(DefaultTrainer):
             self.checkpointer.add_checkpointable("ema", ema.average)
             early.append(ema)
             late.append(EvalHook(cfg.TEST.EVAL_PERIOD, lambda: {"ema": self.test_into("inference_ema", cfg, ema.model)}))
+        if cfg.TEST.AUG.ENABLED:  # it takes many times as long, so only at the end, as in Detectron2's training tool
+            late.append(EvalHook(0, lambda: self.test_with_tta(cfg, self.model)))
+        if cfg.TEST.AUG.ENABLED and cfg.MODEL.EMA.ENABLED:
+            late.append(EvalHook(0, lambda: {"ema": self.test_with_tta(cfg, ema.model, "inference_ema_TTA")}))
         hooks = super().build_hooks()
         # Detectron2's are timer, schedule and precise norms, then checkpoints, evaluation, and the writers of what all of them measured.
         hooks[3:3] = early
@@ -66,6 +72,11 @@ class Trainer(DefaultTrainer):
         """As ``test``, with the predictions in a folder of their own in OUTPUT_DIR."""
         logger.info(f"Evaluation with predictions in {os.path.join(cfg.OUTPUT_DIR, folder)}:")
         return cls.test(cfg, model, [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST])
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module, folder: str = "inference_TTA") -> dict:
+        """As ``test_into``, under the augmentation of TEST.AUG; each result's name ends in ``_TTA``."""
+        return evaluate_augmented(partial(cls.test_into, folder, cfg), cfg, model)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
