@@ -46,6 +46,7 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.DECAY = 0.9999  # share of the average that stays at each iteration; less in the first ones: (1 + t) / (10 + t)
 
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
+    cfg.SOLVER.REFERENCE_BATCH = 0  # images in a batch that BASE_LR and the schedule are for: both are scaled to IMS_PER_BATCH; 0: as given
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
     cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none
     cfg.SOLVER.WEIGHT_DECAY_REL_POS = 0.0  # weight decay of tables of relative positions (height_rel, width_rel)

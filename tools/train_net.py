@@ -19,6 +19,7 @@ from halodet.engine import (
     prepare_datasets,
     register_user_data,
     register_user_data_again,
+    scale_to_batch,
 )
 from halodet.inference import CLASSES_FILE, ClassesError, read_classes, write_classes
 from halodet.weights import WeightsError, load_weights
@@ -49,6 +50,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     check_writable(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, name="halodet", configure_stdout=False)
+    cfg = cfg if args.eval_only else scale_to_batch(cfg)
     if args.train_json or args.val_json or args.train_images or args.val_images:
         cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
     weights = check_weights(cfg, eval_only=args.eval_only, resume=args.resume, trust_pickle=args.trust_pickle)

@@ -24,6 +24,7 @@ from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
 from ..weights import WeightsError, check_fit, read_checkpoint, with_query
 from .optimizer import OPTIMIZERS, rate_factors
+from .scaling import scale_to_batch
 from .tta import check_tta
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,10 @@ def _check_solver(cfg: CfgNode) -> None:
         raise ConfigError(f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, expected more than 0 and at most 1, which is none")
     if not 0 <= solver.WEIGHT_DECAY_REL_POS < math.inf:
         raise ConfigError(f"SOLVER.WEIGHT_DECAY_REL_POS is {solver.WEIGHT_DECAY_REL_POS}, expected 0 or more")
+    try:
+        cfg = scale_to_batch(cfg, log=False)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     try:
         build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.SOLVER.BASE_LR))
     except (ValueError, AssertionError, ZeroDivisionError) as error:

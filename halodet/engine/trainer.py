@@ -18,6 +18,7 @@ from torch import nn
 from ..weights import Checkpointer
 from .ema import EMA
 from .optimizer import build_optimizer
+from .scaling import scale_to_batch
 from .tta import evaluate_augmented
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
         self._trust_pickle = trust_pickle
-        super().__init__(cfg)
+        super().__init__(scale_to_batch(cfg))
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, around this package's checkpointer."""
