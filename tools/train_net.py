@@ -20,6 +20,7 @@ from halodet.engine import (
     register_user_data,
     register_user_data_again,
     scale_to_batch,
+    start_run,
 )
 from halodet.inference import CLASSES_FILE, ClassesError, read_classes, write_classes
 from halodet.weights import WeightsError, load_weights
@@ -27,7 +28,7 @@ from halodet.weights import WeightsError, load_weights
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     register_user_data_again(cfg, args.train_images, args.val_images)
     if not logging.getLogger("halodet").handlers:  # a process started for a further GPU
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
-    default_setup(cfg, args)
+    cfg = start_run(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS, trust_pickle=args.trust_pickle)

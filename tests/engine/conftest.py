@@ -11,6 +11,7 @@ from halodet.engine.datasets import USER_DATASETS
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
 
 spec = importlib.util.spec_from_file_location("train_net", Path(__file__).parents[2] / "tools" / "train_net.py")
 tool = importlib.util.module_from_spec(spec)
@@ -45,6 +46,7 @@ def train_net(scenes, one_thread):
 @contextmanager
 def as_before():
     """Take back what a run leaves in its process: its datasets, and loggers that other tests listen to."""
+    setup_logger.cache_clear()
     loggers = [logging.getLogger(name) for name in ("halodet", "detectron2", "fvcore")]
     before = [(log, list(log.handlers), log.propagate, log.level) for log in loggers]
     try:
