@@ -51,6 +51,13 @@ def add_halodet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none
     cfg.SOLVER.WEIGHT_DECAY_REL_POS = 0.0  # weight decay of tables of relative positions (height_rel, width_rel)
 
+    cfg.TEST.VIS_PERIOD = 0  # iterations between drawings of predictions for TensorBoard; 0: none
+    cfg.TEST.VIS_IMAGES = 4  # how many images of the first dataset of DATASETS.TEST are drawn
+
+    cfg.WANDB = CfgNode()
+    cfg.WANDB.ENABLED = False  # send what TensorBoard gets to Weights & Biases too; needs wandb
+    cfg.WANDB.PROJECT = "halodet"
+
 
 def config_dir() -> Path:
     """The folder of halodet's config files, in an installed package or in a checkout."""

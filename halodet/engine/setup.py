@@ -26,6 +26,7 @@ from ..weights import WeightsError, check_fit, read_checkpoint, with_query
 from .optimizer import OPTIMIZERS, rate_factors
 from .scaling import scale_to_batch
 from .tta import check_tta
+from .wandb_writer import check_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,12 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     _check_solver(cfg)
     if not 0.0 <= cfg.MODEL.WEIGHTS_MIN_FILLED <= 1.0:
         raise ConfigError(f"MODEL.WEIGHTS_MIN_FILLED is {cfg.MODEL.WEIGHTS_MIN_FILLED}, expected a share from 0 to 1")
+    try:
+        check_wandb(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if min(cfg.TEST.VIS_PERIOD, cfg.TEST.VIS_IMAGES) < 0:
+        raise ConfigError(f"TEST.VIS_PERIOD is {cfg.TEST.VIS_PERIOD} and VIS_IMAGES {cfg.TEST.VIS_IMAGES}, expected 0 or more")
     if not 0.0 <= cfg.MODEL.EMA.DECAY < 1.0:
         raise ConfigError(f"MODEL.EMA.DECAY is {cfg.MODEL.EMA.DECAY}, expected a share from 0 to below 1")
     _check_model(cfg)

@@ -13,13 +13,17 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..weights import Checkpointer
+from .drawings import DrawPredictions
 from .ema import EMA
 from .optimizer import build_optimizer
+from .progress import ProgressPrinter, Throughput
 from .scaling import scale_to_batch
 from .tta import evaluate_augmented
+from .wandb_writer import WandbWriter
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,7 @@ class Trainer(DefaultTrainer):
             trust_pickle=self._trust_pickle,
             trainer=weakref.proxy(self),
         )
-        cfg, early, late = self.cfg, [], []
+        cfg, early, late = self.cfg, [Throughput(self.cfg.SOLVER.IMS_PER_BATCH * self.cfg.SOLVER.get("ACCUMULATE", 1))], []
         if cfg.MODEL.EMA.ENABLED:
             ema = EMA(self.model, cfg.MODEL.EMA.DECAY, cfg.OUTPUT_DIR)
             self.checkpointer.add_checkpointable("ema", ema.average)
@@ -55,12 +59,19 @@ class Trainer(DefaultTrainer):
             late.append(EvalHook(0, lambda: self.test_with_tta(cfg, self.model)))
         if cfg.TEST.AUG.ENABLED and cfg.MODEL.EMA.ENABLED:
             late.append(EvalHook(0, lambda: {"ema": self.test_with_tta(cfg, ema.model, "inference_ema_TTA")}))
+        if cfg.TEST.VIS_PERIOD and cfg.TEST.VIS_IMAGES and cfg.DATASETS.TEST and comm.is_main_process():
+            late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
         hooks = super().build_hooks()
         # Detectron2's are timer, schedule and precise norms, then checkpoints, evaluation, and the writers of what all of them measured.
         hooks[3:3] = early
         end = len(hooks) - comm.is_main_process()
         hooks[end:end] = late
         return hooks
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""
+        _, *others = super().build_writers()
+        return [ProgressPrinter(self.max_iter), *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []), *others]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> COCOEvaluator:
