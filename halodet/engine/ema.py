@@ -28,7 +28,7 @@ def ema_decay(decay: float, updates: int) -> float:
 
 
 class EMA(HookBase):
-    """Keep the average up to date after each step, and write it as a detector of its own after the last one.
+    """Keep the average up to date after each step, and write it as a detector of its own at the end.
 
     The average begins as the weights after the first step. Parameters are averaged; buffers, such as the statistics of norms, are copied.
     ``average`` belongs into the checkpointer, which then saves and restores it.
@@ -51,14 +51,23 @@ class EMA(HookBase):
         return self.average.module
 
     def before_train(self) -> None:
-        if self.trainer.start_iter > 0 and not self.average.n_averaged:
-            logger.warning("The checkpoint holds no average of the weights (MODEL.EMA): it begins anew at this iteration.")
+        if self.average.n_averaged:
+            return
+        self.model.load_state_dict(self._trained().state_dict())
+        if self.trainer.start_iter > 0:
+            logger.warning("The checkpoint holds no average of the weights (MODEL.EMA): it begins anew with this iteration.")
 
     def after_step(self) -> None:
+        self.average.update_parameters(self._trained())
+
+    def after_train(self) -> None:
+        # Here rather than after the last step: the checkpoint of the run, which matters more, is then written.
+        if self.trainer.iter >= self.trainer.max_iter:
+            _Untagged(self.model, self._output_dir).save(FINAL_NAME, iteration=self.trainer.max_iter - 1)
+
+    def _trained(self) -> nn.Module:
         model = self.trainer.model
-        self.average.update_parameters(model.module if isinstance(model, DistributedDataParallel) else model)
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
-            _Untagged(self.model, self._output_dir).save(FINAL_NAME, iteration=self.trainer.iter)
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
     @torch.no_grad()
     def _mix(self, averages: list[Tensor], weights: list[Tensor], _: Tensor) -> None:

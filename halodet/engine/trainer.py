@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -62,11 +62,10 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.VIS_PERIOD and cfg.TEST.VIS_IMAGES and cfg.DATASETS.TEST and comm.is_main_process():
             late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
         hooks = super().build_hooks()
-        # Detectron2's are timer, schedule and precise norms, then checkpoints, evaluation, and the writers of what all of them measured.
-        hooks[3:3] = early
-        end = len(hooks) - comm.is_main_process()
-        hooks[end:end] = late
-        return hooks
+        # What changes the weights or measures comes before checkpoints and evaluation, what is measured then before it is written.
+        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer | EvalHook))
+        end = next((i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)), len(hooks))
+        return [*hooks[:place], *early, *hooks[place:end], *late, *hooks[end:]]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""

@@ -62,7 +62,7 @@ def by_hand(weights):
 
 def assert_same(model, expected):
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_the_average_is_that_made_by_hand(tmp_path):
@@ -102,6 +102,20 @@ def test_a_checkpoint_without_an_average_is_told(tmp_path, caplog):
     resumed.train(3, 6)
     assert "holds no average of the weights" in caplog.text
     assert_same(ema.model, by_hand(note.weights))
+    # Where nothing is left to train, the average is of what the checkpoint has, not of what the model was made with.
+    finished, ema, _, checkpointer = trainer_of(tmp_path)
+    checkpointer.resume_or_load("", resume=True)
+    finished.train(3, 3)
+    assert_same(ema.model, finished.model.state_dict())
+    assert torch.equal(read_checkpoint(str(tmp_path / "model_final_ema.pth"))["model"]["layers.0.weight"], finished.model.layers[0].weight)
+
+
+def test_a_run_that_is_stopped_writes_no_final_average(tmp_path):
+    trainer, _, _, _ = trainer_of(tmp_path)
+    trainer.model.layers[2].register_forward_hook(lambda *_: 1 / 0 if trainer.iter == 3 else None)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(0, 4)
+    assert not list(tmp_path.glob("*ema*"))
 
 
 def test_the_final_average_is_written_as_a_model_no_run_goes_on_from(tmp_path):
