@@ -53,10 +53,22 @@ def add_halodet_config(cfg: CfgNode) -> None:
 
     cfg.DATALOADER.MAX_SKIPPED = 0.05  # share of images seen that may be unusable before training stops; from 10 of them on
 
+    node = cfg.MODEL.EMA = CfgNode()
+    node.ENABLED = False  # keep a moving average of the weights: evaluated as ema/bbox/AP, saved as model_final_ema.pth
+    node.DECAY = 0.9999  # share of the average that stays at each iteration; less in the first ones: (1 + t) / (10 + t)
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
+    cfg.SOLVER.REFERENCE_BATCH = 0  # images in a batch that BASE_LR and the schedule are for: both are scaled to IMS_PER_BATCH; 0: as given
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
     cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none
     cfg.SOLVER.WEIGHT_DECAY_REL_POS = 0.0  # weight decay of tables of relative positions (height_rel, width_rel)
+
+    cfg.TEST.VIS_PERIOD = 0  # iterations between drawings of predictions for TensorBoard; 0: none
+    cfg.TEST.VIS_IMAGES = 4  # how many images of the first dataset of DATASETS.TEST are drawn
+
+    cfg.WANDB = CfgNode()
+    cfg.WANDB.ENABLED = False  # send what TensorBoard gets to Weights & Biases too; needs wandb
+    cfg.WANDB.PROJECT = "halodet"
 
 
 def config_dir() -> Path:

@@ -19,6 +19,8 @@ from halodet.engine import (
     prepare_datasets,
     register_user_data,
     register_user_data_again,
+    scale_to_batch,
+    start_run,
 )
 from halodet.inference import CLASSES_FILE, ClassesError, read_classes, write_classes
 from halodet.weights import WeightsError, load_weights
@@ -26,7 +28,7 @@ from halodet.weights import WeightsError, load_weights
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -49,6 +51,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     check_writable(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, name="halodet", configure_stdout=False)
+    cfg = cfg if args.eval_only else scale_to_batch(cfg)
     if args.train_json or args.val_json or args.train_images or args.val_images:
         cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
     weights = check_weights(cfg, eval_only=args.eval_only, resume=args.resume, trust_pickle=args.trust_pickle)
@@ -88,11 +91,12 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     register_user_data_again(cfg, args.train_images, args.val_images)
     if not logging.getLogger("halodet").handlers:  # a process started for a further GPU
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
-    default_setup(cfg, args)
+    cfg = start_run(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS, trust_pickle=args.trust_pickle)
-        return Trainer.test(cfg, model)
+        results = Trainer.test(cfg, model)
+        return {**results, **Trainer.test_with_tta(cfg, model)} if cfg.TEST.AUG.ENABLED else results
     trainer = Trainer(cfg, trust_pickle=args.trust_pickle)
     if comm.is_main_process():
         save_classes(cfg)

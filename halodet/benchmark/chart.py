@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 
 def draw_ratios(
@@ -50,26 +51,50 @@ def draw_ratios(
     plt.close(figure)
 
 
-def draw_curves(panels: dict[str, dict[str, dict[int, float]]], title: str, path: Path) -> None:
+def draw_curves(
+    panels: dict[str, dict[str, dict[int, float]]],
+    title: str,
+    path: Path,
+    dashed: dict[str, dict[str, dict[int, float]]] | None = None,
+    dashed_label: str = "",
+) -> None:
     """Draw curves over iterations, one panel per metric and three in a row, each run in one colour, and write them to ``path``.
 
     Args:
-        panels: name of a metric -> name of a run -> iteration -> value; values that are no finite numbers are left out.
+        panels: name of a metric -> name of a run -> iteration -> value; values that are no finite numbers are left out. A run may be
+            missing in some panels.
         title: of the whole; may be empty.
         path: the file; its ending says the format, one of :func:`known_formats`.
+        dashed: as ``panels``: further curves of some of them, drawn dashed in the colour of their run.
+        dashed_label: what these are.
     """
+    dashed = dashed or {}
+    colours = {
+        run: f"C{i % 10}" for i, run in enumerate(dict.fromkeys(run for runs in (*panels.values(), *dashed.values()) for run in runs))
+    }
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
     for unused in axes.flat[len(panels) :]:
         unused.remove()
     for axis, (metric, runs) in zip(axes.flat, panels.items(), strict=False):
-        for run, curve in runs.items():
-            points = [(iteration, value) for iteration, value in curve.items() if math.isfinite(value)]
-            axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o" if len(points) <= 50 else "", markersize=3, label=run)
+        for style, curves in (("-", runs), ("--", dashed.get(metric, {}))):
+            for run, curve in curves.items():
+                points = [(iteration, value) for iteration, value in curve.items() if math.isfinite(value)]
+                axis.plot(
+                    *(zip(*points, strict=True) if points else ([], [])),
+                    color=colours[run],
+                    linestyle=style,
+                    marker="o" if len(points) <= 50 else "",
+                    markersize=3,
+                )
         axis.set(title=metric, xlabel="iteration")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(loc="best", fontsize=8)
+    # One legend for all panels, since a run may be missing in the first.
+    handles = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
+    if any(dashed.values()):
+        handles.append(Line2D([], [], color="grey", linestyle="--", label=dashed_label))
+    axes[0][0].legend(handles=handles, loc="best", fontsize=8)
     if title:
         figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Configs, datasets and the trainer of a run."""
 
 from .datasets import prepare_datasets, register_user_data, register_user_data_again
+from .record import start_run
+from .scaling import scale_to_batch
 from .setup import ConfigError, check_weights, check_writable, find_config, load_config
 from .trainer import Trainer
 
@@ -14,4 +16,6 @@ __all__ = [
     "prepare_datasets",
     "register_user_data",
     "register_user_data_again",
+    "scale_to_batch",
+    "start_run",
 ]

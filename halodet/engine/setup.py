@@ -26,6 +26,9 @@ from ..config import add_halodet_config, config_dir
 from ..data.augment import check_input
 from ..weights import Target, WeightsError, check_fit, read_checkpoint, with_query
 from .optimizer import OPTIMIZERS, rate_factors
+from .scaling import scale_to_batch
+from .tta import check_tta
+from .wandb_writer import check_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,14 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     _check_solver(cfg)
     if not 0.0 <= cfg.MODEL.WEIGHTS_MIN_FILLED <= 1.0:
         raise ConfigError(f"MODEL.WEIGHTS_MIN_FILLED is {cfg.MODEL.WEIGHTS_MIN_FILLED}, expected a share from 0 to 1")
+    try:
+        check_wandb(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if min(cfg.TEST.VIS_PERIOD, cfg.TEST.VIS_IMAGES) < 0:
+        raise ConfigError(f"TEST.VIS_PERIOD is {cfg.TEST.VIS_PERIOD} and VIS_IMAGES {cfg.TEST.VIS_IMAGES}, expected 0 or more")
+    if not 0.0 <= cfg.MODEL.EMA.DECAY < 1.0:
+        raise ConfigError(f"MODEL.EMA.DECAY is {cfg.MODEL.EMA.DECAY}, expected a share from 0 to below 1")
     _check_model(cfg)
     cfg.freeze()
     return cfg
@@ -175,6 +186,10 @@ def _check_solver(cfg: CfgNode) -> None:
     if not 0 <= solver.WEIGHT_DECAY_REL_POS < math.inf:
         raise ConfigError(f"SOLVER.WEIGHT_DECAY_REL_POS is {solver.WEIGHT_DECAY_REL_POS}, expected 0 or more")
     try:
+        cfg = scale_to_batch(cfg, log=False)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
         build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.SOLVER.BASE_LR))
     except (ValueError, AssertionError, ZeroDivisionError) as error:
         raise ConfigError(f"the schedule under SOLVER cannot be used: {_sentence(error)}") from error
@@ -192,6 +207,7 @@ def _check_model(cfg: CfgNode) -> None:
         raise ConfigError(f"the model of this config cannot be built: {_sentence(error)}") from error
     try:
         rate_factors(cfg, model)
+        check_tta(cfg, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

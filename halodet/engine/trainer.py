@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.skipped import CountingLoader
 from ..weights import Checkpointer
+from .drawings import DrawPredictions
+from .ema import EMA
 from .optimizer import build_optimizer
+from .progress import ProgressPrinter, Throughput
+from .scaling import scale_to_batch
 from .skipped import ReportSkipped, TolerantCOCOEvaluator
+from .tta import evaluate_augmented
+from .wandb_writer import WandbWriter
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -28,7 +41,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
         self._trust_pickle = trust_pickle
-        super().__init__(cfg)
+        super().__init__(scale_to_batch(cfg))
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, around this package's checkpointer."""
@@ -45,7 +58,28 @@ class Trainer(DefaultTrainer):
             max_share=self.cfg.DATALOADER.MAX_SKIPPED,
             checkpoint_period=self.cfg.SOLVER.CHECKPOINT_PERIOD,
         )
-        return [report, *super().build_hooks()]
+        cfg, early, late = self.cfg, [Throughput(self.cfg.SOLVER.IMS_PER_BATCH * self.cfg.SOLVER.get("ACCUMULATE", 1))], []
+        if cfg.MODEL.EMA.ENABLED:
+            ema = EMA(self.model, cfg.MODEL.EMA.DECAY, cfg.OUTPUT_DIR)
+            self.checkpointer.add_checkpointable("ema", ema.average)
+            early.append(ema)
+            late.append(EvalHook(cfg.TEST.EVAL_PERIOD, lambda: {"ema": self.test_into("inference_ema", cfg, ema.model)}))
+        if cfg.TEST.AUG.ENABLED:  # it takes many times as long, so only at the end, as in Detectron2's training tool
+            late.append(EvalHook(0, lambda: self.test_with_tta(cfg, self.model)))
+        if cfg.TEST.AUG.ENABLED and cfg.MODEL.EMA.ENABLED:
+            late.append(EvalHook(0, lambda: {"ema": self.test_with_tta(cfg, ema.model, "inference_ema_TTA")}))
+        if cfg.TEST.VIS_PERIOD and cfg.TEST.VIS_IMAGES and cfg.DATASETS.TEST and comm.is_main_process():
+            late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
+        hooks = super().build_hooks()
+        # What changes the weights or measures comes before checkpoints and evaluation, what is measured then before it is written.
+        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer | EvalHook))
+        end = next((i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)), len(hooks))
+        return [report, *hooks[:place], *early, *hooks[place:end], *late, *hooks[end:]]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""
+        _, *others = super().build_writers()
+        return [ProgressPrinter(self.max_iter), *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []), *others]
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> CountingLoader:
@@ -58,11 +92,22 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> TolerantCOCOEvaluator:
-        """COCO's own evaluation; predictions are written to OUTPUT_DIR/inference."""
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> TolerantCOCOEvaluator:
+        """COCO's own evaluation; predictions are written to ``folder`` in OUTPUT_DIR."""
         # Detectron2's faster COCO evaluation stops on a dataset in which nothing is detected; the official one does not.
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        output_dir = os.path.join(cfg.OUTPUT_DIR, folder)
         return TolerantCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False, report_dir=cfg.OUTPUT_DIR)
+
+    @classmethod
+    def test_into(cls, folder: str, cfg: CfgNode, model: nn.Module) -> dict:
+        """As ``test``, with the predictions in a folder of their own in OUTPUT_DIR."""
+        logger.info(f"Evaluation with predictions in {os.path.join(cfg.OUTPUT_DIR, folder)}:")
+        return cls.test(cfg, model, [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST])
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module, folder: str = "inference_TTA") -> dict:
+        """As ``test_into``, under the augmentation of TEST.AUG; each result's name ends in ``_TTA``."""
+        return evaluate_augmented(partial(cls.test_into, folder, cfg), cfg, model)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -115,6 +115,55 @@ def test_the_curves_are_those_of_the_runs(tmp_path):
         assert heights == sorted(heights)
 
 
+def strokes(file):
+    """(heights, colour, dashed) of each curve of at least two points in an SVG."""
+    found = re.findall(r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; ([^"]*)"', file.read_text())
+    curves = [([float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], style) for d, style in found if "#b0b0b0" not in style]
+    return [(heights, re.search(r"stroke: (#\w+)", style)[1], "dasharray" in style) for heights, style in curves if len(heights) > 1]
+
+
+def write_rows(folder, rows):
+    folder.mkdir()
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_without_a_metric_losses_rate_and_ap_are_drawn(tmp_path, capsys):
+    row = {"loss_cls": 1.0, "loss_mask": 2.0, "total_loss": 3.0, "lr": 0.1, "time": 1.0, "eta_seconds": 7, "data_time": 0.1}
+    plain = write_rows(tmp_path / "a", [{**row, "iteration": i, "bbox/AP": 10.0 + i, "bbox/APs": 1.0} for i in (0, 9)])
+    rows = [{**row, "iteration": i, "bbox/AP": 20.0 + i, "ema/bbox/AP": 30.0 + i, "ema/segm/AP": 5.0, "segm/AP": 4.0} for i in (0, 9)]
+    average = write_rows(tmp_path / "b", rows)
+    code, out, _ = run(capsys, "--runs", f"A={plain}", f"B={average}", "--output", tmp_path / "all.svg")
+    assert code == 0
+    cells = [tuple(cell.strip() for cell in line.strip("|").split("|")[:2]) for line in out.splitlines()[2:-1]]
+    assert list(dict.fromkeys(metric for metric, _ in cells)) == [
+        "total_loss", "lr", "bbox/AP", "segm/AP", "loss_cls", "loss_mask", "ema/bbox/AP", "ema/segm/AP",
+    ]  # fmt: skip
+    assert ("segm/AP", "A") not in cells and ("segm/AP", "B") in cells and ("ema/bbox/AP", "B") in cells
+    curves = strokes(tmp_path / "all.svg")
+    dashed = [(heights, colour) for heights, colour, is_dashed in curves if is_dashed]
+    solid = [(heights, colour) for heights, colour, is_dashed in curves if not is_dashed]
+    assert len(dashed) == 2 and len(solid) == 2 * 5 + 1
+    (_, colour_a), (_, colour_b) = solid[:2]
+    assert colour_a != colour_b == dashed[0][1] == dashed[1][1], "a run is in one colour, its average too"
+    bbox = next(heights for heights, colour in solid[4:] if colour == colour_b)
+    assert dashed[0][0][0] < bbox[0], "30 stands above 20, and SVG counts from the top"
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_ending_says_the_format(tmp_path, capsys, suffix):
+    a = write(tmp_path / "a", [1.0])
+    assert run(capsys, "--runs", f"A={a}", "--output", tmp_path / f"picture.{suffix}")[0] == 0
+    begins = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+    assert (tmp_path / f"picture.{suffix}").read_bytes().startswith(begins)
+
+
+def test_runs_with_nothing_of_the_usual_are_told_to_name_a_metric(tmp_path, capsys):
+    a = write_rows(tmp_path / "a", [{"iteration": 3, "speed": 1.0, "heat": 2.0}])
+    code, _, error = run(capsys, "--runs", f"A={a}")
+    assert code == 2 and "the runs have no loss, rate or AP: name a --metric, one of heat, speed" in error
+
+
 def test_mistakes_are_told_in_one_sentence(tmp_path, capsys):
     a = write(tmp_path / "a", [1.0])
     for arguments, message in (

@@ -1,0 +1,69 @@
+"""Runs of the training tool on four drawn scenes, in the process of the test."""
+
+import importlib.util
+import json
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+from halodet.data import write_shapes
+from halodet.engine.datasets import USER_DATASETS
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+
+spec = importlib.util.spec_from_file_location("train_net", Path(__file__).parents[2] / "tools" / "train_net.py")
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+TINY = [
+    "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5",
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """What names four scenes to train on, which are evaluated on as well."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_shapes(root, "train", 4)
+    files = root / "annotations/train.json", root / "train"
+    return [f"--{split}-{kind}={file}" for split in ("train", "val") for kind, file in zip(("json", "images"), files, strict=True)]
+
+
+@pytest.fixture
+def train_net(scenes, one_thread):
+    """The tool with a tiny detector: (output folder, keys and values, further flags) -> exit code."""
+
+    def run(output, *opts, flags=(), config="quick/mask_rcnn_halo_shapes", tiny=TINY):
+        with as_before():
+            return tool.main([f"--config-file={config}", *scenes, *map(str, flags), "OUTPUT_DIR", str(output), *tiny, *map(str, opts)])
+
+    return run
+
+
+@contextmanager
+def as_before():
+    """Take back what a run leaves in its process: its datasets, and loggers that other tests listen to."""
+    setup_logger.cache_clear()
+    loggers = [logging.getLogger(name) for name in ("halodet", "detectron2", "fvcore")]
+    before = [(log, list(log.handlers), log.propagate, log.level) for log in loggers]
+    try:
+        yield
+    finally:
+        for log, handlers, log.propagate, level in before:
+            for handler in set(log.handlers) - set(handlers):
+                log.removeHandler(handler)
+                handler.close()
+            log.setLevel(level)
+        for name in USER_DATASETS:
+            if name in DatasetCatalog.list():
+                DatasetCatalog.remove(name)
+                MetadataCatalog.pop(name)
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """The lines of a run's metrics.json."""
+    return lambda output: [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
