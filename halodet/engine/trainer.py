@@ -8,10 +8,11 @@ import weakref
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from torch import nn
 
 from ..weights import Checkpointer
+from .distributed import ddp_anywhere, share_buffers, sync_norms
 from .optimizer import build_optimizer
 
 
@@ -25,7 +26,8 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
         self._trust_pickle = trust_pickle
-        super().__init__(cfg)
+        with ddp_anywhere():
+            super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, around this package's checkpointer."""
@@ -37,6 +39,17 @@ class Trainer(DefaultTrainer):
             trainer=weakref.proxy(self),
         )
         return super().build_hooks()
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's, whose SyncBN also works for several processes on the CPU."""
+        return sync_norms(super().build_model(cfg))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        """Detectron2's, shared by all processes, each of which evaluates the very model that rank 0 saves."""
+        share_buffers(model)
+        return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
