@@ -7,20 +7,31 @@ import argparse
 import logging
 import os
 import sys
+from datetime import timedelta
+from functools import partial
 
 from halodet.data import DatasetError
 from halodet.engine import (
+    EXIT_RANK_LOST,
     ConfigError,
     Trainer,
+    World,
+    agree,
+    check_shared,
     check_weights,
     check_writable,
     find_config,
+    find_world,
+    host_of,
+    join,
     load_config,
     prepare_datasets,
     register_user_data,
     register_user_data_again,
     scale_to_batch,
     start_run,
+    supervise,
+    user_data_files,
 )
 from halodet.inference import CLASSES_FILE, ClassesError, read_classes, write_classes
 from halodet.weights import WeightsError, load_weights
@@ -31,12 +42,18 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
+
+EXIT_CODES = {ClassesError: 2, ConfigError: 2, DatasetError: 2, WeightsError: 2}  # of what one sentence tells all of
+MISTAKES = tuple(EXIT_CODES)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = default_argument_parser()
     parser.description = __doc__
     parser.add_argument("--trust-pickle", action="store_true", help="read pickle files that may run code")
+    minutes = "how long processes wait for each other, when they start and whenever they exchange something (default: 30)"
+    parser.add_argument("--dist-timeout", type=float, default=30.0, metavar="MINUTES", help=minutes)
     own = parser.add_argument_group("your own COCO-format data, instead of the config's datasets")
     own.add_argument("--train-json", metavar="FILE", help="COCO json to train on; its classes become the model's")
     own.add_argument("--train-images", metavar="DIR", help="folder its file names are relative to")
@@ -66,6 +83,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def check_machine(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """What :func:`setup` found on the machine of rank 0 must be on each other one too; weights are fetched once for all its processes."""
+    check_writable(cfg.OUTPUT_DIR)
+    check_weights(cfg, eval_only=args.eval_only, resume=args.resume, trust_pickle=args.trust_pickle)
+    prepare_datasets(cfg, train=not args.eval_only)
+
+
 def check_classes(cfg: CfgNode) -> None:
     """Refuse to score a model on classes it was not trained on, or in another order of them."""
     if not os.path.isfile(os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_FILE)):
@@ -79,18 +103,25 @@ def check_classes(cfg: CfgNode) -> None:
 
 def check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Refuse what Detectron2 would stop on once the processes are started."""
-    processes = args.num_gpus * args.num_machines
-    if processes > 1 and cfg.MODEL.DEVICE == "cpu":
-        raise ConfigError(f"--num-gpus {args.num_gpus} needs GPUs, but MODEL.DEVICE is cpu: set it to cuda")
+    processes = max(args.num_gpus * args.num_machines, comm.get_world_size())
+    if args.num_gpus * args.num_machines > 1 and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} needs GPUs, but MODEL.DEVICE is cpu: "
+            "set it to cuda, or start several processes on the CPU with torchrun"
+        )
     if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % max(processes, 1):
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, not a multiple of the {processes} GPUs: change one of them")
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, not a multiple of the {processes} processes: change one of them"
+        )
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """Train or evaluate, in each process of the run."""
+    if comm.get_world_size() > 1:
+        tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+        check_shared([*user_data_files(cfg), *([tag] if args.resume else [])])
     register_user_data_again(cfg, args.train_images, args.val_images)
-    if not logging.getLogger("halodet").handlers:  # a process started for a further GPU
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
+    agree(partial(check_machine, cfg, args), comm.get_local_rank() == 0 and comm.get_rank() > 0, MISTAKES)
     cfg = start_run(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -112,26 +143,72 @@ def save_classes(cfg: CfgNode) -> None:
     write_classes(os.path.join(cfg.OUTPUT_DIR, "classes.json"), classes)
 
 
+def work_spawned(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """A process that Detectron2's launcher has started."""
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
+    code = supervise(partial(run, args, cfg), host_of(args.dist_url), EXIT_CODES)
+    if code:
+        sys.exit(code)
+
+
+def work_joined(args: argparse.Namespace) -> None:
+    """A process that torchrun or Slurm has started: the first one checks everything and writes, the others wait for it."""
+    cfg = agree(partial(setup, args), comm.is_main_process(), MISTAKES)[0]
+    if not comm.is_main_process():
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
+    run(args, cfg)
+
+
+def join_and_work(args: argparse.Namespace, world: World) -> int:
+    """Become one of torchrun's or Slurm's processes, and do its work; returns the exit code."""
+    problem, device = "", "cpu"
+    try:
+        args.config_file = str(find_config(args.config_file))
+        device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    except ConfigError as error:
+        problem = str(error)
+    join(world, device, timedelta(minutes=args.dist_timeout), problem=problem)
+    return supervise(partial(work_joined, args), world.host, EXIT_CODES)
+
+
+def spawn_and_work(args: argparse.Namespace, cfg: CfgNode) -> int:
+    """Have Detectron2 start a process for each GPU, and wait for them; returns the exit code."""
+    timeout = timedelta(minutes=args.dist_timeout)
+    try:
+        launch(work_spawned, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg), timeout)
+    except ProcessExitedException as error:
+        if error.signal_name is None:
+            return error.exit_code
+        rank = args.machine_rank * args.num_gpus + error.error_index
+        logging.getLogger("halodet").error(f"rank {rank} was ended by {error.signal_name}, and the others with it")
+        return EXIT_RANK_LOST
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    setup_logger(name="halodet")
-    gpus = torch.cuda.device_count()
+    gpus, world, problem = torch.cuda.device_count(), None, None
     try:
+        world = find_world(args)
+    except ConfigError as error:
+        problem = error
+    setup_logger(distributed_rank=world.rank if world else 0, name="halodet")
+    logger = logging.getLogger("halodet")
+    logger.addHandler(logging.NullHandler())  # further processes say nothing until they have a file to say it in
+    try:
+        if problem:
+            raise problem
+        if world:
+            return join_and_work(args, world)
         if args.num_gpus > max(gpus, 1):
             raise ConfigError(f"--num-gpus is {args.num_gpus} but PyTorch sees {gpus} here: give --num-gpus {max(gpus, 1)} or fewer")
         cfg = setup(args)
-        launch(
-            run,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, cfg),
-        )
-    except (ClassesError, ConfigError, DatasetError, WeightsError) as error:
-        logging.getLogger("halodet").error(str(error))
+        if args.num_gpus * args.num_machines > 1:
+            return spawn_and_work(args, cfg)
+        return supervise(partial(run, args, cfg), "", EXIT_CODES)
+    except MISTAKES as error:
+        logger.error(str(error))
         return 2
-    return 0
 
 
 if __name__ == "__main__":

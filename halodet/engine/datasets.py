@@ -111,5 +111,10 @@ def register_user_data_again(cfg: CfgNode, train_images: str | None, val_images:
             register_coco_instances(name, {}, str(_cleaned_json(cfg, name)), images)
 
 
+def user_data_files(cfg: CfgNode) -> list[Path]:
+    """What :func:`register_user_data` has written for this run."""
+    return [_cleaned_json(cfg, name) for name in USER_DATASETS if name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
+
+
 def _cleaned_json(cfg: CfgNode, name: str) -> Path:
     return Path(cfg.OUTPUT_DIR) / "data" / f"{name}.json"

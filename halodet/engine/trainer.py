@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.skipped import CountingLoader
 from ..weights import Checkpointer
+from .distributed import ddp_anywhere, share_buffers, sync_norms
 from .drawings import DrawPredictions
 from .ema import EMA
 from .optimizer import build_optimizer
@@ -41,7 +43,8 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
         self._trust_pickle = trust_pickle
-        super().__init__(scale_to_batch(cfg))
+        with ddp_anywhere():
+            super().__init__(scale_to_batch(cfg))
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, around this package's checkpointer."""
@@ -80,6 +83,17 @@ class Trainer(DefaultTrainer):
         """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""
         _, *others = super().build_writers()
         return [ProgressPrinter(self.max_iter), *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []), *others]
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's, whose SyncBN also works for several processes on the CPU."""
+        return sync_norms(super().build_model(cfg))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        """Detectron2's, shared by all processes, each of which evaluates the very model that rank 0 saves."""
+        share_buffers(model)
+        return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> CountingLoader:

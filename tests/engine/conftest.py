@@ -1,8 +1,11 @@
-"""Runs of the training tool on four drawn scenes, in the process of the test."""
+"""Runs of the training tool on four drawn scenes, in the process of the test, and in two processes."""
 
 import importlib.util
 import json
 import logging
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
+ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("train_net", Path(__file__).parents[2] / "tools" / "train_net.py")
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
@@ -67,3 +71,16 @@ def as_before():
 def metrics():
     """The lines of a run's metrics.json."""
     return lambda output: [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """Run a script in two processes of this machine, without GPUs; returns (torchrun's exit code, everything that was printed)."""
+
+    def start(*arguments, timeout=300, **environment):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+        return run.returncode, run.stdout + run.stderr
+
+    return start

@@ -1,0 +1,42 @@
+"""Two processes exchange something again and again until one of them ends; see test_launch.py."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+from halodet.engine import ConfigError, find_world, join, supervise
+
+import torch
+import torch.distributed as dist
+from detectron2.utils.logger import setup_logger
+
+
+def main():
+    how, who = sys.argv[1], int(sys.argv[2])
+    world = find_world(argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0))
+    setup_logger(distributed_rank=world.rank, name="halodet")
+    join(world, "cpu", timedelta(minutes=10))
+
+    def work():
+        for step in range(400):
+            if world.rank == who and step == 100:
+                print(f"ending at {time.time()}", flush=True)
+                if how == "bug":
+                    raise KeyError("a thing")
+                if how == "mistake":
+                    raise ConfigError("set it to 3")
+                if how == "exit":
+                    os._exit(9)
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(600)  # stopped: the other is left waiting, and is ended by hand
+            dist.all_reduce(torch.ones(3))
+
+    return supervise(work, world.host, {ConfigError: 2})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
