@@ -15,6 +15,7 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # maps the backbone returns; also stem
     node.STOCHASTIC_DEPTH = 0.0  # probability of dropping the last block's branch while training, rising linearly from 0
     node.BACKEND = "auto"  # what computes attention: auto, or triton, blocked, unfolded, reference (halodet/attention)
+    node.CHECKPOINT_ACTIVATIONS = []  # stages (["res2", "res3"]) computed again in the backward pass: less memory, more time
     # Each key below overrides one column of the variant's row; None keeps the row's value.
     node.DEPTHS = None  # blocks in each of the four stages
     node.MIXERS = None  # per stage "conv" or "halo", or a list with one name for each block
@@ -37,6 +38,7 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.WINDOW = 0  # bottleneck (global) attention: pixels of its map along a side of the windows it stays in; 0 for the whole map
     node.POSITION = "interpolate"  # how bottleneck attention reads its tables at other sizes: interpolate, or offset (in pixels)
     node.BACKEND = "auto"  # as MODEL.HALONET.BACKEND
+    node.CHECKPOINT_ACTIVATIONS = []  # as MODEL.HALONET.CHECKPOINT_ACTIVATIONS
     node.CHECK_INPUT = True  # INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD must be those the weights were trained with; False: as they are given
 
     cfg.MODEL.WEIGHTS_MIN_FILLED = 0.95  # share of what MODEL.WEIGHTS should fill (its kind decides) below which training does not start
