@@ -43,6 +43,14 @@ def add_halodet_config(cfg: CfgNode) -> None:
 
     cfg.MODEL.WEIGHTS_MIN_FILLED = 0.95  # share of what MODEL.WEIGHTS should fill (its kind decides) below which training does not start
 
+    cfg.MODEL.TF32 = None  # whether GPUs may multiply float32 in TF32: True, False, or None for PyTorch's own (convolutions only)
+    cfg.MODEL.CHANNELS_LAST = False  # the backbone's weights and maps with channels last, which tensor cores like; maps on the CPU have it
+    cfg.MODEL.COMPILE = False  # torch.compile of the backbone
+
+    cfg.SOLVER.AMP.PRECISION = "bf16"  # what SOLVER.AMP.ENABLED computes in: bf16, or fp16 with scaled gradients
+    cfg.SOLVER.ACCUMULATE = 1  # batches of IMS_PER_BATCH images whose losses and gradients are averaged for one iteration
+    cfg.SOLVER.NON_FINITE = "stop"  # on NaN or infinite losses or gradients: stop, skip (drop the step), or rollback (last checkpoint)
+    cfg.SOLVER.NON_FINITE_LIMIT = 3  # how often a step is dropped, or the run goes back, before it stops
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
     cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none

@@ -12,6 +12,7 @@ from halodet.data import DatasetError
 from halodet.engine import (
     ConfigError,
     Trainer,
+    TrainingStopped,
     check_weights,
     check_writable,
     find_config,
@@ -127,6 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ClassesError, ConfigError, DatasetError, WeightsError) as error:
         logging.getLogger("halodet").error(str(error))
         return 2
+    except TrainingStopped as error:
+        logging.getLogger("halodet").error(str(error))
+        return error.exit_code
     return 0
 
 

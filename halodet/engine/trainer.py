@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 
 import torch
@@ -12,7 +13,11 @@ from detectron2.evaluation import COCOEvaluator
 from torch import nn
 
 from ..weights import Checkpointer
+from .finite import GoBack, RollBack
 from .optimizer import build_optimizer
+from .speed import speed_up
+from .step import Step
+from .stop import log_sentences_only
 
 
 class Trainer(DefaultTrainer):
@@ -25,10 +30,15 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
         self._trust_pickle = trust_pickle
-        super().__init__(cfg)
+        log_sentences_only()
+        with warnings.catch_warnings():  # of the AMPTrainer that Detectron2 makes, and Step replaces
+            warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler")
+            super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, around this package's checkpointer."""
+        """Detectron2's hooks, around this package's step and checkpointer."""
+        self._trainer = Step.of(self.cfg, self._trainer)
+        self._go_back = GoBack()
         self.checkpointer = Checkpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
@@ -36,7 +46,19 @@ class Trainer(DefaultTrainer):
             trust_pickle=self._trust_pickle,
             trainer=weakref.proxy(self),
         )
-        return super().build_hooks()
+        return [self._go_back, *super().build_hooks()]
+
+    def run_step(self) -> None:
+        """One iteration; the last ones again where SOLVER.NON_FINITE is rollback and this one is not finite."""
+        try:
+            super().run_step()
+        except RollBack as why:
+            self._go_back.go_back(str(why))
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's, with what MODEL.TF32, CHANNELS_LAST and COMPILE ask for."""
+        return speed_up(cfg, super().build_model(cfg))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
