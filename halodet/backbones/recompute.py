@@ -43,10 +43,12 @@ def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, cont
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     # Not track_running_stats: Detectron2's NaiveSyncBatchNorm does not look at it, and PyTorch's norms keep fewer tensors without it.
+    # Passes are counted in a tensor of no further use.
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
     try:
         yield
     finally:

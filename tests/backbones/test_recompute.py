@@ -22,13 +22,17 @@ def pass_through(net, x):
     return maps, {n: p.grad for n, p in net.named_parameters()}, dict(net.named_buffers())
 
 
-def halonet(stages):
+def halonet(stages, norm="BN"):
     torch.manual_seed(0)
-    net = HaloNet("H0", stochastic_depth=0.5, checkpoint_activations=stages)
+    net = HaloNet("H0", norm=norm, stochastic_depth=0.5, checkpoint_activations=stages)
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # fresh blocks end in zeros, which would hide their insides
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):  # fresh blocks end in zeros, which would hide their insides
             nn.init.uniform_(module.weight, 0.2, 0.6)
     return net.train()
+
+
+def synchronised_halonet(stages):
+    return halonet(stages, "SyncBN")
 
 
 def timm_network(stages):
@@ -37,7 +41,7 @@ def timm_network(stages):
     return TimmBackbone("halonet26t", norm="BN", stochastic_depth=0.5, checkpoint_activations=stages).train()
 
 
-@pytest.mark.parametrize("make", [halonet, timm_network])
+@pytest.mark.parametrize("make", [halonet, synchronised_halonet, timm_network])
 @pytest.mark.usefixtures("one_thread")
 def test_maps_gradients_and_statistics_are_the_plain_networks(make):
     x = torch.randn(2, 3, 65, 96)
