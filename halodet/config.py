@@ -15,6 +15,7 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # maps the backbone returns; also stem
     node.STOCHASTIC_DEPTH = 0.0  # probability of dropping the last block's branch while training, rising linearly from 0
     node.BACKEND = "auto"  # what computes attention: auto, or triton, blocked, unfolded, reference (halodet/attention)
+    node.CHECKPOINT_ACTIVATIONS = []  # stages (["res2", "res3"]) computed again in the backward pass: less memory, more time
     # Each key below overrides one column of the variant's row; None keeps the row's value.
     node.DEPTHS = None  # blocks in each of the four stages
     node.MIXERS = None  # per stage "conv" or "halo", or a list with one name for each block
@@ -37,6 +38,7 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.WINDOW = 0  # bottleneck (global) attention: pixels of its map along a side of the windows it stays in; 0 for the whole map
     node.POSITION = "interpolate"  # how bottleneck attention reads its tables at other sizes: interpolate, or offset (in pixels)
     node.BACKEND = "auto"  # as MODEL.HALONET.BACKEND
+    node.CHECKPOINT_ACTIVATIONS = []  # as MODEL.HALONET.CHECKPOINT_ACTIVATIONS
     node.CHECK_INPUT = True  # INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD must be those the weights were trained with; False: as they are given
 
     cfg.MODEL.WEIGHTS_MIN_FILLED = 0.95  # share of what MODEL.WEIGHTS should fill (its kind decides) below which training does not start
@@ -57,6 +59,14 @@ def add_halodet_config(cfg: CfgNode) -> None:
     node.ENABLED = False  # keep a moving average of the weights: evaluated as ema/bbox/AP, saved as model_final_ema.pth
     node.DECAY = 0.9999  # share of the average that stays at each iteration; less in the first ones: (1 + t) / (10 + t)
 
+    cfg.MODEL.TF32 = None  # whether GPUs may multiply float32 in TF32: True, False, or None for PyTorch's own (convolutions only)
+    cfg.MODEL.CHANNELS_LAST = False  # the backbone's weights and maps with channels last, which tensor cores like; maps on the CPU have it
+    cfg.MODEL.COMPILE = False  # torch.compile of the backbone
+
+    cfg.SOLVER.AMP.PRECISION = "bf16"  # what SOLVER.AMP.ENABLED computes in: bf16, or fp16 with scaled gradients
+    cfg.SOLVER.ACCUMULATE = 1  # batches of IMS_PER_BATCH images whose losses and gradients are averaged for one iteration
+    cfg.SOLVER.NON_FINITE = "stop"  # on NaN or infinite losses or gradients: stop, skip (drop the step), or rollback (last checkpoint)
+    cfg.SOLVER.NON_FINITE_LIMIT = 3  # how often a step is dropped, or the run goes back, before it stops
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
     cfg.SOLVER.REFERENCE_BATCH = 0  # images in a batch that BASE_LR and the schedule are for: both are scaled to IMS_PER_BATCH; 0: as given
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have

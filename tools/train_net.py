@@ -15,6 +15,7 @@ from halodet.engine import (
     EXIT_RANK_LOST,
     ConfigError,
     Trainer,
+    TrainingStopped,
     World,
     agree,
     check_shared,
@@ -44,7 +45,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-EXIT_CODES = {ClassesError: 2, ConfigError: 2, DatasetError: 2, WeightsError: 2}  # of what one sentence tells all of
+EXIT_CODES = {ClassesError: 2, ConfigError: 2, DatasetError: 2, WeightsError: 2, TrainingStopped: 1}  # of what one sentence tells all of
 MISTAKES = tuple(EXIT_CODES)
 
 

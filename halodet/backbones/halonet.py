@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 from ..mixers import MixerSpec, build_mixer
+from .recompute import check_stages, run_stage
 from .variants import VARIANTS, HaloNetVariant
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
@@ -119,6 +120,7 @@ class HaloNet(Backbone):
         freeze_at: stages kept from training: 0 none, 1 the stem, 2 the stem and res2, ... 5 all.
         num_classes: make the classifier form, with the variant's final 1×1, pooling and a linear layer.
         backend: what computes attention, see :func:`halodet.attention.halo_attention`.
+        checkpoint_activations: stages whose activations are computed again in the backward pass instead of being kept.
 
     Raises:
         ValueError: an unknown name, or mixers, depths or heads that do not fit together.
@@ -138,6 +140,7 @@ class HaloNet(Backbone):
         freeze_at: int = 0,
         num_classes: int | None = None,
         backend: str = "auto",
+        checkpoint_activations: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(variant, str):
@@ -152,8 +155,9 @@ class HaloNet(Backbone):
             raise ValueError(f"stochastic_depth is {stochastic_depth} and se_ratio {variant.se_ratio}, expected 0 to 1")
         if variant.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {variant.activation!r}, expected one of {sorted(ACTIVATIONS)}")
+        check_stages(checkpoint_activations, STAGES, "checkpoint_activations")
 
-        self.variant, self.num_classes = variant, num_classes
+        self.variant, self.num_classes, self.checkpoint_activations = variant, num_classes, tuple(checkpoint_activations)
         self.stem = Stem(in_channels, variant.stem_channels, norm=norm, activation=variant.activation)
         channels, stride = variant.stem_channels, 4
         self._out_feature_strides, self._out_feature_channels = {"stem": stride}, {"stem": channels}
@@ -214,6 +218,7 @@ class HaloNet(Backbone):
             "stochastic_depth": node.STOCHASTIC_DEPTH,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
             "backend": node.BACKEND,
+            "checkpoint_activations": node.CHECKPOINT_ACTIVATIONS,
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -226,7 +231,7 @@ class HaloNet(Backbone):
         maps = {"stem": self.stem(x)}
         x = maps["stem"]
         for name, stage in zip(STAGES, self.stages, strict=False):
-            x = maps[name] = stage(x)
+            x = maps[name] = run_stage(stage, x, recompute=name in self.checkpoint_activations)
         if "linear" in self._out_features:
             maps["linear"] = self.head(x)
         return {name: maps[name] for name in self._out_features}

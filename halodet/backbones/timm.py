@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..mixers.bottleneck import BottleneckMixer
 from ..mixers.halo import HaloMixer
+from .recompute import check_stages, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class TimmBackbone(Backbone):
         window: of bottleneck attention, pixels of its map (stride 32) along a side; 0 for the whole map.
         position: how bottleneck attention reads its tables at other sizes, ``"interpolate"`` or ``"offset"``.
         backend: what computes attention, see :func:`halodet.attention.halo_attention`.
+        checkpoint_activations: stages whose activations are computed again in the backward pass instead of being kept.
 
     Raises:
         ImportError: timm is not installed.
@@ -62,6 +64,7 @@ class TimmBackbone(Backbone):
         window: int = 0,
         position: str = "interpolate",
         backend: str = "auto",
+        checkpoint_activations: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -70,6 +73,7 @@ class TimmBackbone(Backbone):
             raise ValueError(f"out_features are {list(out_features)}, expected at least one of {list(STAGES)} and nothing else")
         if not 0 <= stochastic_depth < 1:
             raise ValueError(f"stochastic_depth is {stochastic_depth}, expected 0 or more and less than 1")
+        check_stages(checkpoint_activations, STAGES, "checkpoint_activations")
         import timm
         from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 
@@ -79,6 +83,7 @@ class TimmBackbone(Backbone):
         if norm != "BN":
             net = (freeze_batch_norm_2d if norm == "FrozenBN" else convert_sync_batchnorm)(net)
 
+        self.checkpoint_activations = tuple(checkpoint_activations)
         self._out_features = list(out_features)
         stages = max(STAGES.index(f) for f in out_features) + 1
         # timm's last feature is that of final_conv, which is there, perhaps as an identity, in all of them
@@ -107,6 +112,7 @@ class TimmBackbone(Backbone):
             "window": node.WINDOW,
             "position": node.POSITION,
             "backend": node.BACKEND,
+            "checkpoint_activations": node.CHECKPOINT_ACTIVATIONS,
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -118,7 +124,7 @@ class TimmBackbone(Backbone):
         x = self.stem(x)
         maps = {}
         for name, stage in zip(STAGES, self.stages, strict=False):
-            x = maps[name] = stage(x)
+            x = maps[name] = run_stage(stage, x, recompute=name in self.checkpoint_activations)
         if "res5" in maps:
             maps["res5"] = self.final_conv(x)
         return {name: maps[name] for name in self._out_features}

@@ -7,12 +7,14 @@ from .lifeline import EXIT_RANK_LOST
 from .record import start_run
 from .scaling import scale_to_batch
 from .setup import ConfigError, check_weights, check_writable, find_config, load_config
+from .stop import TrainingStopped
 from .trainer import Trainer
 
 __all__ = [
     "EXIT_RANK_LOST",
     "ConfigError",
     "Trainer",
+    "TrainingStopped",
     "World",
     "agree",
     "check_shared",

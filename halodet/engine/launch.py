@@ -212,7 +212,7 @@ def supervise(work: Callable[[], object], host: str, exit_codes: Mapping[type[Ex
             lifeline.close(wait_for_others=False)
         raise
     except BaseException as error:
-        code = next((code for kind, code in exit_codes.items() if isinstance(error, kind)), None)
+        code = next((getattr(error, "exit_code", code) for kind, code in exit_codes.items() if isinstance(error, kind)), None)
         text = str(error) if code is not None else f"{type(error).__name__}: {error}"
         first = lifeline.failed(text, network=is_network_error(error)) if lifeline else None
         if first:

@@ -25,8 +25,10 @@ from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
 from ..data.augment import check_input
 from ..weights import Target, WeightsError, check_fit, read_checkpoint, with_query
+from .finite import Policy
 from .optimizer import OPTIMIZERS, rate_factors
 from .scaling import scale_to_batch
+from .speed import check_speed
 from .tta import check_tta
 from .wandb_writer import check_wandb
 
@@ -148,8 +150,10 @@ def _check_device(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but PyTorch sees {torch.cuda.device_count()} GPUs, counted from 0")
-    if cfg.SOLVER.AMP.ENABLED and device.type == "cpu":
-        raise ConfigError("SOLVER.AMP.ENABLED needs a GPU, and this run is on the CPU: set it to False")
+    try:
+        check_speed(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     for key, node in (("MODEL.HALONET", cfg.MODEL.HALONET), ("MODEL.TIMM", cfg.MODEL.TIMM)):
         problem = triton_problem(device) if node.BACKEND == "triton" else None
         if problem:
@@ -179,6 +183,12 @@ def _check_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in OPTIMIZERS:
         raise ConfigError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, expected one of {list(OPTIMIZERS)}")
+    if solver.ACCUMULATE < 1:
+        raise ConfigError(f"SOLVER.ACCUMULATE is {solver.ACCUMULATE}, expected 1 or more")
+    try:
+        Policy(solver.NON_FINITE, solver.NON_FINITE_LIMIT)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not 0 < solver.BACKBONE_LR_FACTOR < math.inf:
         raise ConfigError(f"SOLVER.BACKBONE_LR_FACTOR is {solver.BACKBONE_LR_FACTOR}, expected more than 0 (FREEZE_AT freezes stages)")
     if not 0 < solver.LAYER_DECAY <= 1:

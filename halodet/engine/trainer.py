@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 import weakref
 from functools import partial
 
@@ -23,10 +24,14 @@ from ..weights import Checkpointer
 from .distributed import ddp_anywhere, share_buffers, sync_norms
 from .drawings import DrawPredictions
 from .ema import EMA
+from .finite import GoBack, RollBack
 from .optimizer import build_optimizer
 from .progress import ProgressPrinter, Throughput
 from .scaling import scale_to_batch
 from .skipped import ReportSkipped, TolerantCOCOEvaluator
+from .speed import speed_up
+from .step import Step
+from .stop import log_sentences_only
 from .tta import evaluate_augmented
 from .wandb_writer import WandbWriter
 
@@ -43,11 +48,15 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
         self._trust_pickle = trust_pickle
-        with ddp_anywhere():
+        log_sentences_only()
+        with ddp_anywhere(), warnings.catch_warnings():  # of the AMPTrainer that Detectron2 makes, and Step replaces
+            warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler")
             super().__init__(scale_to_batch(cfg))
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, around this package's checkpointer."""
+        """Detectron2's hooks, around this package's step and checkpointer."""
+        self._trainer = Step.of(self.cfg, self._trainer)
+        self._go_back = GoBack()
         self.checkpointer = Checkpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
@@ -61,7 +70,7 @@ class Trainer(DefaultTrainer):
             max_share=self.cfg.DATALOADER.MAX_SKIPPED,
             checkpoint_period=self.cfg.SOLVER.CHECKPOINT_PERIOD,
         )
-        cfg, early, late = self.cfg, [Throughput(self.cfg.SOLVER.IMS_PER_BATCH * self.cfg.SOLVER.get("ACCUMULATE", 1))], []
+        cfg, early, late = self.cfg, [Throughput(self.cfg.SOLVER.IMS_PER_BATCH * self.cfg.SOLVER.ACCUMULATE)], []
         if cfg.MODEL.EMA.ENABLED:
             ema = EMA(self.model, cfg.MODEL.EMA.DECAY, cfg.OUTPUT_DIR)
             self.checkpointer.add_checkpointable("ema", ema.average)
@@ -77,17 +86,24 @@ class Trainer(DefaultTrainer):
         # What changes the weights or measures comes before checkpoints and evaluation, what is measured then before it is written.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer | EvalHook))
         end = next((i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)), len(hooks))
-        return [report, *hooks[:place], *early, *hooks[place:end], *late, *hooks[end:]]
+        return [self._go_back, report, *hooks[:place], *early, *hooks[place:end], *late, *hooks[end:]]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""
         _, *others = super().build_writers()
         return [ProgressPrinter(self.max_iter), *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []), *others]
 
+    def run_step(self) -> None:
+        """One iteration; the last ones again where SOLVER.NON_FINITE is rollback and this one is not finite."""
+        try:
+            super().run_step()
+        except RollBack as why:
+            self._go_back.go_back(str(why))
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's, whose SyncBN also works for several processes on the CPU."""
-        return sync_norms(super().build_model(cfg))
+        """Detectron2's, whose SyncBN also works on the CPU, with what MODEL.TF32, CHANNELS_LAST and COMPILE ask for."""
+        return speed_up(cfg, sync_norms(super().build_model(cfg)))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:

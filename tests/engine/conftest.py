@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))  # for small_run, which scripts of other processes import too
 spec = importlib.util.spec_from_file_location("train_net", Path(__file__).parents[2] / "tools" / "train_net.py")
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
@@ -84,3 +85,15 @@ def torchrun():
         return run.returncode, run.stdout + run.stderr
 
     return start
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture
+def shapes(shapes_folder, monkeypatch, one_thread):
+    """Runs look for datasets/shapes in a folder of the tests', where it is drawn once."""
+    monkeypatch.chdir(shapes_folder)
+    return shapes_folder

@@ -12,6 +12,7 @@ import torch
 from detectron2.modeling import build_backbone, build_model
 
 PLAIN = "VERSION: 2\n"
+CPU = ["MODEL.DEVICE", "cpu"]
 HALO = ["MODEL.BACKBONE.NAME", "build_halonet_fpn_backbone", "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']"]
 
 
@@ -63,7 +64,12 @@ def test_a_config_executes_nothing(tmp_path):
         (PLAIN, ["SOLVER.OPTIMIZER", "Adam"], "SOLVER.OPTIMIZER is 'Adam'"),
         (PLAIN, ["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "schedule under SOLVER cannot be used: Unknown LR scheduler"),
         (PLAIN, ["SOLVER.MAX_ITER.FOO", "5"], "override not usable"),
-        (PLAIN, ["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu"], "SOLVER.AMP.ENABLED needs a GPU"),
+        (PLAIN, [*CPU, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "fp16"], "SOLVER.AMP.PRECISION fp16 needs a GPU"),
+        (PLAIN, ["SOLVER.AMP.PRECISION", "float16"], "SOLVER.AMP.PRECISION is 'float16'"),
+        (PLAIN, ["SOLVER.ACCUMULATE", "0"], "SOLVER.ACCUMULATE is 0, expected 1 or more"),
+        (PLAIN, ["SOLVER.NON_FINITE", "ignore"], "SOLVER.NON_FINITE is 'ignore'"),
+        (PLAIN, ["SOLVER.NON_FINITE_LIMIT", "-1"], "SOLVER.NON_FINITE_LIMIT is -1"),
+        (PLAIN, [*HALO, "MODEL.HALONET.CHECKPOINT_ACTIVATIONS", "['res6']"], "checkpoint_activations is .'res6'., expected a list"),
         (PLAIN, ["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'"),
         (PLAIN, [*HALO, "MODEL.HALONET.MIXERS", "halo"], "mixers is 'halo', expected 4 entries"),
         (PLAIN, [*HALO, "MODEL.HALONET.NUM_HEADS", "8"], "num_heads is 8, expected 4 entries"),
@@ -83,6 +89,16 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, text, opts, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(write(tmp_path, text), opts)
     assert "\n" not in str(error.value)
+
+
+def test_bf16_needs_no_gpu():
+    assert load_config("mask_rcnn_halo_h0", [*CPU, "SOLVER.AMP.ENABLED", "True"]).SOLVER.AMP.PRECISION == "bf16"
+
+
+def test_compilation_needs_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="MODEL.COMPILE needs a C"):
+        load_config("mask_rcnn_halo_h0", [*CPU, "MODEL.COMPILE", "True"])
 
 
 def test_a_missing_config_names_the_nearest():
