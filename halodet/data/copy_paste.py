@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Instances
 
 
 def choose_objects(count: int) -> np.ndarray:
@@ -39,13 +39,12 @@ def paste_objects(
     pasted = _fit(other.gt_masks.tensor[chosen], height, width)
     cover = pasted.any(dim=0)
     below = instances.gt_masks.tensor if instances.has("gt_masks") else pasted[:0]
-    masks = torch.cat((below & ~cover, pasted))
-    classes = torch.cat((instances.gt_classes, other.gt_classes[chosen]))
-    seen = masks.flatten(1).any(dim=1)
-    result = Instances((height, width))
-    result.gt_masks = BitMasks(masks[seen])
-    result.gt_boxes = Boxes(result.gt_masks.get_bounding_boxes().tensor)
-    result.gt_classes = classes[seen]
+    masks = BitMasks(torch.cat((below & ~cover, pasted)))
+    result = Instances((height, width), gt_masks=masks, gt_boxes=masks.get_bounding_boxes())
+    result.gt_classes = torch.cat((instances.gt_classes, other.gt_classes[chosen]))
+    seen = result.gt_boxes.nonempty()
+    if not seen.all():  # choosing copies all masks
+        result = result[seen]
     return torch.where(cover, _fit(other_image, height, width), image), result
 
 
