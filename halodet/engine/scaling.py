@@ -32,7 +32,7 @@ def scale_to_batch(cfg: CfgNode, *, log: bool = True) -> CfgNode:
         raise ValueError(f"SOLVER.REFERENCE_BATCH is {reference}, expected the images in a batch that the schedule is for, or 0 for none")
     if reference and cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise ValueError("SOLVER.REFERENCE_BATCH and REFERENCE_WORLD_SIZE both scale the rate: set one of them to 0")
-    batch = cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.get("ACCUMULATE", 1)
+    batch = cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE
     if not reference or batch == reference:
         return cfg
     frozen, factor = cfg.is_frozen(), batch / reference
