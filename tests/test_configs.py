@@ -12,7 +12,14 @@ NAMES = sorted(str(path.relative_to(config_dir())) for path in config_dir().rglo
 
 
 def test_the_promised_configs_are_there():
-    promised = {"mask_rcnn_halo_h4", "cascade_mask_rcnn_halo_h4", "faster_rcnn_halo_h4", "retinanet_halo_h4", "mask_rcnn_halo_h4_3x"}
+    promised = {
+        "mask_rcnn_halo_h4",
+        "cascade_mask_rcnn_halo_h4",
+        "faster_rcnn_halo_h4",
+        "retinanet_halo_h4",
+        "mask_rcnn_halo_h4_3x",
+        "mask_rcnn_halo_h4_lsj_100ep",
+    }
     promised |= {f"mask_rcnn_halo_h{i}" for i in range(8)} | {f"mask_rcnn_r{d}{kind}" for d in (50, 101) for kind in ("", "_se")}
     promised |= {f"mask_rcnn_r{d}_se_halo_{bh}" for d in (50, 101) for bh in ("b8h3", "b32h3")}
     assert {f"{name}.yaml" for name in promised} <= set(NAMES)
@@ -63,7 +70,9 @@ def test_the_recipe_for_timms_networks_decays_matrices_and_kernels_only():
         assert decays[id(parameter)] == (0.0 if spared else 0.05), name
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("mask_rcnn_halo_h4", 12), ("mask_rcnn_halo_h4_3x", 36)])
+@pytest.mark.parametrize(
+    ("name", "epochs"), [("mask_rcnn_halo_h4", 12), ("mask_rcnn_halo_h4_3x", 36), ("mask_rcnn_halo_h4_lsj_100ep", 100)]
+)
 def test_schedules_are_as_long_as_they_are_called(name, epochs):
     solver = load_config(name).SOLVER
     assert solver.MAX_ITER * solver.IMS_PER_BATCH / 118_287 == pytest.approx(epochs, rel=0.02)
