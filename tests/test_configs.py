@@ -1,18 +1,25 @@
 """Every config file loads, builds, and gives the maps its heads read."""
 
 from halodet.config import config_dir
-from halodet.engine import load_config
+from halodet.engine import Trainer, load_config
 
 import pytest
 import torch
 import yaml
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 
 NAMES = sorted(str(path.relative_to(config_dir())) for path in config_dir().rglob("*.yaml") if not path.name.startswith("Base"))
 
 
 def test_the_promised_configs_are_there():
-    promised = {"mask_rcnn_halo_h4", "cascade_mask_rcnn_halo_h4", "faster_rcnn_halo_h4", "retinanet_halo_h4", "mask_rcnn_halo_h4_3x"}
+    promised = {
+        "mask_rcnn_halo_h4",
+        "cascade_mask_rcnn_halo_h4",
+        "faster_rcnn_halo_h4",
+        "retinanet_halo_h4",
+        "mask_rcnn_halo_h4_3x",
+        "mask_rcnn_halo_h4_lsj_100ep",
+    }
     promised |= {f"mask_rcnn_halo_h{i}" for i in range(8)} | {f"mask_rcnn_r{d}{kind}" for d in (50, 101) for kind in ("", "_se")}
     promised |= {f"mask_rcnn_r{d}_se_halo_{bh}" for d in (50, 101) for bh in ("b8h3", "b32h3")}
     assert {f"{name}.yaml" for name in promised} <= set(NAMES)
@@ -49,3 +56,24 @@ def test_configs_default_to_coco_and_their_own_output(name):
     cfg = load_config(name)
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
     assert cfg.OUTPUT_DIR == f"./output/{name.removesuffix('.yaml')}"
+
+
+def test_the_recipe_for_timms_networks_decays_matrices_and_kernels_only():
+    cfg = load_config("mask_rcnn_halonet50ts", ["MODEL.DEVICE", "cpu"]).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    decays = {id(p): group["weight_decay"] for group in Trainer.build_optimizer(cfg, model).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim == 1 or name.endswith(("height_rel", "width_rel"))
+        assert decays[id(parameter)] == (0.0 if spared else 0.05), name
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs"), [("mask_rcnn_halo_h4", 12), ("mask_rcnn_halo_h4_3x", 36), ("mask_rcnn_halo_h4_lsj_100ep", 100)]
+)
+def test_schedules_are_as_long_as_they_are_called(name, epochs):
+    solver = load_config(name).SOLVER
+    assert solver.MAX_ITER * solver.IMS_PER_BATCH / 118_287 == pytest.approx(epochs, rel=0.02)
+    assert solver.STEPS[-1] < solver.MAX_ITER
