@@ -165,7 +165,7 @@ def _accept(listener: socket.socket, token: str, count: int) -> dict[Connection,
     with listener:
         while len(peers) < count and time.monotonic() < deadline:
             listener.settimeout(max(0.1, deadline - time.monotonic()))
-            with suppress(OSError):
+            with suppress(OSError, EOFError):
                 peer = _watched(listener.accept()[0])
                 hello = peer.recv_bytes(256).decode(errors="replace").split() if peer.poll(_HELLO_SECONDS) else []
                 if len(hello) == 2 and secrets.compare_digest(hello[0], token):
