@@ -15,7 +15,7 @@ from torch import nn
 from ..weights import Checkpointer
 from .finite import GoBack, RollBack
 from .optimizer import build_optimizer
-from .speed import speed_up
+from .speed import CompileError, compile_errors, speed_up
 from .step import Step
 from .stop import log_sentences_only
 
@@ -54,6 +54,8 @@ class Trainer(DefaultTrainer):
             super().run_step()
         except RollBack as why:
             self._go_back.go_back(str(why))
+        except compile_errors(self.cfg) as error:
+            raise CompileError(error) from error
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
