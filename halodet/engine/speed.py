@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import shutil
+import tempfile
 
 import torch
 from detectron2.config import CfgNode
 from torch import nn
+
+from .stop import TrainingStopped
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,3 +47,26 @@ def speed_up(cfg: CfgNode, model: nn.Module) -> nn.Module:
     if cfg.MODEL.COMPILE:
         model.backbone.compile()
     return model
+
+
+class CompileError(TrainingStopped):
+    """PyTorch cannot compile the backbone."""
+
+    exit_code = 2
+
+    def __init__(self, error: Exception) -> None:
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+        reason = " ".join(str(error).partition("\n\n")[0].split()).rstrip(".: ")  # what follows tells how to ask for more
+        super().__init__(
+            f"MODEL.COMPILE: PyTorch cannot compile the backbone ({reason}): set it to False, or, where an earlier run was killed while it "
+            f"compiled, remove what that left in {folder}"
+        )
+
+
+def compile_errors(cfg: CfgNode) -> tuple[type[Exception], ...]:
+    """What PyTorch raises where compiling fails; nothing without MODEL.COMPILE."""
+    if not cfg.MODEL.COMPILE:
+        return ()
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)

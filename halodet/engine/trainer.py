@@ -29,7 +29,7 @@ from .optimizer import build_optimizer
 from .progress import ProgressPrinter, Throughput
 from .scaling import scale_to_batch
 from .skipped import ReportSkipped, TolerantCOCOEvaluator
-from .speed import speed_up
+from .speed import CompileError, compile_errors, speed_up
 from .step import Step
 from .stop import log_sentences_only
 from .tta import evaluate_augmented
@@ -99,6 +99,8 @@ class Trainer(DefaultTrainer):
             super().run_step()
         except RollBack as why:
             self._go_back.go_back(str(why))
+        except compile_errors(self.cfg) as error:
+            raise CompileError(error) from error
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

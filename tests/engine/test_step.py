@@ -3,7 +3,7 @@
 import copy
 import itertools
 
-from halodet.engine import Trainer
+from halodet.engine import Trainer, TrainingStopped
 from halodet.engine.finite import NonFiniteError
 from halodet.engine.step import Step
 
@@ -189,3 +189,14 @@ def test_a_compiled_backbone_keeps_its_names_and_its_numbers(shapes, tmp_path):
         assert losses(compiled)[name] == pytest.approx(values, rel=1e-3), name
     saved = torch.load(tmp_path / "compiled/model_final.pth", weights_only=True)["model"]
     assert list(saved) == list(Trainer.build_model(plain.cfg).state_dict())
+
+
+def test_a_backbone_that_cannot_be_compiled_is_told_in_one_sentence(shapes, tmp_path):
+    def broken(graph, inputs):
+        raise ImportError("libkernel.so: file too short")  # what a compiler leaves that was killed
+
+    trainer = make_trainer(tmp_path, {"MODEL.COMPILE": True, "SOLVER.MAX_ITER": 1})
+    trainer.model.backbone.compile(backend=broken)
+    with pytest.raises(TrainingStopped, match=r"cannot compile the backbone \(.*file too short.*\): set it to False, .* remove") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
