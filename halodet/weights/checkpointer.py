@@ -92,8 +92,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         self.report = check_fit(Target.of(self.model), checkpoint, self._file, min_filled=self.min_filled, exact=self.exact)
-        if self._with_state and "trainer" in self.checkpointables:
-            saved = checkpoint.get("trainer", {}).get("_trainer", {}).get("optimizer")
+        saved = checkpoint.get("trainer", {}).get("_trainer", {}).get("optimizer")
+        if self._with_state and saved and "trainer" in self.checkpointables:
             _check_optimizer(saved, self.checkpointables["trainer"]._trainer.optimizer, self._file)
         checkpoint.pop("model")
         self.model.load_state_dict({name: fill.make() for name, fill in self.report.match.fills.items()}, strict=False)
@@ -101,15 +101,15 @@ class Checkpointer(DetectionCheckpointer):
             logger.info(str(self.report))
 
 
-def _check_optimizer(saved: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer, file: str) -> None:
+def _check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, file: str) -> None:
     """WeightsError where a saved state is not that of such an optimizer: PyTorch would take it, and stop at the next step."""
-    groups = saved["param_groups"] if saved else []
+    groups = saved["param_groups"]
     for theirs, ours in zip(groups, optimizer.param_groups, strict=False):
         other = sorted((set(theirs) ^ set(ours)) & {"momentum", "betas"})
         if other or len(theirs["params"]) != len(ours["params"]):
             break
     else:
-        if not saved or len(groups) == len(optimizer.param_groups):
+        if len(groups) == len(optimizer.param_groups):
             return
     raise WeightsError(
         f"{file} has the state of another optimizer, or of one with other parameter groups, than this config's "
