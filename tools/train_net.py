@@ -19,6 +19,7 @@ from halodet.engine import (
     prepare_datasets,
     register_user_data,
     register_user_data_again,
+    with_seed,
 )
 from halodet.inference import CLASSES_FILE, ClassesError, read_classes, write_classes
 from halodet.weights import WeightsError, load_weights
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     register_user_data_again(cfg, args.train_images, args.val_images)
     if not logging.getLogger("halodet").handlers:  # a process started for a further GPU
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
+    if not args.eval_only:
+        cfg = with_seed(cfg, resume=args.resume, trust_pickle=args.trust_pickle)
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)

@@ -9,6 +9,7 @@ before any image is read; to go on at batch k, the indices before it are drawn a
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..rng import seeded
 
 MAX_REPLACEMENTS = 100
+_GRACE = 60  # seconds a worker stays after it was told to end
 
 
 class TrainStream:
@@ -59,15 +61,25 @@ class TrainStream:
         self._batches = _Batches(parts["sampler"], groups, batch_size)
         self._workers = parts["num_workers"]
         self.start = self.batches = 0
+        self._running: Iterator[list[dict]] | None = None
 
     def __iter__(self) -> Iterator[list[dict]]:
+        self._running = self._iterate()
+        return self._running
+
+    def close(self) -> None:
+        """End the workers of the last iteration."""
+        if self._running is not None:
+            self._running.close()
+
+    def _iterate(self) -> Iterator[list[dict]]:
         self.batches = self._batches.start = self.start
         loader = DataLoader(
             self._dataset,
             batch_sampler=self._batches,
             num_workers=self._workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_go_on if os.name == "posix" else None,
             generator=Generator(),  # else it would draw from the one the model draws from
         )
         for batch in loader:
@@ -116,7 +128,7 @@ class _Seeded(Dataset):
         raise RuntimeError(f"{MAX_REPLACEMENTS} images drawn one after the other cannot be used: look at the lines about them in the log")
 
 
-def _ignore_signals(worker: int) -> None:
-    """What asks a run to stop often reaches all of its processes: the workers load on until the run has stopped."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-        signal.signal(number, signal.SIG_IGN)
+def _go_on(worker: int) -> None:
+    """What asks a run to stop often reaches all of its processes: workers load on for as long as an iteration may take."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
 from torch import nn
 
+from ..data import TrainStream
 from ..weights import Checkpointer
+from .checkpoints import Checkpoints
 from .optimizer import build_optimizer
+from .signals import StopOnSignal
+from .state import RunState
 
 
 class Trainer(DefaultTrainer):
@@ -28,7 +34,7 @@ class Trainer(DefaultTrainer):
         super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, around this package's checkpointer."""
+        """Detectron2's hooks, around this package's checkpointer; what makes a run go on as it was, and stop when it is asked to."""
         self.checkpointer = Checkpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
@@ -36,7 +42,23 @@ class Trainer(DefaultTrainer):
             trust_pickle=self._trust_pickle,
             trainer=weakref.proxy(self),
         )
-        return super().build_hooks()
+        state = RunState(self.data_loader, self.checkpointer.model)
+        checkpoints = Checkpoints(self.checkpointer, state, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.SOLVER.CHECKPOINT_KEEP)
+        self.signals = StopOnSignal(checkpoints)
+        hooks = [hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)]
+        # An evaluation that fails, or takes longer than a signal gives, finds the checkpoint written.
+        place = next(place for place, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        return [state, *hooks[:place], checkpoints, self.signals, *hooks[place:]]
+
+    def train(self) -> dict | None:
+        """As Detectron2's; leaves with an exit code of its own (SystemExit) when it is asked to stop, 75, or cannot write, 74."""
+        with self.signals, contextlib.closing(self.data_loader):
+            return super().train()
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainStream:
+        """Batches that depend on SEED alone."""
+        return TrainStream(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
