@@ -72,6 +72,7 @@ def add_halodet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
     cfg.SOLVER.LAYER_DECAY = 1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none
     cfg.SOLVER.WEIGHT_DECAY_REL_POS = 0.0  # weight decay of tables of relative positions (height_rel, width_rel)
+    cfg.SOLVER.CHECKPOINT_KEEP = 0  # how many checkpoints stay, the newest ones, model_final.pth besides; 0: all
 
     cfg.TEST.VIS_PERIOD = 0  # iterations between drawings of predictions for TensorBoard; 0: none
     cfg.TEST.VIS_IMAGES = 4  # how many images of the first dataset of DATASETS.TEST are drawn

@@ -33,6 +33,7 @@ from halodet.engine import (
     start_run,
     supervise,
     user_data_files,
+    with_seed,
 )
 from halodet.inference import CLASSES_FILE, ClassesError, read_classes, write_classes
 from halodet.weights import WeightsError, load_weights
@@ -123,7 +124,9 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         check_shared([*user_data_files(cfg), *([tag] if args.resume else [])])
     register_user_data_again(cfg, args.train_images, args.val_images)
     agree(partial(check_machine, cfg, args), comm.get_local_rank() == 0 and comm.get_rank() > 0, MISTAKES)
-    cfg = start_run(cfg, args)
+    if not args.eval_only:
+        cfg = with_seed(cfg, resume=args.resume, trust_pickle=args.trust_pickle)
+    start_run(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS, trust_pickle=args.trust_pickle)

@@ -2,6 +2,7 @@
 
 from .coco_json import CheckedJson, DatasetError, Fault, check_coco_json, check_same_categories, register_checked
 from .shapes import register_shapes, write_shapes
+from .stream import TrainStream
 
 register_shapes()
 
@@ -9,6 +10,7 @@ __all__ = [
     "CheckedJson",
     "DatasetError",
     "Fault",
+    "TrainStream",
     "check_coco_json",
     "check_same_categories",
     "register_checked",

@@ -6,22 +6,23 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
 from torch.utils.data import DataLoader
 
 from .coco_json import DatasetError
 from .mapper import TolerantMapper
 from .skipped import CountingLoader
+from .stream import TrainStream
 
 
 def build_train_loader(cfg: CfgNode) -> CountingLoader:
-    """Detectron2's endless loader of DATASETS.TRAIN, with its samplers (DATALOADER.SAMPLER_TRAIN), counting what is left out.
+    """The endless stream of DATASETS.TRAIN, with Detectron2's samplers (DATALOADER.SAMPLER_TRAIN), counting what is left out.
 
     Raises:
         DatasetError: as :func:`training_data`.
     """
     dataset, mapper = training_data(cfg)
-    return CountingLoader(build_detection_train_loader(cfg, mapper=mapper, dataset=dataset))
+    return CountingLoader(TrainStream(cfg, mapper, dataset=dataset))
 
 
 def training_data(cfg: CfgNode) -> tuple[DatasetFromList, TolerantMapper]:

@@ -63,6 +63,10 @@ class CountingLoader:
             self._skipped += found
             yield batch
 
+    def close(self) -> None:
+        """End the loader's workers."""
+        self.loader.close()
+
     def take(self) -> tuple[int, list[Skipped]]:
         """Images that came, usable or not, and what was left out, since the last call."""
         taken = self._seen, self._skipped

@@ -1,4 +1,4 @@
-"""What a run was started with: its seed settled, its config kept, and versions, command line and commit recorded."""
+"""What a run was started with: its config kept, and versions, command line and commit recorded."""
 
 from __future__ import annotations
 
@@ -29,22 +29,12 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 
 
-def start_run(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Detectron2's ``default_setup``, after which ``--config-file OUTPUT_DIR/config.yaml`` repeats the run; called in each process.
 
-    A random seed (SEED -1) is drawn here, so that config.yaml has it; a run that goes on keeps the one it began with. An evaluation
-    leaves the config.yaml of a run that trained as it was. The start is added to OUTPUT_DIR/run.json.
-
-    Returns:
-        The config with its seed.
+    An evaluation leaves the config.yaml of a run that trained as it was. The start is added to OUTPUT_DIR/run.json.
     """
     output = Path(cfg.OUTPUT_DIR)
-    if cfg.SEED < 0 and not args.eval_only:
-        drawn = comm.shared_random_seed()
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.SEED = comm.all_gather(_last_seed(output) if args.resume else None)[0] or drawn
-        cfg.freeze()
     config = output / "config.yaml"
     trained = config.read_bytes() if args.eval_only and config.is_file() else None
     resumed = args.resume and (output / "last_checkpoint").is_file()
@@ -54,7 +44,6 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
         if trained is not None:
             config.write_bytes(trained)
         add_start(output / RUN_FILE, {"eval_only": args.eval_only, "resumed": resumed, "seed": cfg.SEED})
-    return cfg
 
 
 def add_start(path: Path, entry: dict[str, Any]) -> None:
@@ -122,9 +111,3 @@ def _starts(path: Path) -> list[dict[str, Any]] | None:
     except (OSError, ValueError):
         return None
     return starts if isinstance(starts, list) and all(isinstance(start, dict) for start in starts) else None
-
-
-def _last_seed(output: Path) -> int | None:
-    """The seed of the last start that trained."""
-    seeds = [start.get("seed") for start in _starts(output / RUN_FILE) or [] if not start.get("eval_only")]
-    return seeds[-1] if seeds and isinstance(seeds[-1], int) and seeds[-1] >= 0 else None

@@ -16,6 +16,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.solver import build_lr_scheduler
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -24,11 +25,12 @@ from ..backbones.builders import TIMM_BACKBONES
 from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
 from ..data.augment import check_input
-from ..weights import Target, WeightsError, check_fit, read_checkpoint, with_query
+from ..weights import Target, WeightsError, check_fit, newest_checkpoint, read_checkpoint, with_query
 from .finite import Policy
 from .optimizer import OPTIMIZERS, rate_factors
 from .scaling import scale_to_batch
 from .speed import check_speed
+from .state import RunState
 from .tta import check_tta
 from .wandb_writer import check_wandb
 
@@ -195,6 +197,8 @@ def _check_solver(cfg: CfgNode) -> None:
         raise ConfigError(f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, expected more than 0 and at most 1, which is none")
     if not 0 <= solver.WEIGHT_DECAY_REL_POS < math.inf:
         raise ConfigError(f"SOLVER.WEIGHT_DECAY_REL_POS is {solver.WEIGHT_DECAY_REL_POS}, expected 0 or more")
+    if solver.CHECKPOINT_KEEP < 0:
+        raise ConfigError(f"SOLVER.CHECKPOINT_KEEP is {solver.CHECKPOINT_KEEP}, expected how many checkpoints stay, or 0 for all")
     try:
         cfg = scale_to_batch(cfg, log=False)
     except ValueError as error:
@@ -230,8 +234,18 @@ def _blank_model(cfg: CfgNode) -> nn.Module:
         return build_model(blank)
 
 
+def _target(cfg: CfgNode) -> Target:
+    """What weights are to fit; a model without memory does not tell which pixels it takes."""
+    return dataclasses.replace(
+        Target.of(_blank_model(cfg)),
+        input_format=cfg.INPUT.FORMAT,
+        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+    )
+
+
 def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool, trust_pickle: bool = False) -> str:
-    """The weights a run starts from: MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming; they are there, and they fit.
+    """The weights a run starts from: MODEL.WEIGHTS, or the newest checkpoint in OUTPUT_DIR when resuming; they are there, and they fit.
 
     A name such as ``detectron2://...`` is fetched. Before any data is loaded the file is read and matched with the model, without memory
     for it; an evaluation, and a run that goes on, must fill all of it.
@@ -240,12 +254,12 @@ def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool, trust_pickle: 
         ConfigError: the file does not exist, or an evaluation has no weights at all.
         WeightsError: it cannot be fetched or read, or fills too little of the model.
     """
-    weights, tag, exact = cfg.MODEL.WEIGHTS, Path(cfg.OUTPUT_DIR) / "last_checkpoint", eval_only
-    if resume and tag.is_file():
-        weights, exact = str(Path(cfg.OUTPUT_DIR) / tag.read_text().strip()), True
-        if not os.path.isfile(weights):
-            raise ConfigError(f"{tag} names {weights}, which does not exist: put it back, or write another checkpoint's name into {tag}")
-    elif eval_only and not weights:
+    weights = cfg.MODEL.WEIGHTS
+    found = newest_checkpoint(cfg.OUTPUT_DIR, trust_pickle=trust_pickle) if resume else None
+    if found is not None:
+        check_fit(_target(cfg), found.checkpoint, found.path, min_filled=cfg.MODEL.WEIGHTS_MIN_FILLED, exact=True)
+        return found.path
+    if eval_only and not weights:
         looked = f", and {cfg.OUTPUT_DIR} holds no checkpoint to resume from" if resume else ""
         raise ConfigError(f"--eval-only needs trained weights{looked}: add MODEL.WEIGHTS path/to/model_final.pth")
     if not weights:
@@ -258,15 +272,29 @@ def check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool, trust_pickle: 
     if not os.path.isfile(file):
         raise ConfigError(f"MODEL.WEIGHTS is {weights}, which is not a file")
     checkpoint = with_query(read_checkpoint(file, trust_pickle=trust_pickle), url.query, weights)
-    # A model without memory does not tell which pixels it takes.
-    target = dataclasses.replace(
-        Target.of(_blank_model(cfg)),
-        input_format=cfg.INPUT.FORMAT,
-        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
-        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
-    )
-    check_fit(target, checkpoint, weights, min_filled=cfg.MODEL.WEIGHTS_MIN_FILLED, exact=exact)
+    check_fit(_target(cfg), checkpoint, weights, min_filled=cfg.MODEL.WEIGHTS_MIN_FILLED, exact=eval_only)
     return weights
+
+
+def with_seed(cfg: CfgNode, *, resume: bool, trust_pickle: bool = False) -> CfgNode:
+    """The config with the SEED of the run, also where it is below 0: that of the checkpoint it goes on from, or one drawn now, and logged.
+
+    To be called in every process of a run.
+    """
+    if cfg.SEED >= 0:
+        return cfg
+    seed = None
+    if comm.is_main_process():
+        found = newest_checkpoint(cfg.OUTPUT_DIR, trust_pickle=trust_pickle) if resume else None
+        seed = found and found.checkpoint["trainer"].get("hooks", {}).get(RunState.__name__, {}).get("seed")
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "big") >> 1
+        logger.info("SEED is %d: this run has %d; SEED %d repeats it.", cfg.SEED, seed, seed)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = comm.all_gather(seed)[0]
+    cfg.freeze()
+    return cfg
 
 
 def check_writable(folder: str) -> None:

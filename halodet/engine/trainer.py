@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.skipped import CountingLoader
 from ..weights import Checkpointer
+from .checkpoints import Checkpoints
 from .distributed import ddp_anywhere, share_buffers, sync_norms
 from .drawings import DrawPredictions
 from .ema import EMA
@@ -28,8 +30,10 @@ from .finite import GoBack, RollBack
 from .optimizer import build_optimizer
 from .progress import ProgressPrinter, Throughput
 from .scaling import scale_to_batch
+from .signals import StopOnSignal
 from .skipped import ReportSkipped, TolerantCOCOEvaluator
 from .speed import CompileError, compile_errors, speed_up
+from .state import RunState
 from .step import Step
 from .stop import log_sentences_only
 from .tta import evaluate_augmented
@@ -54,7 +58,7 @@ class Trainer(DefaultTrainer):
             super().__init__(scale_to_batch(cfg))
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, around this package's step and checkpointer."""
+        """Detectron2's hooks, around this package's step and checkpointer, and what makes a run go on as it was and stop when asked."""
         self._trainer = Step.of(self.cfg, self._trainer)
         self._go_back = GoBack()
         self.checkpointer = Checkpointer(
@@ -82,11 +86,16 @@ class Trainer(DefaultTrainer):
             late.append(EvalHook(0, lambda: {"ema": self.test_with_tta(cfg, ema.model, "inference_ema_TTA")}))
         if cfg.TEST.VIS_PERIOD and cfg.TEST.VIS_IMAGES and cfg.DATASETS.TEST and comm.is_main_process():
             late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
-        hooks = super().build_hooks()
-        # What changes the weights or measures comes before checkpoints and evaluation, what is measured then before it is written.
-        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer | EvalHook))
+        state = RunState(self.data_loader.loader, self.checkpointer.model)
+        checkpoints = Checkpoints(self.checkpointer, state, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
+        self.signals = StopOnSignal(checkpoints)
+        hooks = [hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)]
+        # What changes the weights or measures comes before checkpoints, these before an evaluation, which may fail or take longer than a
+        # signal gives, and what is measured then before it is written.
+        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         end = next((i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)), len(hooks))
-        return [self._go_back, report, *hooks[:place], *early, *hooks[place:end], *late, *hooks[end:]]
+        early += [checkpoints, self.signals]
+        return [state, self._go_back, report, *hooks[:place], *early, *hooks[place:end], *late, *hooks[end:]]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""
@@ -101,6 +110,11 @@ class Trainer(DefaultTrainer):
             self._go_back.go_back(str(why))
         except compile_errors(self.cfg) as error:
             raise CompileError(error) from error
+
+    def train(self) -> dict | None:
+        """As Detectron2's; leaves with an exit code of its own (SystemExit) when it is asked to stop, 75, or cannot write, 74."""
+        with self.signals, contextlib.closing(self.data_loader):
+            return super().train()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

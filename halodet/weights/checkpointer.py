@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -16,9 +18,11 @@ from .errors import WeightsError
 from .identify import identify
 from .inputs import convention_of
 from .match import match, some
+from .newest import TAG, Found, newest_checkpoint
 from .read import read_checkpoint
 from .report import LoadReport, percent
 from .target import Target
+from .write import save_torch, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -54,24 +58,50 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.min_filled, self.exact, self.trust_pickle = min_filled, exact, trust_pickle
         self.report: LoadReport | None = None
+        self._found: Found | None = None
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As Detectron2's; a run goes on only from a checkpoint that fills all of the model."""
+        """As Detectron2's; a run goes on only from a checkpoint that fills all of the model, the newest that can be read.
+
+        All processes of a run take the one that the first of them finds, and the tag is made to name it.
+        """
         before = self.exact
-        self.exact = before or (resume and self.has_checkpoint())
+        found = self._find_newest() if resume else None
+        self.exact = before or found is not None
         try:
             return super().resume_or_load(path, resume=resume)
         finally:
-            self.exact = before
+            self.exact, self._found = before, None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As Detectron2's, with what tensors do not tell beside it: the pixels the model takes, block and halo of its attention."""
+        """As Detectron2's, with what tensors do not tell beside it: the pixels the model takes, block and halo of its attention.
+
+        The file, and after it the tag, are written under other names first: at any moment each of them is whole.
+
+        Raises:
+            WriteError: it cannot be written; older checkpoints and the tag are then as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
         target = Target.of(self.model)
         metadata = target.convention.metadata() if target.convention else {}
         windows = set(target.windows.values())
         if len(windows) == 1:
             metadata |= dict(zip(("block_size", "halo_size"), map(str, *windows), strict=True))
-        super().save(name, **({"metadata": metadata} if metadata else {}), **kwargs)
+        data = {"model": self.model.state_dict(), **{key: part.state_dict() for key, part in self.checkpointables.items()}}
+        data |= ({"metadata": metadata} if metadata else {}) | kwargs
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        write_atomically(path, lambda file: self.write(data, file))
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def write(self, data: dict[str, Any], file: str) -> None:
+        """Write what a checkpoint holds to ``file``."""
+        save_torch(data, file)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """As Detectron2's; the tag names the old checkpoint or the new one, and is never half written."""
+        write_atomically(os.path.join(self.save_dir, TAG), lambda file: Path(file).write_text(last_filename_basename))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Fill the model from ``path``, a file or a name that Detectron2's PathManager knows; return what else the file holds."""
@@ -87,16 +117,45 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        checkpoint = read_checkpoint(filename, trust_pickle=self.trust_pickle)
+        kept = self._found is not None and self._found.path == filename
+        checkpoint = self._found.checkpoint if kept else read_checkpoint(filename, trust_pickle=self.trust_pickle)
         return with_query(checkpoint, self._parsed_url_during_load.query, self._file)
+
+    def _find_newest(self) -> str | None:
+        """The file to resume from, the same one in all processes; None where there is none."""
+        name = error = None
+        if comm.is_main_process():
+            try:
+                self._found = newest_checkpoint(self.save_dir, trust_pickle=self.trust_pickle)
+                name = self._found and os.path.basename(self._found.path)
+                if name and name != self._tagged():
+                    self.tag_last_checkpoint(name)
+            except WeightsError as caught:  # the others wait for what becomes of it
+                error = str(caught)
+        name, error = comm.all_gather((name, error))[0]
+        if error is not None:
+            raise WeightsError(error)
+        there = comm.all_gather(name is None or (self._tagged() == name and os.path.isfile(os.path.join(self.save_dir, name))))
+        if not all(there):
+            raise WeightsError(
+                f"{name} in {self.save_dir} is seen by {sum(there)} of the run's {len(there)} processes only: set OUTPUT_DIR to a folder "
+                "that all machines share, or copy it to each of them"
+            )
+        return name
+
+    def _tagged(self) -> str:
+        return os.path.basename(self.get_checkpoint_file()) if self.has_checkpoint() else ""
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         self.report = check_fit(Target.of(self.model), checkpoint, self._file, min_filled=self.min_filled, exact=self.exact)
         saved = checkpoint.get("trainer", {}).get("_trainer", {}).get("optimizer")
         if self._with_state and saved and "trainer" in self.checkpointables:
             _check_optimizer(saved, self.checkpointables["trainer"]._trainer.optimizer, self._file)
-        checkpoint.pop("model")
-        self.model.load_state_dict({name: fill.make() for name, fill in self.report.match.fills.items()}, strict=False)
+        state = checkpoint.pop("model")
+        filled = {name: fill.make() for name, fill in self.report.match.fills.items()}
+        if self.exact:  # how many batches norms have seen, which is nothing that is missed elsewhere
+            filled |= {name: value for name, value in state.items() if name.endswith("num_batches_tracked")}
+        self.model.load_state_dict(filled, strict=False)
         if comm.is_main_process():
             logger.info(str(self.report))
 

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class WeightsError(ValueError):
     """Weights that cannot be used; the message is one sentence."""
+
+
+class WriteError(WeightsError):
+    """A file that cannot be written; what stood there before is untouched."""

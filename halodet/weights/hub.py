@@ -7,13 +7,12 @@ import os
 import re
 from typing import IO, Any
 
-import torch
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
 from .errors import WeightsError
 from .read import read_checkpoint
-from .write import write_atomically
+from .write import save_torch, write_atomically
 
 PREFIX = "timm://"
 _FILES = ("model.safetensors", "pytorch_model.bin")  # what a repository of timm holds, the better one first
@@ -85,7 +84,7 @@ def _convert(config: Any, local: str) -> None:
         "metadata": config.to_dict(remove_source=True) | {"repository": config.hf_hub_id},
     }
     os.makedirs(os.path.dirname(local), exist_ok=True)
-    write_atomically(local, lambda file: torch.save(checkpoint, file))
+    write_atomically(local, lambda file: save_torch(checkpoint, file))
 
 
 def _fetch(config: Any) -> str:

@@ -1,19 +1,24 @@
-"""Write weights, so that a file is either the whole new one or what was there before."""
+"""Write weights, so that a file is either the whole new one or what was there before, also when the machine stops in between."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import WeightsError
+from .errors import WeightsError, WriteError
 
 SUFFIXES = (".safetensors", ".pth")
+_TEMPORARY = ".part"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -36,28 +41,73 @@ def write_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], *, met
         # "format" is what other readers of the hub ask for.
         write_atomically(path, lambda file: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"} | metadata))
     else:
-        write_atomically(path, lambda file: torch.save({"model": tensors, **({"metadata": metadata} if metadata else {})}, file))
+        write_atomically(path, lambda file: save_torch({"model": tensors, **({"metadata": metadata} if metadata else {})}, file))
+
+
+def save_torch(data: Any, file: str) -> None:
+    """``torch.save`` through a file of Python's, whose errors say what is wrong; those of PyTorch's own writer do not."""
+    with open(file, "wb") as opened:
+        torch.save(data, opened)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Call ``write`` with the name of a temporary file beside ``path``, then put it in its place; on any failure ``path`` stays as it was.
 
+    The file reaches the disk before it gets its name, and the name before this returns. A process that is killed in between leaves a
+    file that :func:`remove_leftovers` removes.
+
     Raises:
-        WeightsError: the folder is not there or takes no file.
+        WriteError: the folder is not there, takes no file, or has no room for this one.
     """
     path = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
         os.close(handle)
     except OSError as error:
-        raise WeightsError(f"{path} cannot be written ({error.strerror}).") from error
+        raise WriteError(f"{path} cannot be written ({error.strerror}).") from error
     try:
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone
         os.replace(temporary, path)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be written ({error.strerror or error}).") from error
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        Path(temporary).unlink(missing_ok=True)  # to tell what is free without it
+        free = f"; {shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB are free" if cause.errno in _FULL else ""
+        raise WriteError(f"{path} cannot be written ({cause.strerror or cause}{free}).") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike, pattern: str = "*") -> list[str]:
+    """Remove temporary files of :func:`write_atomically` in ``folder`` whose final names match ``pattern``; returns their names."""
+    found = sorted(Path(folder).glob(f".{pattern}.*{_TEMPORARY}"))
+    for path in found:
+        path.unlink(missing_ok=True)
+    return [path.name for path in found]
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere folders cannot be opened, and renaming is up to the system
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems without it, some of them on the network
+            raise
+    finally:
+        os.close(handle)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The error of the system behind ``error``: PyTorch's writer fails once more when it closes a file that could not be written."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -5,7 +5,7 @@ import os
 from halodet.engine import ConfigError, check_weights, check_writable, load_config, setup
 from halodet.engine.setup import find_config
 from halodet.mixers.halo import HaloMixer
-from halodet.weights import WeightsError
+from halodet.weights import WeightsError, newest_checkpoint
 
 import pytest
 import torch
@@ -163,18 +163,61 @@ def test_weights_are_matched_with_the_model_before_anything_long_starts(tmp_path
         check_weights(cfg, eval_only=False, resume=False)
 
 
-def test_resume_starts_from_the_checkpoint_the_tag_names(tmp_path):
+def run_checkpoint(folder, state, iteration, started=0.0, name=None):
+    trainer = {"iteration": iteration, "hooks": {"RunState": {"started": started}}, "_trainer": {"optimizer": {}}}
+    path = folder / (name or f"model_{iteration:07d}.pth")
+    torch.save({"model": state, "trainer": trainer, "iteration": iteration}, path)
+    return str(path)
+
+
+def test_resume_starts_from_the_newest_checkpoint_that_can_be_read(tmp_path, caplog):
     cfg = load_config("quick/mask_rcnn_halo_small", ["OUTPUT_DIR", str(tmp_path)])
-    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
-    with pytest.raises(ConfigError, match="model_0000009.pth, which does not exist"):
+    tag = tmp_path / "last_checkpoint"
+    tag.write_text("model_0000009.pth")
+    with pytest.raises(WeightsError, match="names model_0000009.pth, and no checkpoint is there.*begin anew without --resume"):
         check_weights(cfg, eval_only=False, resume=True)
     state = build_model(cfg).state_dict()
     torch.save({"model": state, "iteration": 9}, tmp_path / "model_0000009.pth")
-    assert check_weights(cfg, eval_only=True, resume=True) == str(tmp_path / "model_0000009.pth")
+    with pytest.raises(WeightsError, match="model_0000009.pth holds weights, but not the iteration and the optimizer"):
+        check_weights(cfg, eval_only=False, resume=True)
+    run_checkpoint(tmp_path, state, 9)
+    newest = run_checkpoint(tmp_path, state, 10)
+    assert check_weights(cfg, eval_only=True, resume=True) == newest
+    assert "names 'model_0000009.pth', but the newest checkpoint is model_0000010.pth" in caplog.text
     state.popitem()
-    torch.save({"model": state, "iteration": 9}, tmp_path / "model_0000009.pth")
+    run_checkpoint(tmp_path, state, 9)
+    run_checkpoint(tmp_path, state, 10)
     with pytest.raises(WeightsError, match="1 of the model's"):
         check_weights(cfg, eval_only=False, resume=True)
+
+
+@pytest.mark.parametrize("tag", [None, "", "\0\0\0", "model_0000030.pth", "model_0000020.pth", "gone.pth", "model_final.pth"])
+def test_broken_checkpoints_are_named_and_passed_over(tmp_path, caplog, tag):
+    if tag is not None:
+        (tmp_path / "last_checkpoint").write_text(tag)
+    state = {"w": torch.arange(1000.0)}
+    for iteration in (9, 20, 30):
+        good = run_checkpoint(tmp_path, state, iteration)
+    run_checkpoint(tmp_path, state, 15, name="model_final.pth")  # of a run that has been made longer since
+    torch.save({"model": state}, tmp_path / "model_0000099.pth")
+    with open(good, "r+b") as file:
+        file.truncate(2000)
+    assert os.path.basename(newest_checkpoint(tmp_path).path) == "model_0000020.pth"
+    assert "model_0000030.pth is truncated or damaged" in caplog.text and "Going on from model_0000020.pth" in caplog.text
+    assert "model_0000099.pth holds weights, but not" in caplog.text
+    (tmp_path / "model_0000020.pth").write_bytes(b"")
+    assert os.path.basename(newest_checkpoint(tmp_path).path) == "model_final.pth"
+
+
+def test_of_two_runs_in_a_folder_the_later_one_counts(tmp_path):
+    state = {"w": torch.ones(1)}
+    run_checkpoint(tmp_path, state, 900, started=1000.0)
+    for iteration in (9, 19):
+        run_checkpoint(tmp_path, state, iteration, started=2000.0)
+    for tag in ("model_0000019.pth", "model_0000009.pth", "gone.pth"):
+        (tmp_path / "last_checkpoint").write_text(tag)
+        assert os.path.basename(newest_checkpoint(tmp_path).path) == "model_0000019.pth"
+    assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_output_folder_must_be_writable(tmp_path):

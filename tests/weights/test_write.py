@@ -1,7 +1,9 @@
 import os
 import stat
+import subprocess
+import sys
 
-from halodet.weights import WeightsError, read_checkpoint, write_weights
+from halodet.weights import WeightsError, read_checkpoint, remove_leftovers, write_weights
 
 import pytest
 import torch
@@ -60,3 +62,31 @@ def test_places_that_cannot_be_written(tmp_path, path, reason):
     with pytest.raises(WeightsError, match=reason) as caught:
         write_weights(tmp_path / path, {"w": torch.ones(1)})
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+LIMITED = """
+import resource, sys
+import torch
+from halodet.weights import WriteError, write_weights
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+try:
+    write_weights(sys.argv[1], {"w": torch.zeros(2**20)})
+except WriteError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_the_system_cuts_short_is_told_and_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.pth"
+    write_weights(path, {"w": torch.ones(2)})
+    run = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True)
+    assert run.stdout.strip() == f"{path} cannot be written (File too large).", run.stderr
+    assert os.listdir(tmp_path) == ["a.pth"] and read_checkpoint(path)["model"]["w"].tolist() == [1, 1]
+
+
+def test_what_a_killed_process_leaves_is_removed(tmp_path):
+    killed = "import os, sys; from halodet.weights import write_atomically; write_atomically(sys.argv[1], lambda file: os._exit(9))"
+    subprocess.run([sys.executable, "-c", killed, tmp_path / "a.pth"], check=False)
+    (left,) = os.listdir(tmp_path)
+    (tmp_path / ".b.pth.part").touch()
+    assert remove_leftovers(tmp_path, "a*.pth") == [left] and os.listdir(tmp_path) == [".b.pth.part"]

@@ -1,0 +1,85 @@
+"""A run that is asked to stop writes a checkpoint first: SIGTERM, and SIGUSR1, which Slurm sends ahead of time (sbatch --signal)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import distributed
+
+from .checkpoints import Checkpoints
+
+logger = logging.getLogger(__name__)
+
+PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+
+class StopOnSignal(HookBase):
+    """At SIGTERM or SIGUSR1: end the iteration, write a checkpoint, leave with exit code 75; all processes of the run together.
+
+    A second signal leaves at once, with 128 + its number. During an evaluation between iterations the signal is heeded at the end of
+    the iteration after it; in the evaluation at the end, when everything is saved, at once. Signals are caught inside ``with``, and in the
+    main thread only, as Python has it.
+
+    Args:
+        checkpoints: writes the checkpoint.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.received, self._finished, self._process = 0, False, os.getpid()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        self.received, self._finished, self._process = 0, False, os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def after_step(self) -> None:
+        number = self._of_any_process()
+        if number:
+            self.checkpoints.save_now()
+            logger.warning(
+                "%s: stopped after iteration %d, with a checkpoint; --resume goes on from it. Exit code %d.",
+                signal.Signals(number).name,
+                self.trainer.iter,
+                PREEMPTED,
+            )
+            raise SystemExit(PREEMPTED)
+
+    def after_train(self) -> None:
+        self._finished = self.trainer.iter >= self.trainer.max_iter - 1
+        if self._finished and self.received:
+            raise SystemExit(PREEMPTED)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # one that was forked off, such as a loading worker
+            return
+        if self._finished:
+            raise SystemExit(PREEMPTED)
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        # Not through logging, which may be in the middle of a line.
+        os.write(2, f"{signal.Signals(number).name}: stopping after this iteration; once more to stop at once.\n".encode())
+
+    def _of_any_process(self) -> int:
+        if comm.get_world_size() == 1:
+            return self.received
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        number = torch.tensor(self.received, device=device)
+        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
+        return int(number)

@@ -1,0 +1,59 @@
+"""Signals as they come from outside: to the whole process group of the tool, and twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from halodet.data import write_shapes
+from halodet.engine import PREEMPTED
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OPTS = [
+    "MODEL.HALONET.BASE_WIDTH", "16", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "100000",
+    "SOLVER.CHECKPOINT_PERIOD", "100000", "DATALOADER.NUM_WORKERS", "2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The tool, once it has trained for some iterations with two loading workers, in a process group of its own."""
+    data = ["--train-json", write_shapes(tmp_path / "data", "train", 4), "--train-images", tmp_path / "data" / "train"]
+    tool = [sys.executable, ROOT / "tools/train_net.py", "--config-file", "quick/mask_rcnn_halo_shapes"]
+    with open(tmp_path / "printed.txt", "w") as printed:
+        process = subprocess.Popen(
+            [*tool, *data, "OUTPUT_DIR", tmp_path, *OPTS],
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    metrics, deadline = tmp_path / "metrics.json", time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_signal_to_all_processes_of_a_run_ends_it_with_a_checkpoint(run, tmp_path):
+    os.killpg(run.pid, signal.SIGTERM)
+    code = run.wait(timeout=100)
+    text = (tmp_path / "printed.txt").read_text()
+    assert code == PREEMPTED and "Traceback" not in text, text
+    assert "SIGTERM: stopping after this iteration" in text and len(list(tmp_path.glob("model_*.pth"))) == 1
+
+
+def test_a_second_signal_ends_it_at_once(run, tmp_path):
+    run.send_signal(signal.SIGSTOP)  # so that both arrive within one iteration
+    run.send_signal(signal.SIGUSR1)
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGCONT)
+    assert run.wait(timeout=100) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("model_*.pth"))
