@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -63,16 +64,18 @@ class TrainStream:
         self._batches = _Batches(parts["sampler"], groups, batch_size)
         self._workers = parts["num_workers"]
         self.start = self.batches = 0
-        self._running: Iterator[list[dict]] | None = None
+        self._running: Callable[[], Iterator[list[dict]] | None] = lambda: None
 
     def __iter__(self) -> Iterator[list[dict]]:
-        self._running = self._iterate()
-        return self._running
+        running = self._iterate()
+        self._running = weakref.ref(running)  # whoever drops the iteration ends its workers
+        return running
 
     def close(self) -> None:
         """End the workers of the last iteration."""
-        if self._running is not None:
-            self._running.close()
+        running = self._running()
+        if running is not None:
+            running.close()
 
     def _iterate(self) -> Iterator[list[dict]]:
         self.batches = self._batches.start = self.start
