@@ -35,6 +35,19 @@ class Note(HookBase):
         self.weights.append({name: value.clone() for name, value in self.trainer.model.state_dict().items()})
 
 
+class Run:
+    """As much of a DefaultTrainer as a checkpoint holds."""
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+
+    def state_dict(self):
+        return {"iteration": self._trainer.iter, "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state):
+        self._trainer.load_state_dict(state["_trainer"])
+
+
 def data(start):
     generator = torch.Generator().manual_seed(start)
     while True:
@@ -46,7 +59,7 @@ def trainer_of(folder, *, start=0):
     trainer = SimpleTrainer(model, data(start), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3))
     ema, note = EMA(model, DECAY, str(folder)), Note()
     trainer.register_hooks([ema, note])
-    return trainer, ema, note, Checkpointer(model, str(folder), ema=ema.average, trainer=trainer)
+    return trainer, ema, note, Checkpointer(model, str(folder), ema=ema.average, trainer=Run(trainer))
 
 
 def by_hand(weights):

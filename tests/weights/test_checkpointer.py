@@ -4,6 +4,7 @@ import logging
 import pickle
 
 from halodet.backbones import HaloNet
+from halodet.data.skipped import CountingLoader
 from halodet.engine import Trainer, load_config
 from halodet.weights import Checkpointer, WeightsError, load_weights
 from halodet.weights.identify import identify
@@ -277,7 +278,7 @@ def test_timms_networks_are_told_by_their_tensors():
 
 
 def test_the_trainer_loads_and_saves_through_it(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "build_train_loader", classmethod(lambda cls, cfg: []))
+    monkeypatch.setattr(Trainer, "build_train_loader", classmethod(lambda cls, cfg: CountingLoader([])))
     opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", str(files / "variant.pth"), "MODEL.HALONET.NORM", "BN", "DATASETS.TEST", "()"]
     cfg = load_config(CONFIG, [*LIGHT, *opts])
     trainer = Trainer(cfg)

@@ -133,7 +133,7 @@ class Run:
         self._trainer = SimpleTrainer(model, [], kind(model.parameters(), lr=0.1, **options))
 
     def state_dict(self):
-        return {"_trainer": self._trainer.state_dict()}
+        return {"iteration": 1, "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state):
         self._trainer.load_state_dict(state["_trainer"])
