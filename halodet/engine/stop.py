@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from ..data import DatasetError
+
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message is one sentence, ``exit_code`` what the process should end with."""
@@ -12,13 +14,13 @@ class TrainingStopped(RuntimeError):
 
 
 def log_sentences_only() -> None:
-    """Let Detectron2's loop log a :class:`TrainingStopped` without a traceback, which is for mistakes of the program."""
+    """Let Detectron2's loop log what one sentence says without a traceback, which is for mistakes of the program."""
     loop = logging.getLogger("detectron2.engine.train_loop")
     if _without_traceback not in loop.filters:
         loop.addFilter(_without_traceback)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    if record.exc_info and isinstance(record.exc_info[1], TrainingStopped):
+    if record.exc_info and isinstance(record.exc_info[1], TrainingStopped | DatasetError):
         record.exc_info, record.msg = None, "Training stops."  # whoever catches it says why
     return True
