@@ -2,8 +2,8 @@
 """Train and evaluate a detector. Flags, logs and file layout are those of Detectron2's tools/train_net.py.
 
 Several processes are started by --num-gpus, torchrun or Slurm. Exit code: 0 done, 2 a mistake in config, data or weights, 70 losses that
-are not finite, 74 a checkpoint that cannot be written, 75 stopped by SIGTERM or SIGUSR1 after a checkpoint (go on with --resume), 76 another
-process of the run ended.
+are not finite, 74 a checkpoint that cannot be written, 75 stopped by SIGTERM or SIGUSR1 after a checkpoint (go on with --resume), 76
+another process of the run ended.
 """
 
 from __future__ import annotations
