@@ -44,6 +44,12 @@ class Checkpoints(PeriodicCheckpointer):
             remove_leftovers(self.checkpointer.save_dir, "last_checkpoint")
             problem = self._no_room()
         self._stop_on(problem)
+        final = os.path.join(self.checkpointer.save_dir, "model_final.pth")
+        # A run that was killed between its last two checkpoints has nothing left to do but this.
+        if self.trainer.start_iter >= self.max_iter and not comm.all_gather(os.path.isfile(final))[0]:
+            self.trainer.iter -= 1
+            self._save(["model_final"])
+            self.trainer.iter += 1
 
     def after_step(self) -> None:
         iteration = self.trainer.iter

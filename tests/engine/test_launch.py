@@ -110,7 +110,7 @@ def test_processes_that_never_come_are_one_sentence(monkeypatch):
     ],
 )
 def test_when_a_process_ends_the_other_ends_with_its_reason(how, who, why, code):
-    """Without torchrun, whose agent would end the other one first."""
+    """Without torchrun, which would end the other one first."""
     started = start_slurm([sys.executable, str(Path(__file__).with_name("ending_rank.py")), how, str(who)])
     logs = [process.communicate(timeout=60)[0] for process in started]
     ended = time.time()
