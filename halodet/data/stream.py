@@ -71,6 +71,12 @@ class TrainStream:
         self._running = weakref.ref(running)  # whoever drops the iteration ends its workers
         return running
 
+    def go_to(self, batch: int) -> None:
+        """Begin the next iteration at ``batch``; one that is under way, and its count, are left alone."""
+        self.start = batch
+        if self._running is None:
+            self.batches = batch
+
     def close(self) -> None:
         """End the workers of the last iteration."""
         running = self._running()

@@ -60,7 +60,7 @@ class RunState(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.started = state["started"]
-        self.stream.start = state["batches"]
+        self.stream.go_to(state["batches"])
         processes, size = state["processes"], comm.get_world_size()
         if len(processes) != size:
             logger.warning("A run of %d processes goes on with %d: not as it would have gone on by itself.", len(processes), size)
