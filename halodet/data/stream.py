@@ -74,7 +74,7 @@ class TrainStream:
     def go_to(self, batch: int) -> None:
         """Begin the next iteration at ``batch``; one that is under way, and its count, are left alone."""
         self.start = batch
-        if self._running is None:
+        if self._running() is None:
             self.batches = batch
 
     def close(self) -> None:
