@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..rng import seeded
 
 MAX_REPLACEMENTS = 100
+LIKE_REPLACEMENTS = 5  # of them of the same aspect group, the first ones
 _GRACE = 60  # seconds a worker stays after it was told to end
 
 
@@ -119,7 +120,7 @@ class _Batches(Sampler):
 
 
 class _Seeded(Dataset):
-    """(position, index) -> what the mapper makes of it, or of another image of its group where it makes nothing of it."""
+    """(position, index) -> what the mapper makes of it; where that is nothing, of another image, of the same group if one is found soon."""
 
     def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict | None], groups: np.ndarray, seed: int) -> None:
         self.dataset, self.mapper, self.groups, self.seed = dataset, mapper, groups, seed
@@ -130,12 +131,13 @@ class _Seeded(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         position, index = item
         with seeded(self.seed, position):
-            for _ in range(MAX_REPLACEMENTS):
+            like = np.flatnonzero(self.groups == self.groups[index])
+            for attempt in range(MAX_REPLACEMENTS):
                 mapped = self.mapper(self.dataset[index])
                 if mapped is not None:
                     return mapped
-                like = np.flatnonzero(self.groups == self.groups[item[1]])
-                index = int(like[np.random.randint(len(like))])
+                # Batches of one shape save padding, no more: a small group may hold nothing usable at all.
+                index = int(like[np.random.randint(len(like))] if attempt < LIKE_REPLACEMENTS else np.random.randint(len(self.groups)))
         raise RuntimeError(f"{MAX_REPLACEMENTS} images drawn one after the other cannot be used: look at the lines about them in the log")
 
 

@@ -115,3 +115,13 @@ def test_a_dataset_without_any_usable_image_is_an_error():
     everything = {entry["file_name"] for entry in DatasetCatalog.get(NAME)}
     with pytest.raises(RuntimeError, match="100 images drawn one after the other"):
         next(iter(TrainStream(cfg, Refusing(cfg, everything))))
+
+
+def test_a_group_without_a_usable_image_gives_way_to_the_others():
+    cfg = config()
+    mapper = DatasetMapper(cfg, is_train=True)
+    stream = TrainStream(cfg, lambda entry: mapper(entry) if entry["width"] > entry["height"] else None)
+    drawn = [sample for batch in islice(TrainStream(cfg), 6) for sample in batch]
+    assert any(sample["width"] <= sample["height"] for sample in drawn), "the test shows nothing"
+    given = [sample for batch in islice(stream, 6) for sample in batch]
+    assert len(given) == len(drawn) and all(sample["width"] > sample["height"] for sample in given)
