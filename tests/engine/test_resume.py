@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+from types import FunctionType
 
 from halodet import rng
 from halodet.data import write_shapes
@@ -15,8 +16,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase
+from detectron2.modeling.meta_arch import retinanet
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
+from fvcore.nn import sigmoid_focal_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAME, VAL = "resume_shapes", "resume_shapes_val"
@@ -64,6 +67,14 @@ def trainer(folder, config=MASK_RCNN, *opts, seed=5, resume=False):
     return made
 
 
+def as_in_a_new_process(monkeypatch):
+    """TorchScript compiles a function by what its first calls in a process were."""
+    kept = sigmoid_focal_loss
+    loss = FunctionType(kept.__code__, kept.__globals__, kept.__name__, kept.__defaults__, kept.__closure__)
+    loss.__annotations__ = kept.__annotations__
+    monkeypatch.setattr(retinanet, "sigmoid_focal_loss_jit", torch.jit.script(loss))
+
+
 def stopped(made, iteration, number=signal.SIGTERM):
     made.register_hooks([Send(number, iteration)])
     with pytest.raises(SystemExit) as caught:
@@ -108,6 +119,16 @@ def test_weights_optimizer_and_random_states_are_bit_equal(tmp_path, config, opt
     assert differences(whole, parts) == []
     first = entries(tmp_path / "whole", "model_0000001")
     assert len(differences(whole["model"], first["model"])) > 50, "little was trained"
+
+
+def test_what_torchscript_has_compiled_does_not_count(tmp_path, monkeypatch):
+    as_in_a_new_process(monkeypatch)
+    trainer(tmp_path / "whole", RETINANET).train()
+    as_in_a_new_process(monkeypatch)
+    assert stopped(trainer(tmp_path / "parts", RETINANET), 3) == PREEMPTED
+    as_in_a_new_process(monkeypatch)
+    trainer(tmp_path / "parts", RETINANET, resume=True).train()
+    assert differences(entries(tmp_path / "whole"), entries(tmp_path / "parts")) == []
 
 
 def test_an_average_that_detectron2_leaves_out_goes_on(tmp_path):
