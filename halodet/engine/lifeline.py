@@ -57,7 +57,8 @@ class Lifeline:
             self._connection = _connect("127.0.0.1" if comm.get_local_size() == len(told) else host, told[0][1], f"{token} {self.rank}")
         if self._connection:
             _close_in_children(self)
-            threading.Thread(target=self._listen, name="lifeline", daemon=True).start()
+            self._listener = threading.Thread(target=self._listen, name="lifeline", daemon=True)
+            self._listener.start()
 
     def failed(self, text: str, *, network: bool = False) -> str | None:
         """Tell the others that this process ends, and why.
@@ -72,7 +73,9 @@ class Lifeline:
         if not self._connection:
             return None
         with self._lock:
-            self._failing = True
+            self._failing, ending = True, bool(self._verdict)
+        if ending:  # this process too, which has told why: often the very same
+            self._listener.join()
         with suppress(OSError):
             self._send({"failed": " ".join(text.split())[:2000], "network": network})
         self._heard.wait(2 * _SETTLE_SECONDS)

@@ -22,6 +22,9 @@ def main():
 
     def work():
         for step in range(400):
+            if how == "both" and step == 100:
+                time.sleep(0 if world.rank == who else 1.5)  # the other finds the mistake when it has been told of it already
+                raise ConfigError("set it to 3")
             if world.rank == who and step == 100:
                 print(f"ending at {time.time()}", flush=True)
                 if how == "bug":

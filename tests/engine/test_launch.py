@@ -119,6 +119,13 @@ def test_when_a_process_ends_the_other_ends_with_its_reason(how, who, why, code)
     assert ended - float(re.search(r"ending at (\S+)", logs[who]).group(1)) < 20
 
 
+def test_a_mistake_that_both_find_is_told_once():
+    started = start_slurm([sys.executable, str(Path(__file__).with_name("ending_rank.py")), "both", "1"])
+    logs = [process.communicate(timeout=60)[0] for process in started]
+    assert logs[0].count("set it to 3") == 1 and "rank 1 on" in logs[0], logs
+    assert [process.returncode for process in started] == [EXIT_RANK_LOST, 2], logs
+
+
 def start_slurm(command, **environment):
     """Start the two processes that srun would."""
     with socket.socket() as free:
