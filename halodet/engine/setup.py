@@ -123,7 +123,7 @@ def find_config(config_file: str) -> Path:
 
 
 def _key_problem(cfg: CfgNode, error: Exception) -> str:
-    """yacs's message, with the nearest keys there are where a key is unknown, and with what is expected where a value is of another type."""
+    """yacs's message; with the nearest keys where a key is unknown, and with what is expected where a value is of another type."""
     message = _sentence(error)
     if "Non-existent" in message:
         return _unknown_key(cfg, message.split()[-1].strip("'\""))
