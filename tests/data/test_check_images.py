@@ -3,6 +3,10 @@
 import importlib.util
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from halodet.data import check_coco_json, write_shapes
@@ -92,6 +96,33 @@ def test_wrong_arguments_are_one_sentence(shapes, tool, tmp_path, capsys):
     assert "--processes is 0, expected 1 or more" in capsys.readouterr().err
     assert tool.main([*arguments, "1", "--report", str(tmp_path / "none" / "report.json")]) == 2
     assert "cannot be written (No such file or directory)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_report_that_cannot_be_written_is_told_before_images_are_read(shapes, tool, tmp_path, capsys):
+    assert tool.main(["--json", str(shapes[0]), "--images", str(shapes[1]), "--report", str(tmp_path / "none" / "report.json")]) == 2
+    assert "reading images" not in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_was_found(tmp_path):
+    """The whole group of processes gets the signal, as from a terminal, when the first of many images have been read."""
+    json_file, folder = write_shapes(tmp_path / "shapes", "train", 4), tmp_path / "shapes" / "train"
+    data = json.loads(json_file.read_text())
+    cut(folder / data["images"][0]["file_name"])
+    data["images"] += [{**data["images"][1], "id": number} for number in range(1000, 61000)]
+    many, report = tmp_path / "many.json", tmp_path / "report.json"
+    many.write_text(json.dumps(data))
+    command = [sys.executable, TOOL, "--json", many, "--images", folder, "--processes", "2", "--report", report]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    shown = b""
+    while not re.search(rb"reading images[^\r]* [1-9]\d*/60004", shown):
+        shown += os.read(process.stderr.fileno(), 4096)
+    os.killpg(process.pid, signal.SIGINT)
+    out, rest = (text.decode() for text in process.communicate(timeout=60))
+    assert process.returncode == 130 and "Traceback" not in rest
+    first, last = out.splitlines()
+    assert "truncated" in first and re.search(r"stopped after [1-9]\d* of 60004 images, 1 faults so far", last)
+    found = json.loads(report.read_text())
+    assert found["images_usable"] is None and [fault["where"] for fault in found["faults"]] == ["image 0"]
 
 
 @pytest.mark.skipif(not BAD_IMAGES.is_dir(), reason=f"no folder {BAD_IMAGES}; set DETECTRON2_DATASETS to one with bad_inputs")
