@@ -14,6 +14,7 @@ from pathlib import Path
 
 from halodet.data import DatasetError, check_coco_json
 from halodet.data.check_images import CheckStopped, check_images
+from halodet.data.coco_json import LEFT_OUT
 from halodet.inference import write_json
 
 
@@ -41,10 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
             bad, stopped = why.faults, why
         checked = dataclasses.replace(checked, faults=[*checked.faults, *bad])
         images = len(checked.dataset["images"])
-        usable = None if stopped else images - len(bad)
+        usable = None if stopped else images - len({fault.where for fault in checked.faults if fault.action == LEFT_OUT})
         if options.report:
             write_json(options.report, {"images_usable": usable, "faults": [dataclasses.asdict(fault) for fault in checked.faults]})
-        if usable == 0:
+        if len(bad) == images:
             raise DatasetError(f"{options.json}: none of its {images} images can be read (first {bad[0].where}: {bad[0].what})")
     except DatasetError as error:
         print(error, file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..inference.image import ImageError, read_image
-from .coco_json import CheckedJson, DatasetError, Fault
+from .coco_json import LEFT_OUT, CheckedJson, DatasetError, Fault
 
 _CHUNK = 16  # images handed to a process at a time
 _WORTH_A_PROCESS = 200  # images read in the seconds that starting another process takes
@@ -86,7 +86,7 @@ def _append(problems: list[str | None], found: Iterable[str | None]) -> None:
 
 def _faults(checked: CheckedJson, images: list[dict[str, Any]], problems: list[str | None]) -> list[Fault]:
     return [
-        Fault(checked.json_file.name, f"image {image['id']}", problem, "left out in training")
+        Fault(checked.json_file.name, f"image {image['id']}", problem, LEFT_OUT)
         for image, problem in zip(images, problems, strict=False)
         if problem
     ]

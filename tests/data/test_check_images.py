@@ -11,9 +11,12 @@ from pathlib import Path
 
 from halodet.data import check_coco_json, write_shapes
 from halodet.data.check_images import check_images
+from halodet.data.mapper import TolerantMapper
+from halodet.engine import load_config
 from halodet.inference import ImageError, read_image
 
 import pytest
+from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
 TOOL = Path(__file__).parents[2] / "tools" / "check_dataset.py"
@@ -96,6 +99,31 @@ def test_wrong_arguments_are_one_sentence(shapes, tool, tmp_path, capsys):
     assert "--processes is 0, expected 1 or more" in capsys.readouterr().err
     assert tool.main([*arguments, "1", "--report", str(tmp_path / "none" / "report.json")]) == 2
     assert "cannot be written (No such file or directory)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_it_names_the_images_that_training_leaves_out(shapes, tool, tmp_path):
+    """Of the json as Detectron2 reads it, image by image: a file that breaks off, one and all annotations broken, only a crowd, nothing."""
+    json_file, folder, names = shapes
+    data = json.loads(json_file.read_text())
+    box = {"category_id": 1, "iscrowd": 0, "bbox": [1, 1, 9, 9], "area": 81, "segmentation": [[1, 1, 10, 1, 10, 10]]}
+    whole = [{**box, "image_id": n, "id": 100 + n} for n in (0, 1, 2)]
+    broken = [{**box, "image_id": n, "id": 200 + n, "bbox": [5, 5, 0, 3]} for n in (1, 3)]
+    crowds = [{**box, "image_id": n, "id": 300 + n, "iscrowd": 1} for n in (3, 4)]
+    data["annotations"] = whole + broken + crowds
+    cut(folder / names[2])
+    odd, report = tmp_path / "odd.json", tmp_path / "report.json"
+    odd.write_text(json.dumps(data))
+    assert tool.main(["--json", str(odd), "--images", str(folder), "--processes", "1", "--report", str(report)]) == 1
+    found = json.loads(report.read_text())
+    told = {fault["where"] for fault in found["faults"] if fault["action"] == "left out in training"}
+    assert told == {"image 2", "image 3"} and found["images_usable"] == 4
+
+    cfg = load_config("quick/mask_rcnn_halo_shapes")
+    mapper = TolerantMapper(cfg, is_train=True, patience=100)
+    entries = load_coco_json(str(odd), str(folder), "test_left_out")
+    assert {f"image {entry['image_id']}" for entry in entries if mapper(entry) is None} == told
+    kept = check_coco_json(odd, folder, require_annotations=True).dataset
+    assert [image["id"] for image in kept["images"]] == [0, 1, 2, 4, 5] and {a["image_id"] for a in kept["annotations"]} == {0, 1, 2, 4}
 
 
 def test_a_report_that_cannot_be_written_is_told_before_images_are_read(shapes, tool, tmp_path, capsys):
