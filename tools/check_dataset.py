@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check a COCO json before training, read each of its images to the end, and print the faults, one line each (the first 200 of them).
 
-Exit code: 0 clean, 1 usable although with faults, 2 unusable.
+Exit code: 0 clean, 1 usable although with faults, 2 unusable, 130 stopped by Ctrl-C, with the faults found until then.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import tempfile
+from pathlib import Path
 
 from halodet.data import DatasetError, check_coco_json
-from halodet.data.check_images import check_images
+from halodet.data.check_images import CheckStopped, check_images
+from halodet.data.coco_json import LEFT_OUT
 from halodet.inference import write_json
 
 
@@ -27,23 +30,37 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.processes is not None and options.processes < 1:
         parser.error(f"--processes is {options.processes}, expected 1 or more")
+    stopped = None
     try:
+        if options.report:  # it would be a pity to find out after an hour
+            with tempfile.TemporaryFile(dir=Path(options.report).parent):
+                pass
         checked = check_coco_json(options.json, options.images, need_masks=not options.boxes_only)
-        bad = [] if options.no_images else check_images(checked, options.images, processes=options.processes)
+        try:
+            bad = [] if options.no_images else check_images(checked, options.images, processes=options.processes)
+        except CheckStopped as why:
+            bad, stopped = why.faults, why
         checked = dataclasses.replace(checked, faults=[*checked.faults, *bad])
-        usable = len(checked.dataset["images"]) - len(bad)
+        images = len(checked.dataset["images"])
+        usable = None if stopped else images - len({fault.where for fault in checked.faults if fault.action == LEFT_OUT})
         if options.report:
             write_json(options.report, {"images_usable": usable, "faults": [dataclasses.asdict(fault) for fault in checked.faults]})
-        if not usable:
-            raise DatasetError(f"{options.json}: none of its {len(bad)} images can be read (first {bad[0].where}: {bad[0].what})")
+        if len(bad) == images:
+            raise DatasetError(f"{options.json}: none of its {images} images can be read (first {bad[0].where}: {bad[0].what})")
     except DatasetError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"--report {options.report} cannot be written ({error.strerror or error}): give another path", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{options.json}: stopped before its images were read", file=sys.stderr)
+        return 130
     for line in checked.fault_lines():
         print(line)
+    if stopped:
+        print(f"{options.json}: stopped after {stopped.read} of {images} images, {len(checked.faults)} faults so far")
+        return 130
     kept = checked.dataset
     print(
         f"{options.json}: {usable} images, {len(kept['annotations'])} annotations and {len(kept['categories'])} classes "

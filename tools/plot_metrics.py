@@ -70,6 +70,15 @@ def curves_of(runs: dict[str, dict[str, dict[int, float]]], metrics: dict[str, s
     return {panel: {name: curves[metric] for name, curves in runs.items() if metric in curves} for panel, metric in metrics.items()}
 
 
+def unit(metric: str) -> str:
+    """What a metric of Detectron2's, or halodet's, is measured in; empty where it is a bare number."""
+    name = metric.rpartition("/")[2]
+    if name.startswith(("AP", "AR")):
+        return "percent"
+    units = {"lr": "learning rate", "images_per_second": "images per second", "memory_mib": "MiB", "data_share": "share of the iteration"}
+    return "seconds" if name in ("time", "data_time", "eta_seconds", "rank_data_time") else units.get(name, "")
+
+
 def summary(runs: dict[str, dict[str, dict[int, float]]], metrics: list[str]) -> str:
     """One row for each metric and run that has it: its last value and its best one, with their iterations."""
     rows = []
@@ -91,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     panels = curves_of(args.curves, {metric: metric for metric in args.metric})
     dashed = curves_of(args.curves, args.dashed)
     try:
-        draw_curves(panels, args.title, args.output, dashed, "averaged weights")
+        draw_curves(panels, args.title, args.output, dashed, "averaged weights", {metric: unit(metric) for metric in panels})
     except OSError as error:
         print(f"error: {args.output} cannot be written: {error.strerror}", file=sys.stderr)
         return 2

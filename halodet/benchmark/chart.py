@@ -6,11 +6,15 @@ import math
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
+
+_MARKED = 50  # points of a curve up to which each is marked
+_CROWDED = 200  # points of a curve beyond which they cannot be told apart
 
 
 def draw_ratios(
@@ -57,8 +61,11 @@ def draw_curves(
     path: Path,
     dashed: dict[str, dict[str, dict[int, float]]] | None = None,
     dashed_label: str = "",
+    units: dict[str, str] | None = None,
 ) -> None:
     """Draw curves over iterations, one panel per metric and three in a row, each run in one colour, and write them to ``path``.
+
+    All panels have the same axis of iterations. A curve of more points than can be told apart is drawn pale, with its running median on it.
 
     Args:
         panels: name of a metric -> name of a run -> iteration -> value; values that are no finite numbers are left out. A run may be
@@ -67,6 +74,7 @@ def draw_curves(
         path: the file; its ending says the format, one of :func:`known_formats`.
         dashed: as ``panels``: further curves of some of them, drawn dashed in the colour of their run.
         dashed_label: what these are.
+        units: name of a metric -> what stands at its axis.
     """
     dashed = dashed or {}
     colours = {
@@ -74,21 +82,21 @@ def draw_curves(
     }
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, sharex=True, layout="constrained")
     for unused in axes.flat[len(panels) :]:
         unused.remove()
     for axis, (metric, runs) in zip(axes.flat, panels.items(), strict=False):
         for style, curves in (("-", runs), ("--", dashed.get(metric, {}))):
             for run, curve in curves.items():
-                points = [(iteration, value) for iteration, value in curve.items() if math.isfinite(value)]
-                axis.plot(
-                    *(zip(*points, strict=True) if points else ([], [])),
-                    color=colours[run],
-                    linestyle=style,
-                    marker="o" if len(points) <= 50 else "",
-                    markersize=3,
-                )
-        axis.set(title=metric, xlabel="iteration")
+                points = np.array([point for point in curve.items() if math.isfinite(point[1])]).reshape(-1, 2)
+                crowded = len(points) > _CROWDED
+                if crowded:
+                    axis.plot(*points.T, color=colours[run], linewidth=0.5, alpha=0.25, zorder=1)
+                    points[:, 1] = _running_median(points[:, 1])
+                few = len(points) <= _MARKED
+                axis.plot(*points.T, color=colours[run], linestyle=style, marker="o" if few else "", markersize=3)
+        axis.set(title=metric, xlabel="iteration", ylabel=(units or {}).get(metric, ""))
+        axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
     # One legend for all panels, since a run may be missing in the first.
     handles = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
@@ -100,6 +108,13 @@ def draw_curves(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
+    """The median of the values around each one; steps stay steps."""
+    half = len(values) // _CROWDED
+    padded = np.pad(values, half, mode="reflect")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
 
 
 def known_formats() -> list[str]:

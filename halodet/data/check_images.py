@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -13,10 +17,23 @@ from typing import Any
 from tqdm import tqdm
 
 from ..inference.image import ImageError, read_image
-from .coco_json import CheckedJson, DatasetError, Fault
+from .coco_json import LEFT_OUT, CheckedJson, DatasetError, Fault
 
 _CHUNK = 16  # images handed to a process at a time
 _WORTH_A_PROCESS = 200  # images read in the seconds that starting another process takes
+
+
+class CheckStopped(KeyboardInterrupt):
+    """Ctrl-C while images were read.
+
+    Attributes:
+        faults: those found until then.
+        read: how many images were read.
+    """
+
+    def __init__(self, faults: list[Fault], read: int) -> None:
+        super().__init__(f"stopped after {read} images")
+        self.faults, self.read = faults, read
 
 
 def check_images(checked: CheckedJson, image_dir: str | Path, *, processes: int | None = None) -> list[Fault]:
@@ -32,28 +49,60 @@ def check_images(checked: CheckedJson, image_dir: str | Path, *, processes: int 
 
     Raises:
         DatasetError: a process was killed while it read, by a lack of memory, say.
+        CheckStopped: on Ctrl-C.
     """
     images = checked.dataset["images"]
     read = partial(_problem, Path(image_dir))
     processes = processes or min(_cores(), 1 + len(images) // _WORTH_A_PROCESS)
     bar = partial(tqdm, total=len(images), desc=f"reading images of {checked.json_file.name}", unit="image")
-    if processes == 1:
-        problems = list(bar(map(read, images)))
-    else:
-        try:
+    problems: list[str | None] = []
+    try:
+        if processes == 1:
+            _append(problems, bar(map(read, images)))
+        else:
             # Not forked: a fork of a process in which libraries run threads may hang.
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                problems = list(bar(pool.map(read, images, chunksize=_CHUNK)))
-        except BrokenProcessPool as error:
-            raise DatasetError(
-                f"a process ended while it read images of {checked.json_file}, for lack of memory or in a decoder: "
-                "try again with --processes 1, which stops at the image"
-            ) from error
+                with _uninterrupted():  # what is started now stays so, and does not print a traceback for each process
+                    results = pool.map(read, images, chunksize=_CHUNK)
+                try:
+                    _append(problems, bar(results))
+                except KeyboardInterrupt:
+                    pool.shutdown(wait=False, cancel_futures=True)  # else all that is handed out would be read first
+                    raise
+    except BrokenProcessPool as error:
+        raise DatasetError(
+            f"a process ended while it read images of {checked.json_file}, for lack of memory or in a decoder: "
+            "try again with --processes 1, which stops at the image"
+        ) from error
+    except KeyboardInterrupt:
+        raise CheckStopped(_faults(checked, images, problems), len(problems)) from None
+    return _faults(checked, images, problems)
+
+
+def _append(problems: list[str | None], found: Iterable[str | None]) -> None:
+    for problem in found:  # one by one: what there is on Ctrl-C counts
+        problems.append(problem)
+
+
+def _faults(checked: CheckedJson, images: list[dict[str, Any]], problems: list[str | None]) -> list[Fault]:
     return [
-        Fault(checked.json_file.name, f"image {image['id']}", problem, "left out in training")
-        for image, problem in zip(images, problems, strict=True)
+        Fault(checked.json_file.name, f"image {image['id']}", problem, LEFT_OUT)
+        for image, problem in zip(images, problems, strict=False)
         if problem
     ]
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Have Ctrl-C do nothing, here and in the processes started here."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say so
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _cores() -> int:

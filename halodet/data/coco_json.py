@@ -20,6 +20,7 @@ from .masks import clean_mask, mask_area
 from .values import TOLERANCE, Note, Unusable, is_int, is_number, show
 
 _EXIF_ORIENTATION, _EXIF_TURNED = 0x0112, (5, 6, 7, 8)
+LEFT_OUT = "left out in training"  # what is done with an image that is in the json's cleaned form, and cannot be learned from
 _PROGRESS_FROM = 1000  # images
 
 
@@ -288,6 +289,19 @@ class _Checker:
             self.report("annotations", f"{len(entries)} given, none usable, so nothing can be learned from this file", "images kept")
         return clean
 
+    def spoiled(self, entries: list[Any], images: dict[int, dict[str, Any]], clean: list[dict[str, Any]]) -> set[int]:
+        """The images all of whose annotations, crowds aside, turned out to be unusable: training leaves such an image out."""
+        learned = {annotation["image_id"] for annotation in clean if not annotation["iscrowd"]}
+        given = Counter(
+            entry["image_id"]
+            for entry in entries
+            if isinstance(entry, dict) and is_int(entry.get("image_id")) and not entry.get("iscrowd") and not entry.get("ignore")
+        )
+        spoiled = {image_id for image_id in images if given[image_id] and image_id not in learned}
+        for image_id in sorted(spoiled):
+            self.report(f"image {image_id}", f"none of its {given[image_id]} annotations can be used", LEFT_OUT)
+        return spoiled
+
     def number(self, annotations: list[dict[str, Any]]) -> None:
         """Give a new id to every annotation whose own is missing, taken, or 0, which pycocotools reads as 'not matched'."""
         taken: set[int] = set()
@@ -317,7 +331,8 @@ def check_coco_json(
         json_file: COCO instances annotations.
         image_dir: the folder that the json's file names are relative to.
         need_masks: skip annotations without a usable mask; otherwise only their mask is dropped.
-        require_annotations: refuse a file without a single annotation to learn from (crowds are not learned from).
+        require_annotations: the file is to be trained on: refuse one without a single annotation to learn from (crowds are not learned
+            from), and leave out images none of whose annotations can be used.
 
     Raises:
         DatasetError: the file is unreadable, is not COCO json, or has no usable image or category.
@@ -349,6 +364,12 @@ def check_coco_json(
             f"{json_file}: no annotation to learn from among {len(annotation_entries)} (first fault, {first.where}: {first.what}); "
             "training needs at least one usable annotation that is not a crowd"
         )
+
+    spoiled = checker.spoiled(annotation_entries, images, annotations)
+    if require_annotations:
+        # Without them its objects would be learned as background.
+        images = {image_id: image for image_id, image in images.items() if image_id not in spoiled}
+        annotations = [annotation for annotation in annotations if annotation["image_id"] not in spoiled]
 
     dataset: dict[str, Any] = {
         "info": {},  # some versions of pycocotools stop without it

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
 from torch.utils.data import DataLoader
 
 from .coco_json import DatasetError
@@ -29,17 +30,38 @@ def training_data(cfg: CfgNode) -> tuple[DatasetFromList, TolerantMapper]:
     """The entries of DATASETS.TRAIN, those that Detectron2 leaves out being gone, and what makes samples of them.
 
     Raises:
-        DatasetError: the masks are not of the kind that INPUT.MASK_FORMAT, or copy-paste, needs.
+        DatasetError: Detectron2 cannot read them, or the masks are not of the kind that INPUT.MASK_FORMAT, or copy-paste, needs.
     """
-    entries = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    with sentences_of(*cfg.DATASETS.TRAIN):
+        entries = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
     check_masks(cfg, entries)
     dataset = DatasetFromList(entries, copy=False)
     return dataset, TolerantMapper(cfg, is_train=True, others=dataset)
+
+
+@contextlib.contextmanager
+def sentences_of(*names: str) -> Iterator[None]:
+    """Tell in one sentence what Detectron2, reading the datasets of these names, stops on.
+
+    Raises:
+        DatasetError: with what it says, and how to find the entry.
+    """
+    try:
+        yield
+    except DatasetError:
+        raise
+    except (AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        files = [str(MetadataCatalog.get(name).get("json_file", "")) for name in names]
+        what = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+        raise DatasetError(
+            f"Detectron2 cannot read {' and '.join(filter(None, files)) or ' and '.join(names)} ({what or type(error).__name__}): "
+            "tools/check_dataset.py names the entries that are wrong, and --train-json and --val-json take those that are right"
+        ) from error
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:

@@ -127,6 +127,18 @@ class SkippedReport:
         write_json(self.path, content)
         return content
 
+    def training(self) -> dict[str, Any]:
+        """What there is of training, for a checkpoint."""
+        return {key: value for key, value in self.read().items() if key != "evaluation"}
+
+    def go_to(self, training: dict[str, Any]) -> None:
+        """Put what a checkpoint holds of training in the place of what is written of it.
+
+        Raises:
+            OSError: the file cannot be written; the one before is left as it was.
+        """
+        write_json(self.path, {**self.read(), **training})
+
     def clear(self) -> None:
         """Forget what an earlier run left in the folder."""
         self.path.unlink(missing_ok=True)

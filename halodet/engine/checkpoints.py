@@ -11,6 +11,7 @@ from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
 
 from ..weights import Checkpointer, WriteError, numbered, remove_leftovers
+from .skipped import ReportSkipped
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,14 @@ class Checkpoints(PeriodicCheckpointer):
     Args:
         checkpointer: writes them.
         state: gathered from all processes before each is written.
+        report: what was left out, likewise.
         period: iterations from one to the next.
         keep: how many stay, the newest; 0 for all. The final one stays besides.
     """
 
-    def __init__(self, checkpointer: Checkpointer, state: RunState, period: int, keep: int = 0) -> None:
+    def __init__(self, checkpointer: Checkpointer, state: RunState, report: ReportSkipped, period: int, keep: int = 0) -> None:
         super().__init__(checkpointer, period)
+        self.report = report
         self.state, self.keep, self.saved = state, keep, -1
         self._failed = False
 
@@ -68,6 +71,7 @@ class Checkpoints(PeriodicCheckpointer):
 
     def _save(self, names: list[str]) -> None:
         self.state.gather()
+        self.report.collect()
         problem = None
         if comm.is_main_process():
             try:

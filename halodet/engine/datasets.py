@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..data import CheckedJson, check_coco_json, check_same_categories, register_checked
+from ..data.loader import sentences_of
 from .setup import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
 
     Raises:
         ConfigError: a dataset has an unknown name, or its files are missing: where they were looked for and what to do.
+        halodet.data.DatasetError: one to evaluate on cannot be read, which Detectron2 would find out at the first evaluation.
     """
     if train and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: name a dataset to train on, or give --train-json and --train-images")
@@ -54,6 +56,9 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
                     f"dataset {name} was looked for at {os.path.abspath(path)}, which does not exist: put COCO there, "
                     "or set DETECTRON2_DATASETS to the folder that holds coco/ (see datasets/README.md)"
                 )
+        if name in cfg.DATASETS.TEST and name not in USER_DATASETS:
+            with sentences_of(name):
+                DatasetCatalog.get(name)
 
 
 def register_user_data(

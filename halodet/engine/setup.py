@@ -7,12 +7,12 @@ import difflib
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.solver import build_lr_scheduler
@@ -26,8 +26,10 @@ from ..backbones.timm import set_input
 from ..config import add_halodet_config, config_dir
 from ..data.augment import check_input
 from ..weights import Target, WeightsError, check_fit, newest_checkpoint, read_checkpoint, with_query
+from .config_file import check_config_files
 from .finite import Policy
 from .optimizer import OPTIMIZERS, rate_factors
+from .ranges import check_ranges
 from .scaling import scale_to_batch
 from .speed import check_speed
 from .state import RunState
@@ -35,6 +37,8 @@ from .tta import check_tta
 from .wandb_writer import check_wandb
 
 logger = logging.getLogger(__name__)
+
+_TYPE_MISMATCH = re.compile(r"Type mismatch \(<class '(.*?)'> vs\. <class '(.*?)'>\) with values \((.*) vs\. (.*)\) for config key: (\S+)")
 
 
 class ConfigError(ValueError):
@@ -55,23 +59,23 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_halodet_config(cfg)
     path = find_config(config_file)
     try:
-        if not isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
-            raise ConfigError(f"{path} holds no config: expected YAML with keys like MODEL and SOLVER")
+        check_config_files(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a plain YAML config: {_sentence(error)}") from error
-    except KeyError as error:
-        raise ConfigError(f"{path}: {_unknown_key(cfg, error)}") from error
-    except (AssertionError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise ConfigError(f"{path} cannot be used: {_sentence(error)}") from error
+    except (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be used: {_key_problem(cfg, error)}") from error
     if len(opts) % 2:
         raise ConfigError(f"overrides come in pairs KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
+    for key in opts[::2]:
+        above = key.rpartition(".")[0]
+        if above in _keys(cfg):  # yacs looks for the last part in the value
+            raise ConfigError(f"override not usable: {_unknown_key(cfg, key)}")
     try:
         cfg.merge_from_list(list(opts))
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"override not usable: {_unknown_key(cfg, error)}") from error
+        raise ConfigError(f"override not usable: {_key_problem(cfg, error)}") from error
     _check_device(cfg)
     if cfg.MODEL.BACKBONE.NAME in TIMM_BACKBONES:
         try:
@@ -80,6 +84,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             raise ConfigError(f"MODEL.TIMM.NAME: {_sentence(error)}") from error
     _check_compiled_operators(cfg)
     try:
+        check_ranges(cfg)
         check_input(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -117,13 +122,24 @@ def find_config(config_file: str) -> Path:
     raise ConfigError(f"there is no config {config_file}, neither there nor in {config_dir()}: the nearest are {', '.join(near)}")
 
 
-def _unknown_key(cfg: CfgNode, error: Exception) -> str:
-    """yacs's message, with the nearest keys there are where a key is unknown."""
+def _key_problem(cfg: CfgNode, error: Exception) -> str:
+    """yacs's message; with the nearest keys where a key is unknown, and with what is expected where a value is of another type."""
     message = _sentence(error)
-    if "Non-existent" not in message:
+    if "Non-existent" in message:
+        return _unknown_key(cfg, message.split()[-1].strip("'\""))
+    wrong = _TYPE_MISMATCH.fullmatch(message)
+    if not wrong:
         return message
-    key = message.split()[-1].strip("'\"")
-    near = difflib.get_close_matches(key, _keys(cfg), n=3, cutoff=0.5)
+    expected, given, example, value, key = wrong.groups()
+    if expected.endswith("CfgNode"):
+        below = next(known for known in _keys(cfg) if known.startswith(f"{key}."))
+        return f"{key} is {value}, expected keys below it such as {below}"
+    return f"{key} is {value}, of type {given}, expected one of type {expected} such as {example}"
+
+
+def _unknown_key(cfg: CfgNode, key: str) -> str:
+    known = {name.casefold(): name for name in _keys(cfg)}
+    near = [known[name] for name in difflib.get_close_matches(key.casefold(), known, n=3, cutoff=0.5)]
     return f"there is no config key {key}" + (f": the nearest are {', '.join(near)}" if near else "")
 
 

@@ -20,7 +20,8 @@ _PERIOD = 20  # iterations
 class ReportSkipped(HookBase):
     """Collects from all processes what the loader left out, and has the main one write OUTPUT_DIR/skipped.json.
 
-    That happens every 20 iterations, before each checkpoint, and at the end. A run that is resumed goes on with the file.
+    That happens every 20 iterations, before each checkpoint, which holds the counts too, and at the end. A run that is resumed goes on with
+    those of its checkpoint, as the iterations since then come again.
 
     Args:
         loader: the run's own.
@@ -38,26 +39,45 @@ class ReportSkipped(HookBase):
         self._max_share = max_share
         self._checkpoint_period = checkpoint_period
         self._seen, self._records = 0, []
+        self._resumed: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._report.training()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resumed = state
 
     def before_train(self) -> None:
-        if self.trainer.start_iter == 0 and comm.is_main_process():
+        if not comm.is_main_process():
+            return
+        if self.trainer.start_iter == 0:
             self._report.clear()
+        elif self._resumed is not None:
+            try:
+                self._report.go_to(self._resumed)
+            except OSError as error:
+                logger.warning(f"{self._report.path} cannot be written ({error.strerror or error}): it may count some images twice.")
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         last = done == self.trainer.max_iter
         if not last and done % _PERIOD and done % self._checkpoint_period:
             return
-        for seen, records in comm.all_gather(self._loader.take()):
-            self._seen += seen
-            self._records += records
-        problem = comm.all_gather(self._write() if comm.is_main_process() else None)[0]
-        if not comm.is_main_process():
-            self._seen, self._records = 0, []
+        problem = comm.all_gather(self.collect())[0]
         if problem and last:  # all the work is done
             logger.warning(problem)
         elif problem:
             raise TooManySkipped(problem)
+
+    def collect(self) -> str | None:
+        """Write what all processes have left out so far; to be called in all of them. The main one gets the reason to stop, if any."""
+        for seen, records in comm.all_gather(self._loader.take()):
+            self._seen += seen
+            self._records += records
+        if comm.is_main_process():
+            return self._write()
+        self._seen, self._records = 0, []
+        return None
 
     def after_train(self) -> None:
         # Only after an error is anything left here; the other processes may be gone then.

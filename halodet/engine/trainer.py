@@ -87,7 +87,7 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.VIS_PERIOD and cfg.TEST.VIS_IMAGES and cfg.DATASETS.TEST and comm.is_main_process():
             late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
         state = RunState(self.data_loader.loader, self.checkpointer.model)
-        checkpoints = Checkpoints(self.checkpointer, state, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
+        checkpoints = Checkpoints(self.checkpointer, state, report, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
         self.signals = StopOnSignal(checkpoints)
         hooks = [hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)]
         # What changes the weights or measures comes before checkpoints, these before an evaluation, which may fail or take longer than a

@@ -3,13 +3,20 @@
 import importlib.util
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from halodet.data import check_coco_json, write_shapes
 from halodet.data.check_images import check_images
+from halodet.data.mapper import TolerantMapper
+from halodet.engine import load_config
 from halodet.inference import ImageError, read_image
 
 import pytest
+from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
 TOOL = Path(__file__).parents[2] / "tools" / "check_dataset.py"
@@ -92,6 +99,58 @@ def test_wrong_arguments_are_one_sentence(shapes, tool, tmp_path, capsys):
     assert "--processes is 0, expected 1 or more" in capsys.readouterr().err
     assert tool.main([*arguments, "1", "--report", str(tmp_path / "none" / "report.json")]) == 2
     assert "cannot be written (No such file or directory)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_it_names_the_images_that_training_leaves_out(shapes, tool, tmp_path):
+    """Of the json as Detectron2 reads it, image by image: a file that breaks off, one and all annotations broken, only a crowd, nothing."""
+    json_file, folder, names = shapes
+    data = json.loads(json_file.read_text())
+    box = {"category_id": 1, "iscrowd": 0, "bbox": [1, 1, 9, 9], "area": 81, "segmentation": [[1, 1, 10, 1, 10, 10]]}
+    whole = [{**box, "image_id": n, "id": 100 + n} for n in (0, 1, 2)]
+    broken = [{**box, "image_id": n, "id": 200 + n, "bbox": [5, 5, 0, 3]} for n in (1, 3)]
+    crowds = [{**box, "image_id": n, "id": 300 + n, "iscrowd": 1} for n in (3, 4)]
+    data["annotations"] = whole + broken + crowds
+    cut(folder / names[2])
+    odd, report = tmp_path / "odd.json", tmp_path / "report.json"
+    odd.write_text(json.dumps(data))
+    assert tool.main(["--json", str(odd), "--images", str(folder), "--processes", "1", "--report", str(report)]) == 1
+    found = json.loads(report.read_text())
+    told = {fault["where"] for fault in found["faults"] if fault["action"] == "left out in training"}
+    assert told == {"image 2", "image 3"} and found["images_usable"] == 4
+
+    cfg = load_config("quick/mask_rcnn_halo_shapes")
+    mapper = TolerantMapper(cfg, is_train=True, patience=100)
+    entries = load_coco_json(str(odd), str(folder), "test_left_out")
+    assert {f"image {entry['image_id']}" for entry in entries if mapper(entry) is None} == told
+    kept = check_coco_json(odd, folder, require_annotations=True).dataset
+    assert [image["id"] for image in kept["images"]] == [0, 1, 2, 4, 5] and {a["image_id"] for a in kept["annotations"]} == {0, 1, 2, 4}
+
+
+def test_a_report_that_cannot_be_written_is_told_before_images_are_read(shapes, tool, tmp_path, capsys):
+    assert tool.main(["--json", str(shapes[0]), "--images", str(shapes[1]), "--report", str(tmp_path / "none" / "report.json")]) == 2
+    assert "reading images" not in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_was_found(tmp_path):
+    """The whole group of processes gets the signal, as from a terminal, when the first of many images have been read."""
+    json_file, folder = write_shapes(tmp_path / "shapes", "train", 4), tmp_path / "shapes" / "train"
+    data = json.loads(json_file.read_text())
+    cut(folder / data["images"][0]["file_name"])
+    data["images"] += [{**data["images"][1], "id": number} for number in range(1000, 61000)]
+    many, report = tmp_path / "many.json", tmp_path / "report.json"
+    many.write_text(json.dumps(data))
+    command = [sys.executable, TOOL, "--json", many, "--images", folder, "--processes", "2", "--report", report]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    shown = b""
+    while not re.search(rb"reading images[^\r]* [1-9]\d*/60004", shown):
+        shown += os.read(process.stderr.fileno(), 4096)
+    os.killpg(process.pid, signal.SIGINT)
+    out, rest = (text.decode() for text in process.communicate(timeout=60))
+    assert process.returncode == 130 and "Traceback" not in rest
+    first, last = out.splitlines()
+    assert "truncated" in first and re.search(r"stopped after [1-9]\d* of 60004 images, 1 faults so far", last)
+    found = json.loads(report.read_text())
+    assert found["images_usable"] is None and [fault["where"] for fault in found["faults"]] == ["image 0"]
 
 
 @pytest.mark.skipif(not BAD_IMAGES.is_dir(), reason=f"no folder {BAD_IMAGES}; set DETECTRON2_DATASETS to one with bad_inputs")

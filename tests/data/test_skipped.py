@@ -37,6 +37,17 @@ def test_counts_add_up_and_each_file_is_named_once(tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.json"]
 
 
+def test_a_checkpoint_puts_back_what_was_of_training_only(tmp_path):
+    report = SkippedReport(tmp_path)
+    report.add(20, [BAD, PART])
+    held = report.training()
+    report.add(20, [WORSE, BAD])
+    report.add(0, [WORSE], evaluation=True)
+    evaluated = report.read()["evaluation"]
+    report.go_to(held)
+    assert report.training() == held and report.read()["evaluation"] == evaluated != []
+
+
 def test_a_broken_report_is_begun_anew_with_a_warning(tmp_path, caplog):
     (tmp_path / "skipped.json").write_text('{"images_seen": 3')
     assert SkippedReport(tmp_path).add(1, [BAD])["images_seen"] == 1

@@ -4,10 +4,11 @@ import json
 import logging
 
 from halodet.data import DatasetError, register_shapes, write_shapes
-from halodet.engine import ConfigError, load_config, prepare_datasets, register_user_data, register_user_data_again
+from halodet.engine import ConfigError, Trainer, load_config, prepare_datasets, register_user_data, register_user_data_again
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 
 @pytest.fixture
@@ -64,6 +65,40 @@ def test_another_process_registers_what_the_first_one_wrote(config, shapes):
         MetadataCatalog.remove(name)
     register_user_data_again(cfg, shapes[1], shapes[1])
     assert DatasetCatalog.get("user_val") == expected
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data["annotations"][1].update(id=data["annotations"][0]["id"]), "not unique"),
+        (lambda data: data["annotations"][0].update(category_id=77), "category_id=77"),
+        (lambda data: data["annotations"][0].update(bbox=None), "NoneType"),
+        (lambda data: data["images"][0].pop("file_name"), "file_name"),
+        (lambda data: data.update(annotations=[]), "."),
+    ],
+    ids=["id twice", "unknown category", "no box", "no file name", "no annotations"],
+)
+def test_a_registered_json_that_detectron2_stops_on_is_told_before_the_run(config, shapes, tmp_path, spoil, message):
+    data = json.loads(open(shapes[0]).read())
+    spoil(data)
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(data))
+    name = "test_registered_broken"
+    register_coco_instances(name, {}, str(broken), shapes[1])
+    try:
+        config.defrost()
+        config.DATASETS.TRAIN, config.DATASETS.TEST = (name,), ()
+        prepare_datasets(config)
+        with pytest.raises(DatasetError, match=f"cannot read .*broken.json .*{message}.*tools/check_dataset.py") as error:
+            Trainer.build_train_loader(config)
+        assert "\n" not in str(error.value)
+        if data["annotations"]:
+            config.DATASETS.TEST = (name,)
+            with pytest.raises(DatasetError, match=f"cannot read .*broken.json .*{message}"):
+                prepare_datasets(config)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_what_does_not_belong_together_is_refused(config, shapes, tmp_path):

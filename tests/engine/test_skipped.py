@@ -98,6 +98,20 @@ def test_a_resumed_run_goes_on_counting_and_a_new_one_begins_anew(shapes, regist
     assert seen == [24, 40, 12]
 
 
+def test_iterations_that_come_again_after_a_kill_are_not_counted_twice(shapes, register, tmp_path):
+    data, folder = shapes
+    with_bad(data, folder, 2)
+    cfg = config(
+        tmp_path, register(data, folder), "", "SOLVER.MAX_ITER", "24", "SOLVER.CHECKPOINT_PERIOD", "7", "DATALOADER.MAX_SKIPPED", "0.5"
+    )
+    whole = train(cfg)
+    for name in ("model_0000013.pth", "model_0000020.pth", "model_final.pth"):
+        (tmp_path / "output" / name).unlink()
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000006.pth")
+    again = train(cfg, resume=True)
+    assert again == whole and whole["images_seen"] - whole["images_skipped"] == 24 * 4
+
+
 def test_too_many_bad_files_stop_the_run_and_are_listed(shapes, register, tmp_path):
     data, folder = shapes
     bad = with_bad(data, folder, 6)

@@ -178,3 +178,35 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, capsys):
         code, _, error = run(capsys, *arguments)
         assert code == 2 and message in error and "Traceback" not in error, error
         assert len([line for line in error.splitlines() if "error: " in line]) == 1
+
+
+def test_of_two_noisy_runs_each_can_be_seen(tmp_path):
+    """Of many points the running median is drawn in full: the runs' lines do not cross, although their points lie among each other."""
+    noise = [(7919 * i) % 1000 / 1000 for i in range(1000)]
+    panels = {"loss": {name: {i: base + value for i, value in enumerate(noise)} for name, base in (("low", 0.0), ("high", 0.5))}}
+    draw_curves(panels, "", tmp_path / "noisy.svg")
+    found = re.findall(
+        r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: #(?:1f77b4|ff7f0e)([^"]*)"',
+        tmp_path.joinpath("noisy.svg").read_text(),
+    )
+    heights = [[float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)] for d, style in found if "opacity" not in style]
+    pale = [[float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)] for d, style in found if "opacity" in style]
+    low, high = (h for h in heights if len(h) > 100)
+    assert len(pale) == 2 and min(low) > max(high), "SVG counts from the top"
+    assert max(pale[1]) > min(pale[0]), "their points do lie among each other"
+
+
+def test_a_step_in_a_long_curve_stays_one(tmp_path):
+    draw_curves({"lr": {"a": {i: 1.0 if i < 500 else 0.1 for i in range(1000)}}}, "", tmp_path / "step.svg")
+    paths = re.findall(
+        r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: #1f77b4; stroke-width: 1.5', (tmp_path / "step.svg").read_text()
+    )
+    assert len({y for d in paths for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("ema/bbox_TTA/AP50", "percent"), ("segm/AP-person", "percent"), ("data_time", "seconds"), ("memory_mib", "MiB"), ("total_loss", "")],
+)
+def test_the_units_of_metrics(metric, expected):
+    assert tool.unit(metric) == expected
