@@ -76,7 +76,7 @@ def test_an_environment_of_one_process_is_none():
         (flags(), {**TORCHRUN, "RANK": "x"}, "RANK is 'x', expected a whole number"),
         (flags(), {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT"),
         (flags(), {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "5,3"}, "unevenly over gpu.* --ntasks-per-node"),
-        (flags(), {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "SLURM_JOB_ID, SLURM_JOB_NODELIST is not set"),
+        (flags(), {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, "SLURM_JOB_ID, SLURM_JOB_NODELIST is not set"),
     ],
 )
 def test_what_contradicts_itself_is_one_sentence(arguments, environ, message):
@@ -117,6 +117,20 @@ def test_when_a_process_ends_the_other_ends_with_its_reason(how, who, why, code)
     assert f"rank {who} on {socket.gethostname()} ended: {why}" in logs[1 - who], logs
     assert [process.returncode for process in started][who] == code and started[1 - who].returncode == EXIT_RANK_LOST, logs
     assert ended - float(re.search(r"ending at (\S+)", logs[who]).group(1)) < 20
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"^port {port} of .* is in use by another program: set MASTER_PORT to a free one$"):
+            join(World("Slurm", 0, 2, 0, 2, "127.0.0.1", port), "cpu", timedelta(seconds=3))
+
+
+def test_processes_that_torchrun_starts_again_meet_again(torchrun):
+    code, log = torchrun("--max-restarts", 1, Path(__file__).with_name("ending_rank.py"), "kill", 1, timeout=120)
+    assert code == 0 and log.count("ending at") == 1 and log.count("done") == 2, log
 
 
 def start_slurm(command, **environment):
