@@ -101,6 +101,11 @@ def _from_slurm(environ: Mapping[str, str], args: argparse.Namespace) -> World |
         return None
     if size_name == "SLURM_NTASKS" and any(getattr(args, flag) != default for flag, default in _FLAGS.items()):
         return None
+    if size_name == "SLURM_NTASKS" and environ["SLURM_PROCID"] == "0" and not {"SLURM_STEP_ID", "SLURM_STEPID"} & set(environ):
+        raise ConfigError(
+            f"the Slurm job has {environ[size_name]} tasks, but its batch script has started this process without srun, and alone: "
+            "write srun before the command (srun --ntasks=1 for one process), or use torchrun"
+        )
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
     missing = [name for name in ("SLURM_LOCALID", "SLURM_JOB_ID") if name not in environ] + ([] if nodes else ["SLURM_JOB_NODELIST"])
     if missing:

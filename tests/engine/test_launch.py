@@ -77,6 +77,12 @@ def test_an_environment_of_one_process_is_none():
         (flags(), {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT"),
         (flags(), {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "5,3"}, "unevenly over gpu.* --ntasks-per-node"),
         (flags(), {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, "SLURM_JOB_ID, SLURM_JOB_NODELIST is not set"),
+        # what a batch script has that does not write srun
+        (
+            flags(),
+            {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "1"},
+            "has 4 tasks, but its batch script has started this process without srun",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_one_sentence(arguments, environ, message):
