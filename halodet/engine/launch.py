@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from .lifeline import Lifeline, end, is_network_error
+from .lifeline import Lifeline, end, finish_undisturbed, is_network_error
 from .meeting import meet
 from .setup import ConfigError
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FLAGS = {"num_gpus": 1, "num_machines": 1, "machine_rank": 0}
+_LEAVE_SECONDS = 5.0  # in which processes that were asked to stop leave together
 _PROBLEM_WAIT = timedelta(minutes=1)  # for the others to come, who are to be told of one
 
 
@@ -216,9 +217,12 @@ def supervise(work: Callable[[], object], host: str, exit_codes: Mapping[type[Ex
         work()
     except SystemExit:
         if lifeline:
-            lifeline.close(wait_for_others=False)
+            finish_undisturbed()
+            lifeline.close(seconds=_LEAVE_SECONDS)
         raise
     except BaseException as error:
+        if lifeline:
+            finish_undisturbed()
         code = next((getattr(error, "exit_code", code) for kind, code in exit_codes.items() if isinstance(error, kind)), None)
         text = str(error) if code is not None else f"{type(error).__name__}: {error}"
         first = lifeline.failed(text, network=is_network_error(error)) if lifeline else None

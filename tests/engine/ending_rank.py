@@ -1,6 +1,7 @@
 """Two processes exchange something again and again until one of them ends; see test_launch.py."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ def main():
 
     def work():
         for step in range(400):
+            if how == "leave" and step == 100:
+                atexit.register(time.sleep, 0 if world.rank == who else 3)  # Python takes its time to end, too
+                raise SystemExit(75)
             if world.rank == who and step == 100 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 print(f"ending at {time.time()}", flush=True)
                 if how == "bug":

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -137,6 +138,15 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
 def test_processes_that_torchrun_starts_again_meet_again(torchrun):
     code, log = torchrun("--max-restarts", 1, Path(__file__).with_name("ending_rank.py"), "kill", 1, timeout=120)
     assert code == 0 and log.count("ending at") == 1 and log.count("done") == 2, log
+
+
+def test_processes_that_leave_together_keep_their_exit_code_when_slurm_ends_the_rest():
+    """srun --kill-on-bad-exit sends SIGTERM to the others once the first has left."""
+    started = start_slurm([sys.executable, str(Path(__file__).with_name("ending_rank.py")), "leave", "1"])
+    assert started[1].wait(timeout=60) == 75
+    started[0].send_signal(signal.SIGTERM)
+    logs = [process.communicate(timeout=60)[0] for process in started]
+    assert started[0].returncode == 75, logs
 
 
 def start_slurm(command, **environment):
