@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -17,13 +16,16 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from .lifeline import Lifeline, end, is_network_error
+from .lifeline import Lifeline, end, finish_undisturbed, is_network_error
+from .meeting import meet
 from .setup import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FLAGS = {"num_gpus": 1, "num_machines": 1, "machine_rank": 0}
+_LEAVE_SECONDS = 5.0  # in which processes that were asked to stop leave together
+_PROBLEM_WAIT = timedelta(minutes=1)  # for the others to come, who are to be told of one
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ def _from_slurm(environ: Mapping[str, str], args: argparse.Namespace) -> World |
         return None
     if size_name == "SLURM_NTASKS" and any(getattr(args, flag) != default for flag, default in _FLAGS.items()):
         return None
+    if size_name == "SLURM_NTASKS" and environ["SLURM_PROCID"] == "0" and not {"SLURM_STEP_ID", "SLURM_STEPID"} & set(environ):
+        raise ConfigError(
+            f"the Slurm job has {environ[size_name]} tasks, but its batch script has started this process without srun, and alone: "
+            "write srun before the command (srun --ntasks=1 for one process), or use torchrun"
+        )
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
     missing = [name for name in ("SLURM_LOCALID", "SLURM_JOB_ID") if name not in environ] + ([] if nodes else ["SLURM_JOB_NODELIST"])
     if missing:
@@ -165,19 +172,20 @@ def join(world: World, device: str, timeout: timedelta, *, problem: str = "") ->
     if kind == "cuda" and world.local_size > gpus and not problem:
         problem = f"{here} has {gpus} GPUs for {world.local_size} processes: start as many as it has, or add MODEL.DEVICE cpu"
     logger.info(f"{world.source}: rank {world.rank} of {world.size}, meeting at {world.host}:{world.port}")
+    place = [kind, here, world.local_size, problem]
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        store.set_timeout(timeout)
-        store = dist.PrefixStore("halodet", store)
-        store.set(f"place/{world.rank}", json.dumps([kind, here, world.local_size, problem]))
-        if problem:
-            raise ConfigError(problem)
-        places = [json.loads(store.get(f"place/{rank}")) for rank in range(world.size)]
+        store, places = meet(world.rank, world.size, place, min(timeout, _PROBLEM_WAIT) if problem else timeout)
     except (dist.DistError, OSError) as error:
+        if problem:
+            raise ConfigError(problem) from error
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(f"port {world.port} of {here} is in use by another program: set MASTER_PORT to a free one") from error
         raise ConfigError(
             f"not all of {world.source}'s {world.size} processes met at {world.host}:{world.port} within {timeout.total_seconds() / 60:g} "
             f"minutes ({_first_line(error)}): see that srun or torchrun starts all of them, and that each machine can reach that port"
         ) from error
+    if problem:
+        raise ConfigError(problem)
     kind_0, host_0, size_0, _ = places[0]
     for rank, (other, host, local_size, their_problem) in enumerate(places):
         if their_problem:
@@ -209,9 +217,12 @@ def supervise(work: Callable[[], object], host: str, exit_codes: Mapping[type[Ex
         work()
     except SystemExit:
         if lifeline:
-            lifeline.close(wait_for_others=False)
+            finish_undisturbed()
+            lifeline.close(seconds=_LEAVE_SECONDS)
         raise
     except BaseException as error:
+        if lifeline:
+            finish_undisturbed()
         code = next((getattr(error, "exit_code", code) for kind, code in exit_codes.items() if isinstance(error, kind)), None)
         text = str(error) if code is not None else f"{type(error).__name__}: {error}"
         first = lifeline.failed(text, network=is_network_error(error)) if lifeline else None

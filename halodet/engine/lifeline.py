@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 from detectron2.utils import comm
+
+from .signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +87,13 @@ class Lifeline:
         own = not self._verdict or self._verdict.get("rank") == self.rank or self._verdict.get("text") == text
         return None if own else self._message()
 
-    def close(self, *, wait_for_others: bool = True) -> None:
-        """Leave without alarm, when all others have come to their end too or, if not ``wait_for_others``, at once."""
+    def close(self, *, seconds: float | None = None) -> None:
+        """Leave without alarm, when all others have come to their end too, or after ``seconds`` of waiting for that."""
         if not self._connection:
             return
         with suppress(OSError):
             self._send({"left": True})
-        if wait_for_others:
-            self._heard.wait()
+        self._heard.wait(seconds)
 
     def _send(self, message: dict[str, Any]) -> None:
         self._connection.send_bytes(json.dumps(message).encode())
@@ -127,6 +129,13 @@ class Lifeline:
         for peer in self._peers:
             with suppress(OSError):
                 peer.send_bytes(json.dumps(verdict).encode())
+
+
+def finish_undisturbed() -> None:
+    """Let this process end with its own exit code: Slurm and torchrun send SIGTERM to the others as soon as the first one has left."""
+    if threading.current_thread() is threading.main_thread():  # Python has it so
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def end(message: str) -> None:

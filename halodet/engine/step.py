@@ -61,6 +61,7 @@ class Step(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
         self.batches = 0  # taken from the loader since iteration 0; more than the iterations tell where the run went back
         self._statistics = KeptStatistics(model)
+        self._unfinished = False  # whether DDP has been given a forward pass to which no backward pass came
 
     @classmethod
     def of(cls, cfg: CfgNode, trainer: SimpleTrainer) -> Step:
@@ -90,14 +91,16 @@ class Step(SimpleTrainer):
             data_time += time.perf_counter() - start
             self.batches += 1
             images += images_of(batch)
-            with self._gradients_reduced(last=part == self.accumulate - 1):
+            with self._gradients_reduced(now=part == self.accumulate - 1 or self._unfinished):
                 total, values, fault, anywhere = self._forward(batch)
                 if anywhere:
+                    self._unfinished = True
                     return self._give_up(fault)
                 total = total / self.accumulate
                 (self.scaler.scale(total) if self.scaler else total).backward()
             for name, value in values.items():
                 losses[name] = losses.get(name, 0.0) + value / self.accumulate
+        self._unfinished = False
         self.after_backward()
         # Gradients are the same on all ranks by now, and so is what is decided about them.
         fault = self._update(losses, images)
@@ -105,8 +108,10 @@ class Step(SimpleTrainer):
             return self._give_up(fault)
         self._write_metrics({name: torch.tensor(value) for name, value in losses.items()}, data_time)
 
-    def _gradients_reduced(self, *, last: bool) -> contextlib.AbstractContextManager:
-        alone = last or not isinstance(self.model, DistributedDataParallel)
+    def _gradients_reduced(self, *, now: bool) -> contextlib.AbstractContextManager:
+        # A DDP that still expects the backward pass of a dropped step would reduce in the next one, even inside no_sync, and where the
+        # forward pass of one rank has failed that one would not. Reducing the sum once more on the way changes nothing but the rounding.
+        alone = now or not isinstance(self.model, DistributedDataParallel)
         return contextlib.nullcontext() if alone else self.model.no_sync()
 
     def _forward(self, batch: list[dict[str, Any]]) -> tuple[Tensor | None, dict[str, float], Fault | None, bool]:

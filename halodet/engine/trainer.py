@@ -111,6 +111,12 @@ class Trainer(DefaultTrainer):
         except compile_errors(self.cfg) as error:
             raise CompileError(error) from error
 
+    def after_train(self) -> None:
+        """Hooks' ends. Where the loop has not come to its end, nothing is evaluated: other processes would not be there to share that."""
+        if self.iter < self.max_iter:  # Detectron2's EvalHook takes a last iteration that failed for one that is done
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
+        super().after_train()
+
     def train(self) -> dict | None:
         """As Detectron2's; leaves with an exit code of its own (SystemExit) when it is asked to stop, 75, or cannot write, 74."""
         # TorchScript compiles RetinaNet's loss anew after the first iterations of a process, and it then rounds differently: a run that

@@ -1,6 +1,7 @@
 """Two processes exchange something again and again until one of them ends; see test_launch.py."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -25,7 +26,10 @@ def main():
             if how == "both" and step == 100:
                 time.sleep(0 if world.rank == who else 1.5)  # the other finds the mistake when it has been told of it already
                 raise ConfigError("set it to 3")
-            if world.rank == who and step == 100:
+            if how == "leave" and step == 100:
+                atexit.register(time.sleep, 0 if world.rank == who else 3)  # Python takes its time to end, too
+                raise SystemExit(75)
+            if world.rank == who and step == 100 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 print(f"ending at {time.time()}", flush=True)
                 if how == "bug":
                     raise KeyError("a thing")
@@ -37,6 +41,7 @@ def main():
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(600)  # stopped: the other is left waiting, and is ended by hand
             dist.all_reduce(torch.ones(3))
+        print("done", flush=True)
 
     return supervise(work, world.host, {ConfigError: 2})
 

@@ -190,6 +190,17 @@ def test_two_processes_decide_together(shapes, tmp_path):
         assert "on rank 0" not in told
 
 
+def test_two_processes_go_on_together_after_an_accumulated_step_was_dropped_at_its_last_batch(shapes, tmp_path):
+    """On one of them the forward pass then failed, and on the other it did not."""
+    keys = {**SIX, "SOLVER.MAX_ITER": 4, "SOLVER.ACCUMULATE": 2, "MODEL.MASK_ON": False}
+    given = [json.dumps(what) for what in (keys, ["skip"], [3])]
+    command = [sys.executable, str(Path(__file__).with_name("finite_ranks.py")), str(tmp_path), *given]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text())["skip"] for rank in (0, 1))
+    assert first == second and first["finite"] and first["steps"] == [0, 2, 3]
+
+
 def test_a_run_that_diverges_ends_with_a_sentence_and_its_own_exit_code(shapes, tmp_path):
     keys = {"SOLVER.BASE_LR": 1e20, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CLIP_GRADIENTS.ENABLED": False, "SOLVER.OPTIMIZER": "SGD"}
     small = {**keys, "MODEL.HALONET.BASE_WIDTH": 16, "SOLVER.IMS_PER_BATCH": 2, "SOLVER.MAX_ITER": 9, "INPUT.MIN_SIZE_TRAIN": "(64,)"}

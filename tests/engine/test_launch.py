@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -76,7 +77,13 @@ def test_an_environment_of_one_process_is_none():
         (flags(), {**TORCHRUN, "RANK": "x"}, "RANK is 'x', expected a whole number"),
         (flags(), {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT"),
         (flags(), {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "5,3"}, "unevenly over gpu.* --ntasks-per-node"),
-        (flags(), {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "SLURM_JOB_ID, SLURM_JOB_NODELIST is not set"),
+        (flags(), {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, "SLURM_JOB_ID, SLURM_JOB_NODELIST is not set"),
+        # what a batch script has that does not write srun
+        (
+            flags(),
+            {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "1"},
+            "has 4 tasks, but its batch script has started this process without srun",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_one_sentence(arguments, environ, message):
@@ -124,6 +131,29 @@ def test_a_mistake_that_both_find_is_told_once():
     logs = [process.communicate(timeout=60)[0] for process in started]
     assert logs[0].count("set it to 3") == 1 and "rank 1 on" in logs[0], logs
     assert [process.returncode for process in started] == [EXIT_RANK_LOST, 2], logs
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"^port {port} of .* is in use by another program: set MASTER_PORT to a free one$"):
+            join(World("Slurm", 0, 2, 0, 2, "127.0.0.1", port), "cpu", timedelta(seconds=3))
+
+
+def test_processes_that_torchrun_starts_again_meet_again(torchrun):
+    code, log = torchrun("--max-restarts", 1, Path(__file__).with_name("ending_rank.py"), "kill", 1, timeout=120)
+    assert code == 0 and log.count("ending at") == 1 and log.count("done") == 2, log
+
+
+def test_processes_that_leave_together_keep_their_exit_code_when_slurm_ends_the_rest():
+    """srun --kill-on-bad-exit sends SIGTERM to the others once the first has left."""
+    started = start_slurm([sys.executable, str(Path(__file__).with_name("ending_rank.py")), "leave", "1"])
+    assert started[1].wait(timeout=60) == 75
+    started[0].send_signal(signal.SIGTERM)
+    logs = [process.communicate(timeout=60)[0] for process in started]
+    assert started[0].returncode == 75, logs
 
 
 def start_slurm(command, **environment):

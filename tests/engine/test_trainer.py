@@ -7,6 +7,7 @@ import torch
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_backbone
 from detectron2.structures import Boxes, Instances
+from small_run import make_trainer
 
 SMALL = ["MODEL.HALONET.DEPTHS", "(1, 1, 1, 1)", "MODEL.HALONET.BASE_WIDTH", "16"]
 
@@ -52,3 +53,13 @@ def test_evaluation_is_cocos_own(tmp_path, monkeypatch):
     evaluator.process([{"image_id": 0}], [{"instances": nothing}])
     # the case in which Detectron2's faster evaluation stops with an error
     assert set(evaluator.evaluate()) == {"bbox"}
+
+
+def test_nothing_is_evaluated_after_a_last_iteration_that_failed(shapes, tmp_path):
+    """With several processes the others would not be there, and this one wait for them instead of saying why it ends."""
+    keys = {"SOLVER.MAX_ITER": 2, "DATASETS.TEST": "('halodet_shapes_val',)", "TEST.DETECTIONS_PER_IMAGE": 5}
+    trainer = make_trainer(tmp_path, keys)
+    trainer.model.register_forward_pre_hook(lambda *_: {}["a thing"] if trainer.iter == 1 and trainer.model.training else None)
+    with pytest.raises(KeyError, match="a thing"):
+        trainer.train()
+    assert not (tmp_path / "inference").exists()
