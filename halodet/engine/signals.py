@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 import torch
@@ -19,12 +23,13 @@ logger = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+SAME_REQUEST = 5.0  # seconds: what stops all processes of a job also reaches torchrun, which stops its own once more
 
 
 class StopOnSignal(HookBase):
     """At SIGTERM or SIGUSR1: end the iteration, write a checkpoint, leave with exit code 75; all processes of the run together.
 
-    A second signal leaves at once, with 128 + its number. During an evaluation between iterations the signal is heeded at the end of
+    One that comes more than 5 seconds after the first leaves at once, with 128 + its number. During an evaluation between iterations the signal is heeded at the end of
     the iteration after it; in the evaluation at the end, when everything is saved, at once. Signals are caught inside ``with``, and in the
     main thread only, as Python has it.
 
@@ -34,7 +39,7 @@ class StopOnSignal(HookBase):
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self.received, self._finished, self._process = 0, False, os.getpid()
+        self.received, self._since, self._finished, self._process = 0, 0.0, False, os.getpid()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -71,10 +76,13 @@ class StopOnSignal(HookBase):
         if self._finished:
             raise SystemExit(PREEMPTED)
         if self.received:
-            os._exit(128 + number)
-        self.received = number
+            if time.monotonic() - self._since >= SAME_REQUEST:
+                os._exit(128 + number)
+            return
+        self.received, self._since = number, time.monotonic()
         # Not through logging, which may be in the middle of a line.
-        os.write(2, f"{signal.Signals(number).name}: stopping after this iteration; once more to stop at once.\n".encode())
+        again = f"once more, after {SAME_REQUEST:g} seconds, to stop at once"
+        os.write(2, f"{signal.Signals(number).name}: stopping after this iteration; {again}.\n".encode())
 
     def _of_any_process(self) -> int:
         if comm.get_world_size() == 1:
@@ -83,3 +91,24 @@ class StopOnSignal(HookBase):
         number = torch.tensor(self.received, device=device)
         distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
         return int(number)
+
+
+@contextlib.contextmanager
+def handed_on() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 go to the processes that this one has started, which it waits for: left to itself, it would end alone.
+
+    Whoever starts a run knows the first of its processes, and stops that.
+    """
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        for process in multiprocessing.active_children():
+            if process.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
