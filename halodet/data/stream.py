@@ -27,7 +27,7 @@ from ..rng import seeded
 
 MAX_REPLACEMENTS = 100
 LIKE_REPLACEMENTS = 5  # of them of the same aspect group, the first ones
-_GRACE = 60  # seconds a worker stays after it was told to end
+_GRACE = 600  # seconds a worker stays after it was told to end
 
 
 class TrainStream:
@@ -91,7 +91,7 @@ class TrainStream:
             batch_sampler=self._batches,
             num_workers=self._workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_go_on if os.name == "posix" else None,
+            worker_init_fn=go_on if os.name == "posix" else None,
             generator=Generator(),  # else it would draw from the one the model draws from
         )
         for batch in loader:
@@ -141,7 +141,10 @@ class _Seeded(Dataset):
         raise RuntimeError(f"{MAX_REPLACEMENTS} images drawn one after the other cannot be used: look at the lines about them in the log")
 
 
-def _go_on(worker: int) -> None:
-    """What asks a run to stop often reaches all of its processes: workers load on for as long as an iteration may take."""
+def go_on(worker: int) -> None:
+    """To be called in a loading worker: what asks a run to stop often reaches all of its processes, and workers are still needed then.
+
+    They load on for as long as an evaluation may take; those of a process that has ended end by themselves.
+    """
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -29,21 +29,23 @@ SAME_REQUEST = 5.0  # seconds: what stops all processes of a job also reaches to
 class StopOnSignal(HookBase):
     """At SIGTERM or SIGUSR1: end the iteration, write a checkpoint, leave with exit code 75; all processes of the run together.
 
-    One that comes more than 5 seconds after the first leaves at once, with 128 + its number. During an evaluation between iterations the signal is heeded at the end of
-    the iteration after it; in the evaluation at the end, when everything is saved, at once. Signals are caught inside ``with``, and in the
-    main thread only, as Python has it.
+    One that comes more than 5 seconds after the first leaves at once, with 128 + its number. During an evaluation between iterations rank
+    0 writes the checkpoint at once; a run of one process leaves then, too, one of several after the evaluation and one more iteration. In
+    the evaluation at the end, when everything is saved, each process leaves at once. Signals are caught inside ``with``, and in the main
+    thread only, as Python has it.
 
     Args:
         checkpoints: writes the checkpoint.
+        periods: iterations from one evaluation, or anything else that takes long, to the next; 0 for none.
     """
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
-        self.received, self._since, self._finished, self._process = 0, 0.0, False, os.getpid()
+    def __init__(self, checkpoints: Checkpoints, *periods: int) -> None:
+        self.checkpoints, self._periods = checkpoints, [period for period in periods if period]
+        self.received, self._since, self._between, self._finished, self._process = 0, 0.0, False, False, os.getpid()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopOnSignal:
-        self.received, self._finished, self._process = 0, False, os.getpid()
+        self.received, self._between, self._finished, self._process = 0, False, False, os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
@@ -53,17 +55,26 @@ class StopOnSignal(HookBase):
             signal.signal(number, handler)
         self._before = {}
 
+    def before_step(self) -> None:
+        self._between = False
+
     def after_step(self) -> None:
-        number = self._of_any_process()
-        if number:
+        self.received = self._of_any_process()
+        if self.received:
             self.checkpoints.save_now()
-            logger.warning(
-                "%s: stopped after iteration %d, with a checkpoint; --resume goes on from it. Exit code %d.",
-                signal.Signals(number).name,
-                self.trainer.iter,
-                PREEMPTED,
-            )
-            raise SystemExit(PREEMPTED)
+            self._leave()
+        if any((self.trainer.iter + 1) % period == 0 for period in self._periods):
+            self.checkpoints.prepare()
+            self._between = True
+
+    def _leave(self) -> None:
+        logger.warning(
+            "%s: stopped after iteration %d, with a checkpoint; --resume goes on from it. Exit code %d.",
+            signal.Signals(self.received).name,
+            self.trainer.iter,
+            PREEMPTED,
+        )
+        raise SystemExit(PREEMPTED)
 
     def after_train(self) -> None:
         self._finished = self.trainer.iter >= self.trainer.max_iter - 1
@@ -73,16 +84,20 @@ class StopOnSignal(HookBase):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # one that was forked off, such as a loading worker
             return
-        if self._finished:
-            raise SystemExit(PREEMPTED)
         if self.received:
             if time.monotonic() - self._since >= SAME_REQUEST:
                 os._exit(128 + number)
             return
         self.received, self._since = number, time.monotonic()
+        if self._finished:
+            raise SystemExit(PREEMPTED)
         # Not through logging, which may be in the middle of a line.
         again = f"once more, after {SAME_REQUEST:g} seconds, to stop at once"
         os.write(2, f"{signal.Signals(number).name}: stopping after this iteration; {again}.\n".encode())
+        if self._between and comm.is_main_process():
+            self.checkpoints.save_prepared()
+            if comm.get_world_size() == 1:
+                self._leave()
 
     def _of_any_process(self) -> int:
         if comm.get_world_size() == 1:

@@ -88,7 +88,7 @@ class Trainer(DefaultTrainer):
             late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
         state = RunState(self.data_loader.loader, self.checkpointer.model)
         checkpoints = Checkpoints(self.checkpointer, state, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
-        self.signals = StopOnSignal(checkpoints)
+        self.signals = StopOnSignal(checkpoints, cfg.TEST.EVAL_PERIOD, cfg.TEST.VIS_PERIOD)
         hooks = [hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)]
         # What changes the weights or measures comes before checkpoints, these before an evaluation, which may fail or take longer than a
         # signal gives, and what is measured then before it is written.

@@ -148,6 +148,27 @@ def test_a_signal_at_the_last_iteration_leaves_before_the_evaluation(tmp_path):
     assert (tmp_path / "inference").exists()
 
 
+def test_a_signal_in_an_evaluation_leaves_with_a_checkpoint_at_once(tmp_path, monkeypatch):
+    opts = ["DATASETS.TEST", f"('{VAL}',)", "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 100, "SOLVER.MAX_ITER", 3]
+    trainer(tmp_path / "whole", MASK_RCNN, *opts).train()
+    made = trainer(tmp_path / "parts", MASK_RCNN, *opts)
+    evaluated = []
+
+    def test(cls, cfg, model):
+        torch.rand(7)
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluated.append("to its end")
+        return {}
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as caught:
+        patched.setattr(Trainer, "test", classmethod(test))
+        made.train()
+    assert caught.value.code == PREEMPTED and not evaluated
+    assert entries(tmp_path / "parts", "model_0000001")["iteration"] == 1
+    trainer(tmp_path / "parts", MASK_RCNN, *opts, seed=9, resume=True).train()
+    assert differences(entries(tmp_path / "whole"), entries(tmp_path / "parts")) == []
+
+
 def test_keeping_some(tmp_path):
     (tmp_path / ".model_0000001.pth.abc.part").write_text("half")
     (tmp_path / "notes.pth").write_text("of the user's own")
@@ -158,6 +179,21 @@ def test_keeping_some(tmp_path):
         "model_final.pth",
         "notes.pth",
     }
+
+
+def test_what_an_earlier_run_left_does_not_take_the_place_of_new_ones(tmp_path):
+    for name in ("model_0000003.pth", "model_0099999.pth"):
+        (tmp_path / name).write_text("of an earlier run")
+    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_KEEP", 1, "SOLVER.MAX_ITER", 5).train()
+    assert {path.name for path in tmp_path.glob("model_0*")} == {"model_0000003.pth", "model_0099999.pth"}
+    assert entries(tmp_path, "model_0000003")["iteration"] == 3
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplog):
+    (tmp_path / "model_0000000.pth").mkdir()  # which unlink refuses
+    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_KEEP", 1).train()
+    assert (tmp_path / "model_final.pth").is_file()
+    assert "model_0000000.pth cannot be removed" in caplog.text
 
 
 def test_without_room_for_two_checkpoints_nothing_is_trained(tmp_path, monkeypatch, caplog):
@@ -172,8 +208,9 @@ def test_without_room_for_two_checkpoints_nothing_is_trained(tmp_path, monkeypat
 
 
 def test_the_estimate_of_a_checkpoints_size_is_near(tmp_path):
-    for optimizer in ("SGD", "AdamW"):
-        made = trainer(tmp_path / optimizer, MASK_RCNN, "SOLVER.OPTIMIZER", optimizer, "SOLVER.MAX_ITER", 1)
+    for optimizer, average in (("SGD", True), ("AdamW", False)):
+        opts = ["SOLVER.OPTIMIZER", optimizer, "SOLVER.MAX_ITER", 1, "MODEL.EMA.ENABLED", average]
+        made = trainer(tmp_path / optimizer, MASK_RCNN, *opts)
         hook = next(hook for hook in made._hooks if hasattr(hook, "save_now"))
         hook.trainer = made
         before = hook._size()
