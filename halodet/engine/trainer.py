@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from detectron2.engine.hooks import PreciseBN as Detectron2PreciseBN
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -28,6 +29,7 @@ from .drawings import DrawPredictions
 from .ema import EMA
 from .finite import GoBack, RollBack
 from .optimizer import build_optimizer
+from .precise_bn import PreciseBN
 from .progress import ProgressPrinter, Throughput
 from .scaling import scale_to_batch
 from .signals import StopOnSignal
@@ -90,6 +92,7 @@ class Trainer(DefaultTrainer):
         checkpoints = Checkpoints(self.checkpointer, state, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
         self.signals = StopOnSignal(checkpoints, cfg.TEST.EVAL_PERIOD, cfg.TEST.VIS_PERIOD)
         hooks = [hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)]
+        hooks = [PreciseBN.of(cfg, hook) if isinstance(hook, Detectron2PreciseBN) else hook for hook in hooks]
         # What changes the weights or measures comes before checkpoints, these before an evaluation, which may fail or take longer than a
         # signal gives, and what is measured then before it is written.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))

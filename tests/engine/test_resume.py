@@ -93,6 +93,8 @@ def differences(left, right, path=""):
     [
         (MASK_RCNN, []),
         (MASK_RCNN, ["DATASETS.TEST", f"('{VAL}',)", "TEST.EVAL_PERIOD", 2]),
+        (MASK_RCNN, ["MODEL.HALONET.NORM", "BN", "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 2]),
+        (MASK_RCNN, ["MODEL.EMA.ENABLED", True, "SOLVER.ACCUMULATE", 2, "SOLVER.AMP.ENABLED", True]),
         (MASK_RCNN, ["SOLVER.OPTIMIZER", "SGD", "MODEL.HALONET.STOCHASTIC_DEPTH", "0.5", "MODEL.HALONET.NORM", "BN"]),
     ],
 )
