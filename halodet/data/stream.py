@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class TrainStream:
     Attributes:
         seed: decides all of it; SEED of the config, or a drawn one where that is below 0.
         start: the batch, counted from 0, at which the next iteration over it begins; to be set when a run goes on.
+        described: the number of images, and a checksum of which of them are wide.
         batches: number of batches this process has been given so far, of this run and of the one it goes on from.
 
     Args:
@@ -60,6 +62,7 @@ class TrainStream:
         groups = np.zeros(len(entries), dtype=np.int8)
         if parts["aspect_ratio_grouping"]:
             groups = np.array([entry["width"] > entry["height"] for entry in entries], dtype=np.int8)
+        self.described = f"{len(entries)} images, checksum {zlib.crc32(groups.tobytes()):08x}"
         listed = entries if isinstance(entries, Dataset) else DatasetFromList(entries, copy=False)
         self._dataset = _Seeded(listed, parts["mapper"], groups, self.seed)
         self._batches = _Batches(parts["sampler"], groups, batch_size)

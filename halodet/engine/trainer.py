@@ -88,7 +88,7 @@ class Trainer(DefaultTrainer):
             late.append(EvalHook(0, lambda: {"ema": self.test_with_tta(cfg, ema.model, "inference_ema_TTA")}))
         if cfg.TEST.VIS_PERIOD and cfg.TEST.VIS_IMAGES and cfg.DATASETS.TEST and comm.is_main_process():
             late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
-        state = RunState(self.data_loader.loader, self.checkpointer.model)
+        state = RunState(self.data_loader.loader, self.checkpointer.model, cfg)
         checkpoints = Checkpoints(self.checkpointer, state, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
         self.signals = StopOnSignal(checkpoints, cfg.TEST.EVAL_PERIOD, cfg.TEST.VIS_PERIOD)
         hooks = [hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)]

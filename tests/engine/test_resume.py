@@ -119,6 +119,23 @@ def test_an_average_that_detectron2_leaves_out_goes_on(tmp_path):
     assert again.model.loss_normalizer == made.model.loss_normalizer != 100
 
 
+def test_what_has_changed_since_the_checkpoint_is_told_in_one_line(tmp_path, caplog):
+    opts = ["MODEL.EMA.ENABLED", True, "SOLVER.MAX_ITER", 8]
+    assert stopped(trainer(tmp_path, MASK_RCNN, *opts), 3) == PREEMPTED
+    other = ["MODEL.EMA.ENABLED", False, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.5, "DATASETS.TRAIN", f"('{VAL}',)"]
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, MASK_RCNN, *opts, "TEST.EVAL_PERIOD", 7, "DATALOADER.NUM_WORKERS", 0, resume=True)
+        assert not [record for record in caplog.records if "another config" in record.getMessage()]
+        again = trainer(tmp_path, MASK_RCNN, *opts, *other, resume=True)
+    lines = [record.getMessage() for record in caplog.records if "another config" in record.getMessage()]
+    assert len(lines) == 1 and "\n" not in lines[0]
+    change = "MODEL.EMA.ENABLED True is now False", "SOLVER.IMS_PER_BATCH 2 is now 4", "images, checksum", f"now ('{VAL}',)"
+    for told in (*change, "0.5", "SOLVER.BASE_LR: the checkpoint's stay"):
+        assert told in lines[0], lines[0]
+    assert again.start_iter == 4 and again.data_loader.loader.start == 2, "8 images were seen"
+    assert {round(group["initial_lr"], 6) for group in again.optimizer.param_groups} == {0.002}, "the checkpoint's stays, as the line says"
+
+
 def test_losing_the_state_of_the_run_is_not_bit_equal(tmp_path):
     """What the test above would say of Detectron2's own checkpoints."""
     trainer(tmp_path / "whole").train()
