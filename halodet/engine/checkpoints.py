@@ -16,7 +16,7 @@ from .state import RunState
 
 logger = logging.getLogger(__name__)
 
-CANNOT_WRITE = 74  # exit code: EX_IOERR of sysexits.h
+CANNOT_WRITE = WriteError.exit_code
 
 
 class Checkpoints(PeriodicCheckpointer):
