@@ -40,6 +40,7 @@ from .step import Step
 from .stop import log_sentences_only
 from .tta import evaluate_augmented
 from .wandb_writer import WandbWriter
+from .writers import LenientWriter
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""
         _, *others = super().build_writers()
+        others = [LenientWriter(writer) for writer in others]
         return [ProgressPrinter(self.max_iter), *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []), *others]
 
     def run_step(self) -> None:
