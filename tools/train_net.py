@@ -28,6 +28,7 @@ from halodet.engine import (
     check_writable,
     find_config,
     find_world,
+    handed_on,
     host_of,
     join,
     load_config,
@@ -184,7 +185,8 @@ def spawn_and_work(args: argparse.Namespace, cfg: CfgNode) -> int:
     """Have Detectron2 start a process for each GPU, and wait for them; returns the exit code."""
     timeout = timedelta(minutes=args.dist_timeout)
     try:
-        launch(work_spawned, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg), timeout)
+        with handed_on():
+            launch(work_spawned, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg), timeout)
     except ProcessExitedException as error:
         if error.signal_name is None:
             return error.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from .coco_json import DatasetError
 from .mapper import TolerantMapper
 from .skipped import CountingLoader
-from .stream import TrainStream
+from .stream import TrainStream, go_on
 
 
 def build_train_loader(cfg: CfgNode) -> CountingLoader:
@@ -66,7 +67,9 @@ def sentences_of(*names: str) -> Iterator[None]:
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Detectron2's loader of one dataset to evaluate on; an image that cannot be used is blank in it, and says so."""
-    return build_detection_test_loader(cfg, dataset_name, mapper=TolerantMapper(cfg, is_train=False))
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=TolerantMapper(cfg, is_train=False))
+    loader.worker_init_fn = go_on if os.name == "posix" else None
+    return loader
 
 
 def check_masks(cfg: CfgNode, entries: Iterable[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..rng import seeded
 
 MAX_REPLACEMENTS = 100
 LIKE_REPLACEMENTS = 5  # of them of the same aspect group, the first ones
-_GRACE = 60  # seconds a worker stays after it was told to end
+_GRACE = 600  # seconds a worker stays after it was told to end
 
 
 class TrainStream:
@@ -36,6 +37,7 @@ class TrainStream:
     Attributes:
         seed: decides all of it; SEED of the config, or a drawn one where that is below 0.
         start: the batch, counted from 0, at which the next iteration over it begins; to be set when a run goes on.
+        described: the number of images, and a checksum of which of them are wide.
         batches: number of batches this process has been given so far, of this run and of the one it goes on from.
 
     Args:
@@ -60,6 +62,7 @@ class TrainStream:
         groups = np.zeros(len(entries), dtype=np.int8)
         if parts["aspect_ratio_grouping"]:
             groups = np.array([entry["width"] > entry["height"] for entry in entries], dtype=np.int8)
+        self.described = f"{len(entries)} images, checksum {zlib.crc32(groups.tobytes()):08x}"
         listed = entries if isinstance(entries, Dataset) else DatasetFromList(entries, copy=False)
         self._dataset = _Seeded(listed, parts["mapper"], groups, self.seed)
         self._batches = _Batches(parts["sampler"], groups, batch_size)
@@ -91,7 +94,7 @@ class TrainStream:
             batch_sampler=self._batches,
             num_workers=self._workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_go_on if os.name == "posix" else None,
+            worker_init_fn=go_on if os.name == "posix" else None,
             generator=Generator(),  # else it would draw from the one the model draws from
         )
         for batch in loader:
@@ -141,7 +144,10 @@ class _Seeded(Dataset):
         raise RuntimeError(f"{MAX_REPLACEMENTS} images drawn one after the other cannot be used: look at the lines about them in the log")
 
 
-def _go_on(worker: int) -> None:
-    """What asks a run to stop often reaches all of its processes: workers load on for as long as an iteration may take."""
+def go_on(worker: int) -> None:
+    """To be called in a loading worker: what asks a run to stop often reaches all of its processes, and workers are still needed then.
+
+    They load on for as long as an evaluation may take; those of a process that has ended end by themselves.
+    """
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

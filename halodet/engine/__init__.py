@@ -8,7 +8,7 @@ from .lifeline import EXIT_RANK_LOST
 from .record import start_run
 from .scaling import scale_to_batch
 from .setup import ConfigError, check_weights, check_writable, find_config, load_config, with_seed
-from .signals import PREEMPTED
+from .signals import PREEMPTED, handed_on
 from .stop import TrainingStopped
 from .trainer import Trainer
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_writable",
     "find_config",
     "find_world",
+    "handed_on",
     "host_of",
     "join",
     "load_config",

@@ -9,6 +9,7 @@ import shutil
 import torch
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
+from torch import nn
 
 from ..weights import Checkpointer, WriteError, numbered, remove_leftovers
 from .skipped import ReportSkipped
@@ -16,7 +17,7 @@ from .state import RunState
 
 logger = logging.getLogger(__name__)
 
-CANNOT_WRITE = 74  # exit code: EX_IOERR of sysexits.h
+CANNOT_WRITE = WriteError.exit_code
 
 
 class Checkpoints(PeriodicCheckpointer):
@@ -34,8 +35,7 @@ class Checkpoints(PeriodicCheckpointer):
 
     def __init__(self, checkpointer: Checkpointer, state: RunState, report: ReportSkipped, period: int, keep: int = 0) -> None:
         super().__init__(checkpointer, period)
-        self.report = report
-        self.state, self.keep, self.saved = state, keep, -1
+        self.state, self.report, self.keep, self.saved = state, report, keep, -1
         self._failed = False
 
     def before_train(self) -> None:
@@ -69,23 +69,45 @@ class Checkpoints(PeriodicCheckpointer):
         if self.saved != self.trainer.iter:
             self._save([f"model_{self.trainer.iter:07d}"])
 
+    def prepare(self) -> None:
+        """Until the next iteration, let ``save_prepared`` do what ``save_now`` does; in all processes at once."""
+        self.state.gather()
+        self.report.collect()
+
+    def save_prepared(self) -> None:
+        """As ``save_now``, in the first process alone: weights must not have changed since ``prepare``."""
+        if self.saved != self.trainer.iter:
+            problem = self._write([f"model_{self.trainer.iter:07d}"])
+            if problem is not None:
+                logger.error(problem)
+                raise SystemExit(CANNOT_WRITE)
+            self.saved = self.trainer.iter
+
     def _save(self, names: list[str]) -> None:
         self.state.gather()
         self.report.collect()
-        problem = None
-        if comm.is_main_process():
-            try:
-                for name in names:
-                    self.checkpointer.save(name, iteration=self.trainer.iter)
-                self._remove_old()
-            except WriteError as error:
-                problem = self._told(str(error).rstrip("."))
-        self._stop_on(problem)
+        self._stop_on(self._write(names) if comm.is_main_process() else None)
         self.saved = self.trainer.iter
 
+    def _write(self, names: list[str]) -> str | None:
+        """Write checkpoints and remove old ones; returns what is wrong where that fails."""
+        try:
+            for name in names:
+                self.checkpointer.save(name, iteration=self.trainer.iter)
+            self._remove_old()
+        except WriteError as error:
+            return self._told(str(error).rstrip("."))
+        return None
+
     def _remove_old(self) -> None:
-        for name in numbered(self.checkpointer.save_dir)[self.keep :] if self.keep else []:
-            os.unlink(os.path.join(self.checkpointer.save_dir, name))
+        # Later ones are of an earlier run in this folder, or could not be read: what has just been written must not give way to them.
+        reached = f"model_{self.trainer.iter:07d}.pth"
+        names = [name for name in numbered(self.checkpointer.save_dir) if (len(name), name) <= (len(reached), reached)]
+        for name in names[self.keep :] if self.keep else []:
+            try:
+                os.unlink(os.path.join(self.checkpointer.save_dir, name))
+            except OSError as error:
+                logger.warning("%s cannot be removed (%s): it stays, beside the %d to keep.", name, error.strerror, self.keep)
 
     def _told(self, reason: str) -> str:
         goes_on = os.path.basename(self.checkpointer.get_checkpoint_file())
@@ -112,14 +134,15 @@ class Checkpoints(PeriodicCheckpointer):
         return None
 
     def _size(self) -> int:
-        """Bytes of a checkpoint, roughly: the weights, and what the optimizer keeps, or will keep, of each that it trains."""
+        """Bytes of a checkpoint, roughly: the weights, their average, and what the optimizer keeps, or will keep, of each it trains."""
         optimizer = self.trainer.optimizer
         kept = sum(_bytes(value) for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
         if not kept:
             trained = sum(_bytes(parameter) for group in optimizer.param_groups for parameter in group["params"])
             momentum = any(group.get("momentum") for group in optimizer.param_groups)
             kept = trained * (2 if "betas" in optimizer.param_groups[0] else int(momentum))
-        return kept + sum(_bytes(value) for value in self.checkpointer.model.state_dict().values())
+        modules = [self.checkpointer.model, *(part for part in self.checkpointer.checkpointables.values() if isinstance(part, nn.Module))]
+        return kept + sum(_bytes(value) for module in modules for value in module.state_dict().values())
 
     def _stop_on(self, problem: str | None) -> None:
         """End all processes where the first one has a problem; it alone tells which."""

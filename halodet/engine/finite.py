@@ -105,23 +105,27 @@ class KeptStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        buffers = [b for m in model.modules() if getattr(m, "track_running_stats", False) for b in m.buffers(recurse=False)]
-        self._groups = [[b for b in buffers if b.is_floating_point() == floating] for floating in (True, False)]
-        self._copies = [[b.clone() for b in group] for group in self._groups]
+        self._norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+        self._copies = [[buffer.clone() for buffer in group] for group in self._groups()]
 
     @torch.no_grad()
     def save(self) -> None:
         """Copy them."""
-        for group, copies in zip(self._groups, self._copies, strict=True):
+        for group, copies in zip(self._groups(), self._copies, strict=True):
             if group:
                 torch._foreach_copy_(copies, group)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copies back."""
-        for group, copies in zip(self._groups, self._copies, strict=True):
+        for group, copies in zip(self._groups(), self._copies, strict=True):
             if group:
                 torch._foreach_copy_(group, copies)
+
+    def _groups(self) -> list[list[torch.Tensor]]:
+        """The buffers of floating point and the others, as they are now: what computes exact statistics puts others in their place."""
+        buffers = [buffer for norm in self._norms for buffer in norm.buffers(recurse=False)]
+        return [[buffer for buffer in buffers if buffer.is_floating_point() == floating] for floating in (True, False)]
 
 
 def gradient_norm(model: nn.Module) -> float:

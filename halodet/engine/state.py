@@ -6,12 +6,14 @@ import logging
 import time
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
 from .. import rng
 from ..data import TrainStream
+from .changes import changed, settings
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +28,18 @@ class RunState(HookBase):
     between, an evaluation for example, does not count, so that it does not matter either whether a checkpoint was written before or after.
     The images of a batch do not depend on these states at all (:class:`halodet.data.TrainStream`).
 
+    Where it goes on with another config, other data or another number of processes, a warning says so; with another batch the data go on
+    after the images that were seen.
+
     Args:
         stream: the run's training data.
         model: to be trained.
+        cfg: the run's config.
     """
 
-    def __init__(self, stream: TrainStream, model: nn.Module) -> None:
+    def __init__(self, stream: TrainStream, model: nn.Module, cfg: CfgNode) -> None:
         self.stream, self.model = stream, model
+        self._batch, self._settings = cfg.SOLVER.IMS_PER_BATCH, settings(cfg) | {"dataset": stream.described}
         self.started = time.time()
         self._random: dict[str, Any] | None = None
         self._of_all: list[dict[str, Any]] | None = None
@@ -55,12 +62,17 @@ class RunState(HookBase):
             "seed": self.stream.seed,
             "started": self.started,
             "batches": self.stream.batches,
+            "batch": self._batch,
+            "settings": self._settings,
             "processes": self._of_all or [self._own()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.started = state["started"]
-        self.stream.go_to(state["batches"])
+        self.stream.go_to(state["batches"] * state.get("batch", self._batch) // self._batch)
+        told = changed(state.get("settings", {}), self._settings)
+        if told:
+            logger.warning(told)
         processes, size = state["processes"], comm.get_world_size()
         if len(processes) != size:
             logger.warning("A run of %d processes goes on with %d: not as it would have gone on by itself.", len(processes), size)

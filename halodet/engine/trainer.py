@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from detectron2.engine.hooks import PreciseBN as Detectron2PreciseBN
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -28,6 +29,7 @@ from .drawings import DrawPredictions
 from .ema import EMA
 from .finite import GoBack, RollBack
 from .optimizer import build_optimizer
+from .precise_bn import PreciseBN
 from .progress import ProgressPrinter, Throughput
 from .scaling import scale_to_batch
 from .signals import StopOnSignal
@@ -38,6 +40,7 @@ from .step import Step
 from .stop import log_sentences_only
 from .tta import evaluate_augmented
 from .wandb_writer import WandbWriter
+from .writers import LenientWriter
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +89,11 @@ class Trainer(DefaultTrainer):
             late.append(EvalHook(0, lambda: {"ema": self.test_with_tta(cfg, ema.model, "inference_ema_TTA")}))
         if cfg.TEST.VIS_PERIOD and cfg.TEST.VIS_IMAGES and cfg.DATASETS.TEST and comm.is_main_process():
             late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
-        state = RunState(self.data_loader.loader, self.checkpointer.model)
+        state = RunState(self.data_loader.loader, self.checkpointer.model, cfg)
         checkpoints = Checkpoints(self.checkpointer, state, report, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
-        self.signals = StopOnSignal(checkpoints)
+        self.signals = StopOnSignal(checkpoints, cfg.TEST.EVAL_PERIOD, cfg.TEST.VIS_PERIOD)
         hooks = [hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)]
+        hooks = [PreciseBN.of(cfg, hook) if isinstance(hook, Detectron2PreciseBN) else hook for hook in hooks]
         # What changes the weights or measures comes before checkpoints, these before an evaluation, which may fail or take longer than a
         # signal gives, and what is measured then before it is written.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
@@ -100,6 +104,7 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""
         _, *others = super().build_writers()
+        others = [LenientWriter(writer) for writer in others]
         return [ProgressPrinter(self.max_iter), *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []), *others]
 
     def run_step(self) -> None:

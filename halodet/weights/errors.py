@@ -9,3 +9,5 @@ class WeightsError(ValueError):
 
 class WriteError(WeightsError):
     """A file that cannot be written; what stood there before is untouched."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h

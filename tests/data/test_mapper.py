@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import signal
 import struct
 import zlib
 from pathlib import Path
@@ -226,6 +227,14 @@ def test_evaluation_gets_a_blank_image_that_says_so(registered, tmp_path, good):
     assert bad["image_id"] == 7 and bad["image"].shape[0] == 3 and not bad["image"].any()
     assert [record.file for record in bad[SKIPPED_KEY]] == [str(tmp_path / "cut.jpg")]
     assert SKIPPED_KEY not in fine and "annotations" not in fine and fine["image"].any()
+
+
+def test_a_worker_that_is_told_to_end_loads_on(registered, good):
+    name = registered([good] * 40)
+    batches = iter(build_test_loader(config("DATALOADER.NUM_WORKERS", 1), name))
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGTERM)
+    assert len(list(batches)) == 39
 
 
 @pytest.mark.skipif(not BAD_IMAGES.is_dir(), reason=f"no folder {BAD_IMAGES}; set DETECTRON2_DATASETS to one with bad_inputs")

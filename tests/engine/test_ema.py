@@ -1,6 +1,6 @@
 """The moving average of the weights against the same sums made by hand, through a stop and a resume."""
 
-from halodet.engine import ConfigError, load_config
+from halodet.engine import CANNOT_WRITE, ConfigError, load_config
 from halodet.engine.ema import EMA, ema_decay
 from halodet.weights import Checkpointer, read_checkpoint
 
@@ -167,3 +167,11 @@ def test_a_detectors_average_is_evaluated_and_used_like_any_detector(tmp_path, t
 
     assert train_net(output, *ema, "SOLVER.MAX_ITER", "6", flags=["--resume"]) == 0
     assert read_checkpoint(str(output / "model_final.pth"))["ema"]["n_averaged"] == 6
+
+
+def test_an_average_that_cannot_be_written_ends_the_run_with_the_code_for_that(train_net, tmp_path, capfd):
+    (tmp_path / "model_final_ema.pth").mkdir()
+    assert train_net(tmp_path, "MODEL.EMA.ENABLED", True, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()") == CANNOT_WRITE
+    printed = "".join(capfd.readouterr())
+    assert "model_final_ema.pth cannot be written" in printed and "Traceback" not in printed
+    assert (tmp_path / "model_final.pth").is_file()

@@ -12,6 +12,7 @@ from halodet.engine.finite import Fault, KeptStatistics, NonFiniteError, Policy,
 import pytest
 import torch
 from detectron2.structures import Boxes
+from fvcore.nn.precise_bn import update_bn_stats
 from small_run import make_trainer, spoil
 from torch import nn
 
@@ -231,6 +232,17 @@ def test_statistics_come_back_bit_for_bit():
     assert not model[1].running_mean.isfinite().any()
     kept.restore()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model[1].num_batches_tracked == 1
+
+
+def test_statistics_that_were_put_in_the_place_of_others_come_back():
+    norm = nn.BatchNorm2d(3)
+    kept = KeptStatistics(norm)
+    update_bn_stats(norm, [torch.randn(2, 3, 4, 4)], 1)  # Detectron2's PreciseBN
+    before = norm.running_mean.clone()
+    kept.save()
+    norm(torch.full((2, 3, 4, 4), float("nan")))
+    kept.restore()
+    assert torch.equal(norm.running_mean, before) and before.any()
 
 
 def test_policies():

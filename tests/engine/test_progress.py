@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import re
 
 from halodet.engine import ConfigError, load_config
@@ -154,3 +155,12 @@ def test_weights_and_biases_is_asked_for_only_where_it_is(tmp_path, monkeypatch)
 def test_drawing_keys_are_checked():
     with pytest.raises(ConfigError, match="TEST.VIS_PERIOD is -1 and VIS_IMAGES 4, expected 0 or more"):
         load_config("quick/mask_rcnn_halo_small", ["TEST.VIS_PERIOD", "-1"])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_metrics_that_cannot_be_written_do_not_end_the_run(train_net, tmp_path, capfd):
+    (tmp_path / "metrics.json").symlink_to("/dev/full")
+    assert train_net(tmp_path, "DATASETS.TEST", "()") == 0
+    assert (tmp_path / "model_final.pth").is_file()
+    printed = "".join(capfd.readouterr())
+    assert printed.count("JSONWriter cannot write (No space left on device): training goes on") == 1

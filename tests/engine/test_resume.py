@@ -104,6 +104,8 @@ def differences(left, right, path=""):
     [
         (MASK_RCNN, []),
         (MASK_RCNN, ["DATASETS.TEST", f"('{VAL}',)", "TEST.EVAL_PERIOD", 2]),
+        (MASK_RCNN, ["MODEL.HALONET.NORM", "BN", "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 2]),
+        (MASK_RCNN, ["MODEL.EMA.ENABLED", True, "SOLVER.ACCUMULATE", 2, "SOLVER.AMP.ENABLED", True]),
         (MASK_RCNN, ["SOLVER.OPTIMIZER", "SGD", "MODEL.HALONET.STOCHASTIC_DEPTH", "0.5", "MODEL.HALONET.NORM", "BN"]),
     ],
 )
@@ -138,6 +140,23 @@ def test_an_average_that_detectron2_leaves_out_goes_on(tmp_path):
     assert again.model.loss_normalizer == made.model.loss_normalizer != 100
 
 
+def test_what_has_changed_since_the_checkpoint_is_told_in_one_line(tmp_path, caplog):
+    opts = ["MODEL.EMA.ENABLED", True, "SOLVER.MAX_ITER", 8]
+    assert stopped(trainer(tmp_path, MASK_RCNN, *opts), 3) == PREEMPTED
+    other = ["MODEL.EMA.ENABLED", False, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.5, "DATASETS.TRAIN", f"('{VAL}',)"]
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, MASK_RCNN, *opts, "TEST.EVAL_PERIOD", 7, "DATALOADER.NUM_WORKERS", 0, resume=True)
+        assert not [record for record in caplog.records if "another config" in record.getMessage()]
+        again = trainer(tmp_path, MASK_RCNN, *opts, *other, resume=True)
+    lines = [record.getMessage() for record in caplog.records if "another config" in record.getMessage()]
+    assert len(lines) == 1 and "\n" not in lines[0]
+    change = "MODEL.EMA.ENABLED True is now False", "SOLVER.IMS_PER_BATCH 2 is now 4", "images, checksum", f"now ('{VAL}',)"
+    for told in (*change, "0.5", "SOLVER.BASE_LR: the checkpoint's stay"):
+        assert told in lines[0], lines[0]
+    assert again.start_iter == 4 and again.data_loader.loader.start == 2, "8 images were seen"
+    assert {round(group["initial_lr"], 6) for group in again.optimizer.param_groups} == {0.002}, "the checkpoint's stays, as the line says"
+
+
 def test_losing_the_state_of_the_run_is_not_bit_equal(tmp_path):
     """What the test above would say of Detectron2's own checkpoints."""
     trainer(tmp_path / "whole").train()
@@ -169,6 +188,27 @@ def test_a_signal_at_the_last_iteration_leaves_before_the_evaluation(tmp_path):
     assert (tmp_path / "inference").exists()
 
 
+def test_a_signal_in_an_evaluation_leaves_with_a_checkpoint_at_once(tmp_path, monkeypatch):
+    opts = ["DATASETS.TEST", f"('{VAL}',)", "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 100, "SOLVER.MAX_ITER", 3]
+    trainer(tmp_path / "whole", MASK_RCNN, *opts).train()
+    made = trainer(tmp_path / "parts", MASK_RCNN, *opts)
+    evaluated = []
+
+    def test(cls, cfg, model):
+        torch.rand(7)
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluated.append("to its end")
+        return {}
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as caught:
+        patched.setattr(Trainer, "test", classmethod(test))
+        made.train()
+    assert caught.value.code == PREEMPTED and not evaluated
+    assert entries(tmp_path / "parts", "model_0000001")["iteration"] == 1
+    trainer(tmp_path / "parts", MASK_RCNN, *opts, seed=9, resume=True).train()
+    assert differences(entries(tmp_path / "whole"), entries(tmp_path / "parts")) == []
+
+
 def test_keeping_some(tmp_path):
     (tmp_path / ".model_0000001.pth.abc.part").write_text("half")
     (tmp_path / "notes.pth").write_text("of the user's own")
@@ -179,6 +219,21 @@ def test_keeping_some(tmp_path):
         "model_final.pth",
         "notes.pth",
     }
+
+
+def test_what_an_earlier_run_left_does_not_take_the_place_of_new_ones(tmp_path):
+    for name in ("model_0000003.pth", "model_0099999.pth"):
+        (tmp_path / name).write_text("of an earlier run")
+    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_KEEP", 1, "SOLVER.MAX_ITER", 5).train()
+    assert {path.name for path in tmp_path.glob("model_0*")} == {"model_0000003.pth", "model_0099999.pth"}
+    assert entries(tmp_path, "model_0000003")["iteration"] == 3
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplog):
+    (tmp_path / "model_0000000.pth").mkdir()  # which unlink refuses
+    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_KEEP", 1).train()
+    assert (tmp_path / "model_final.pth").is_file()
+    assert "model_0000000.pth cannot be removed" in caplog.text
 
 
 def test_without_room_for_two_checkpoints_nothing_is_trained(tmp_path, monkeypatch, caplog):
@@ -193,8 +248,9 @@ def test_without_room_for_two_checkpoints_nothing_is_trained(tmp_path, monkeypat
 
 
 def test_the_estimate_of_a_checkpoints_size_is_near(tmp_path):
-    for optimizer in ("SGD", "AdamW"):
-        made = trainer(tmp_path / optimizer, MASK_RCNN, "SOLVER.OPTIMIZER", optimizer, "SOLVER.MAX_ITER", 1)
+    for optimizer, average in (("SGD", True), ("AdamW", False)):
+        opts = ["SOLVER.OPTIMIZER", optimizer, "SOLVER.MAX_ITER", 1, "MODEL.EMA.ENABLED", average]
+        made = trainer(tmp_path / optimizer, MASK_RCNN, *opts)
         hook = next(hook for hook in made._hooks if hasattr(hook, "save_now"))
         hook.trainer = made
         before = hook._size()
