@@ -2,8 +2,8 @@
 """Train and evaluate a detector. Flags, logs and file layout are those of Detectron2's tools/train_net.py.
 
 Several processes are started by --num-gpus, torchrun or Slurm. Exit code: 0 done, 2 a mistake in config, data or weights, 70 losses that
-are not finite, 74 a checkpoint that cannot be written, 75 stopped by SIGTERM or SIGUSR1 after a checkpoint (go on with --resume), 76
-another process of the run ended.
+are not finite, 74 a checkpoint that cannot be written, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint, or before training
+(go on with --resume), 76 another process of the run ended.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from halodet.engine import (
     scale_to_batch,
     start_run,
     supervise,
+    try_again_later,
     user_data_files,
     with_seed,
 )
@@ -156,7 +157,8 @@ def save_classes(cfg: CfgNode) -> None:
 def work_spawned(args: argparse.Namespace, cfg: CfgNode) -> None:
     """A process that Detectron2's launcher has started."""
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
-    code = supervise(partial(run, args, cfg), host_of(args.dist_url), EXIT_CODES)
+    with try_again_later():
+        code = supervise(partial(run, args, cfg), host_of(args.dist_url), EXIT_CODES)
     if code:
         sys.exit(code)
 
@@ -196,6 +198,7 @@ def spawn_and_work(args: argparse.Namespace, cfg: CfgNode) -> int:
     return 0
 
 
+@try_again_later()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     gpus, world, problem = torch.cuda.device_count(), None, None

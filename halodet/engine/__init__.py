@@ -8,7 +8,7 @@ from .lifeline import EXIT_RANK_LOST
 from .record import start_run
 from .scaling import scale_to_batch
 from .setup import ConfigError, check_weights, check_writable, find_config, load_config, with_seed
-from .signals import PREEMPTED, handed_on
+from .signals import PREEMPTED, handed_on, try_again_later
 from .stop import TrainingStopped
 from .trainer import Trainer
 
@@ -36,6 +36,7 @@ __all__ = [
     "scale_to_batch",
     "start_run",
     "supervise",
+    "try_again_later",
     "user_data_files",
     "with_seed",
 ]

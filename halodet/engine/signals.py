@@ -109,6 +109,32 @@ class StopOnSignal(HookBase):
 
 
 @contextlib.contextmanager
+def try_again_later() -> Iterator[None]:
+    """Inside, until training catches them, SIGTERM and SIGUSR1 end the process at once with exit code 75: there is nothing to save yet.
+
+    A run that is asked to stop while it starts would otherwise look like one that has failed. It does not wait to tell other processes,
+    which notice.
+    """
+    own = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == own:  # not one that was forked off
+            os.write(2, f"{signal.Signals(number).name}: stopped, not in training. Exit code {PREEMPTED}.\n".encode())
+        os._exit(PREEMPTED)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may say so
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is leave:
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def handed_on() -> Iterator[None]:
     """Inside, SIGTERM and SIGUSR1 go to the processes that this one has started, which it waits for: left to itself, it would end alone.
 

@@ -88,3 +88,16 @@ def test_a_second_request_ends_it_at_once(run, tmp_path):
     twice(run)
     assert run.wait(timeout=100) == 128 + signal.SIGTERM
     assert not list(tmp_path.glob("model_*.pth"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_stopped_while_it_starts_says_that_it_can_be_tried_again(tmp_path, number):
+    starting = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import train_net; "
+        f"train_net.Trainer.build_model = lambda *_: os.kill(os.getpid(), {number}); sys.exit(train_net.main())"
+    )
+    data = ["--train-json", write_shapes(tmp_path / "data", "train", 4), "--train-images", tmp_path / "data" / "train"]
+    command = [sys.executable, "-c", starting, "--config-file", "quick/mask_rcnn_halo_shapes", *data, "OUTPUT_DIR", tmp_path / "run", *OPTS]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert run.returncode == PREEMPTED and f"{number.name}: stopped, not in training" in run.stderr, run.stderr
+    assert not list((tmp_path / "run").glob("model_*.pth"))
