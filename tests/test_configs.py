@@ -58,8 +58,9 @@ def test_configs_default_to_coco_and_their_own_output(name):
     assert cfg.OUTPUT_DIR == f"./output/{name.removesuffix('.yaml')}"
 
 
-def test_the_recipe_for_timms_networks_decays_matrices_and_kernels_only():
-    cfg = load_config("mask_rcnn_halonet50ts", ["MODEL.DEVICE", "cpu"]).clone()
+@pytest.mark.parametrize(("name", "decay"), [("mask_rcnn_halonet50ts", 0.05), ("mask_rcnn_halo_h4", 0.0001), ("retinanet_halo_h4", 0.0001)])
+def test_recipes_decay_matrices_and_kernels_only(name, decay):
+    cfg = load_config(name, ["MODEL.DEVICE", "cpu"]).clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
@@ -67,7 +68,7 @@ def test_the_recipe_for_timms_networks_decays_matrices_and_kernels_only():
     decays = {id(p): group["weight_decay"] for group in Trainer.build_optimizer(cfg, model).param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         spared = parameter.ndim == 1 or name.endswith(("height_rel", "width_rel"))
-        assert decays[id(parameter)] == (0.0 if spared else 0.05), name
+        assert decays[id(parameter)] == (0.0 if spared else decay), name
 
 
 @pytest.mark.parametrize(
