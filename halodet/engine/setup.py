@@ -66,6 +66,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_file(str(path), allow_unsafe=False)
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError) as error:
         raise ConfigError(f"{path} cannot be used: {_key_problem(cfg, error)}") from error
+    flags = [word for word in opts if word.startswith("--")]
+    if flags:
+        raise ConfigError(f"{flags[0]} stands among the overrides {' '.join(opts)}: flags come before them")
     if len(opts) % 2:
         raise ConfigError(f"overrides come in pairs KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
     for key in opts[::2]:

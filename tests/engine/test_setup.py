@@ -54,6 +54,7 @@ def test_a_config_executes_nothing(tmp_path):
         ("- 1\n- 2\n", [], "holds no config"),
         ("", [], "holds no config"),
         (PLAIN, ["MODEL.HALONET.VARIANT"], "pairs KEY VALUE, got 1 words"),
+        (PLAIN, ["SOLVER.MAX_ITER", "9", "--resume"], "--resume stands among the overrides .*: flags come before them"),
         (PLAIN, ["MODEL.HALONET.VARIAN", "H1"], "nearest are MODEL.HALONET.VARIANT"),
         (PLAIN, [*HALO, "MODEL.HALONET.VARIANT", "H9"], "no HaloNet variant 'H9'"),
         (
