@@ -146,7 +146,7 @@ def test_ctrl_c_keeps_what_was_found(tmp_path):
         shown += os.read(process.stderr.fileno(), 4096)
     os.killpg(process.pid, signal.SIGINT)
     out, rest = (text.decode() for text in process.communicate(timeout=60))
-    assert process.returncode == 130 and "Traceback" not in rest
+    assert process.returncode == 130 and "Traceback" not in rest, f"{process.returncode}\n{out}\n{rest}"
     first, last = out.splitlines()
     assert "truncated" in first and re.search(r"stopped after [1-9]\d* of 60004 images, 1 faults so far", last)
     found = json.loads(report.read_text())

@@ -97,12 +97,14 @@ def test_layers_are_those_of_timm():
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("decay", ["0.0", "0.02"])
-def test_decay_of_tables_and_norms(name, decay):
+def test_decay_of_tables_norms_and_biases(name, decay):
     keys = (
         "SOLVER.OPTIMIZER",
         name,
         "SOLVER.WEIGHT_DECAY_NORM",
         "0.001",
+        "SOLVER.WEIGHT_DECAY_BIAS",
+        "0.002",
         "SOLVER.WEIGHT_DECAY_REL_POS",
         decay,
         "SOLVER.LAYER_DECAY",
@@ -115,7 +117,8 @@ def test_decay_of_tables_and_norms(name, decay):
             table = parameter in ("height_rel", "width_rel")
             tables += table
             norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            expected = float(decay) if table else 0.001 if norm else 0.05
+            # A norm's bias is a bias, as Detectron2 has it.
+            expected = float(decay) if table else 0.002 if parameter == "bias" else 0.001 if norm else 0.05
             assert given[f"{module_name}.{parameter}"]["weight_decay"] == expected, (module_name, parameter)
     assert tables == 2 * 3  # three halo blocks
 

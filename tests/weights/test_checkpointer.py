@@ -277,8 +277,14 @@ def test_timms_networks_are_told_by_their_tensors():
     assert identify({name: tuple(value.shape) for name, value in state.items()}) == "timm's halonet26t"
 
 
+class NoImages(list):
+    """In the place of the stream of training data."""
+
+    described = "0 images"
+
+
 def test_the_trainer_loads_and_saves_through_it(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "build_train_loader", classmethod(lambda cls, cfg: CountingLoader([])))
+    monkeypatch.setattr(Trainer, "build_train_loader", classmethod(lambda cls, cfg: CountingLoader(NoImages())))
     opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", str(files / "variant.pth"), "MODEL.HALONET.NORM", "BN", "DATASETS.TEST", "()"]
     cfg = load_config(CONFIG, [*LIGHT, *opts])
     trainer = Trainer(cfg)
