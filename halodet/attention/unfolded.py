@@ -47,11 +47,12 @@ def halo_attention_unfolded(
         values = torch.cat((values, extra_v), -2)
     out = torch.matmul(scores.softmax(-1).to(values.dtype), values)
 
-    # Every query is fetched from its block: (B, heads, rows, columns, queries * queries, d) -> (B, heads, H, W, d). What completes the last
-    # block is left behind; to cut it off would tie an exported graph to maps that blocks do, or do not, divide.
+    # Every query is fetched from its place in the blocks laid side by side: what completes the last block is left behind. A slice would tie
+    # an exported graph to maps that blocks do, or do not, divide, and to fetch by quotient and remainder of the position goes wrong in
+    # some versions of PyTorch's compiler (12 × 18 in blocks of 12).
+    out = out.unflatten(-2, (shape.queries, shape.queries)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     y, x = torch.arange(shape.query_height, device=device).unsqueeze(1), torch.arange(shape.query_width, device=device)
-    out = out[:, :, y // shape.queries, x // shape.queries, y % shape.queries * shape.queries + x % shape.queries]
-    return out.permute(0, 1, 4, 2, 3)
+    return out[:, :, y, x].permute(0, 1, 4, 2, 3)
 
 
 def _positions(count: int, block: int, queries: int, before: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:

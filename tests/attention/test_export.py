@@ -6,6 +6,7 @@ from halodet.mixers.halo import HaloMixer
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SIZES = [(13, 22), (6, 31), (40, 16)]  # the graph is made with the first; blocks of 4 divide the last
@@ -78,6 +79,20 @@ def test_compiled_layer_is_one_graph_with_the_same_gradients(case):
         torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
         for a, b in zip(*(torch.autograd.grad(y.sin().sum(), inputs) for y in (other, plain)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_compilers_own_kernels_fetch_every_query():
+    """In the form once used it lost those beyond the twelfth column."""
+    mixer = HaloMixer(16, 16, num_heads=2, block_size=12, halo_size=2)
+    network = nn.Sequential(mixer, nn.BatchNorm2d(16))
+    x = torch.randn(2, 16, 12, 18, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (plain, *expected), (compiled, *gradients) = (
+        [y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])] for y in (run(x) for run in (network, torch.compile(network)))
+    )
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_checkpointed_layer_has_the_same_gradients():
