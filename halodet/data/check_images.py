@@ -6,12 +6,13 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -58,14 +59,16 @@ def check_images(checked: CheckedJson, image_dir: str | Path, *, processes: int 
     problems: list[str | None] = []
     try:
         if processes == 1:
-            _append(problems, bar(map(read, images)))
+            with _interruptible() as asked:
+                _append(problems, bar(map(read, images)), asked)
         else:
             # Not forked: a fork of a process in which libraries run threads may hang.
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                with _uninterrupted():  # what is started now stays so, and does not print a traceback for each process
+                with _interrupts(signal.SIG_IGN):  # what is started now stays so, and does not print a traceback for each process
                     results = pool.map(read, images, chunksize=_CHUNK)
                 try:
-                    _append(problems, bar(results))
+                    with _interruptible() as asked:
+                        _append(problems, bar(results), asked)
                 except KeyboardInterrupt:
                     pool.shutdown(wait=False, cancel_futures=True)  # else all that is handed out would be read first
                     raise
@@ -79,9 +82,11 @@ def check_images(checked: CheckedJson, image_dir: str | Path, *, processes: int 
     return _faults(checked, images, problems)
 
 
-def _append(problems: list[str | None], found: Iterable[str | None]) -> None:
+def _append(problems: list[str | None], found: Iterable[str | None], asked: threading.Event) -> None:
     for problem in found:  # one by one: what there is on Ctrl-C counts
         problems.append(problem)
+        if asked.is_set():
+            raise KeyboardInterrupt
 
 
 def _faults(checked: CheckedJson, images: list[dict[str, Any]], problems: list[str | None]) -> list[Fault]:
@@ -93,12 +98,25 @@ def _faults(checked: CheckedJson, images: list[dict[str, Any]], problems: list[s
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Have Ctrl-C do nothing, here and in the processes started here."""
+def _interruptible() -> Iterator[threading.Event]:
+    """Have Ctrl-C raise KeyboardInterrupt, and remember it: Python drops one that comes while an object is being removed, for example."""
+    asked = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        raise KeyboardInterrupt
+
+    with _interrupts(stop):
+        yield asked
+
+
+@contextlib.contextmanager
+def _interrupts(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Have Ctrl-C do this, here and, where it is to do nothing, in the processes started here."""
     if threading.current_thread() is not threading.main_thread():  # which alone may say so
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
