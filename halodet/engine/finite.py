@@ -131,7 +131,8 @@ class KeptStatistics:
 def gradient_norm(model: nn.Module) -> float:
     """The L2 norm of all gradients of ``model`` together; not finite where one of them is not."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+    # PyTorch's get_total_norm came after the oldest version that is supported.
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])).item() if gradients else 0.0
 
 
 def first_non_finite(values: dict[str, float]) -> str:
