@@ -175,7 +175,7 @@ def join(world: World, device: str, timeout: timedelta, *, problem: str = "") ->
     place = [kind, here, world.local_size, problem]
     try:
         store, places = meet(world.rank, world.size, place, min(timeout, _PROBLEM_WAIT) if problem else timeout)
-    except (dist.DistError, OSError) as error:
+    except (RuntimeError, OSError) as error:  # older versions of PyTorch have no kind of their own for some of them
         if problem:
             raise ConfigError(problem) from error
         if "EADDRINUSE" in str(error):
