@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_RANK_LOST = 76  # of every process that ends because another one did
 _JOIN_SECONDS, _HELLO_SECONDS, _SETTLE_SECONDS, _LINGER_SECONDS = 60.0, 5.0, 5.0, 3.0
+_SAME_SECONDS = 1.0  # in which processes find the same mistake
 _SILENT = "it was killed, or its machine is gone"
 
 
@@ -48,7 +49,7 @@ class Lifeline:
         listener = _listener() if self.rank == 0 else None
         told = comm.all_gather((socket.gethostname(), listener.getsockname()[1] if listener else 0, secrets.token_hex(16)))
         self.hosts, token = [name for name, _, _ in told], told[0][2]
-        self._lock, self._heard, self._failing = threading.Lock(), threading.Event(), False
+        self._lock, self._heard, self._failing, self._ending = threading.Lock(), threading.Event(), threading.Event(), False
         self._verdict: dict[str, Any] = {}
         self._peers: dict[Connection, int] = {}
         self._connection: Connection | None
@@ -76,7 +77,8 @@ class Lifeline:
         if not self._connection:
             return None
         with self._lock:
-            self._failing, ending = True, bool(self._verdict)
+            self._failing.set()
+            ending = self._ending
         if ending:  # this process too, which has told why: often the very same
             self._listener.join()
         with suppress(OSError):
@@ -106,9 +108,15 @@ class Lifeline:
         verdict = _receive(self._connection) or {"rank": 0, "text": _SILENT}
         with self._lock:
             self._verdict = {} if "over" in verdict else verdict
-            self._heard.set()
-            if self._failing or not self._verdict:
+        self._heard.set()
+        if not self._verdict:
+            return
+        if verdict["text"] != _SILENT:
+            self._failing.wait(_SAME_SECONDS)
+        with self._lock:
+            if self._failing.is_set():  # the main thread tells of it, once
                 return
+            self._ending = True
         end(self._message())
 
     def _serve(self) -> None:
