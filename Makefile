@@ -30,7 +30,7 @@ lint: $(READY)  ## check the style
 	@$(BIN)/ruff check halodet tools tests setup.py
 
 doctor: $(READY)  ## print versions, device, what is missing and the mend for it
-	@$(BIN)/python -m halodet.doctor
+	@$(BIN)/python -m halodet.utils.collect_env
 
 install: $(READY)  ## only make the environment
 

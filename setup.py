@@ -4,7 +4,9 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
-    line.split('"')[1] for line in (HERE / "halodet/__init__.py").read_text(encoding="utf-8").splitlines() if line.startswith("__version__")
+    line.split('"')[1]
+    for line in (HERE / "halodet/__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
 )
 
 setup(

@@ -1,6 +1,12 @@
-"""What several tests need."""
+"""Fixtures of all tests."""
 
+import json
+import logging
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +14,21 @@ import torch
 # Without a GPU the Triton kernels are interpreted. Triton reads this when it is first imported, so it comes before everything else.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from halodet.data import write_shapes  # noqa: E402
+from halodet.data.user_datasets import USER_DATASETS  # noqa: E402
+
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.utils.logger import setup_logger  # noqa: E402
+from helpers import ROOT, load_tool  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent / "engine"))  # for small_run, which scripts of other processes import too
+
+
+TINY = [
+    "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5",
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "4",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -17,3 +38,96 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """What names four scenes to train on, which are evaluated on as well."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_shapes(root, "train", 4)
+    files = root / "annotations/train.json", root / "train"
+    return [
+        f"--{split}-{kind}={file}"
+        for split in ("train", "val")
+        for kind, file in zip(("json", "images"), files, strict=True)
+    ]
+
+
+@pytest.fixture
+def train_net(scenes, one_thread):
+    """The tool with a tiny detector: (output folder, keys and values, further flags) -> exit code."""
+
+    def run(output, *opts, flags=(), config="quick/mask_rcnn_halo_shapes", tiny=TINY):
+        with as_before():
+            return load_tool("train_net").main(
+                [
+                    f"--config-file={config}",
+                    *scenes,
+                    *map(str, flags),
+                    "OUTPUT_DIR",
+                    str(output),
+                    *tiny,
+                    *map(str, opts),
+                ]
+            )
+
+    return run
+
+
+@contextmanager
+def as_before():
+    """Take back what a run leaves in its process: its datasets, and loggers that other tests listen to."""
+    setup_logger.cache_clear()
+    loggers = [logging.getLogger(name) for name in ("halodet", "detectron2", "fvcore")]
+    before = [(log, list(log.handlers), log.propagate, log.level) for log in loggers]
+    try:
+        yield
+    finally:
+        for log, handlers, log.propagate, level in before:
+            for handler in set(log.handlers) - set(handlers):
+                log.removeHandler(handler)
+                handler.close()
+            log.setLevel(level)
+        for name in USER_DATASETS:
+            if name in DatasetCatalog.list():
+                DatasetCatalog.remove(name)
+                MetadataCatalog.pop(name)
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """The lines of a run's metrics.json."""
+    return lambda output: [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """Run a script in two processes of this machine, without GPUs; returns (torchrun's exit code, everything that was printed)."""
+
+    def start(*arguments, timeout=300, **environment):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            *map(str, arguments),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+        return run.returncode, run.stdout + run.stderr
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture
+def shapes(shapes_folder, monkeypatch, one_thread):
+    """Runs look for datasets/shapes in a folder of the tests', where it is drawn once."""
+    monkeypatch.chdir(shapes_folder)
+    return shapes_folder

@@ -12,7 +12,13 @@ SMALL = [
     "MODEL.HALONET.DEPTHS", "(1, 1, 1, 2)", "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.HALONET.NORM", "GN", "MODEL.FPN.NORM", "",
     "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32", "INPUT.MASK_FORMAT", "bitmask",
 ]  # fmt: skip
-CONFIGS = ["mask_rcnn_halo_h4", "cascade_mask_rcnn_halo_h4", "faster_rcnn_halo_h4", "retinanet_halo_h4", "mask_rcnn_r50_se_halo_b32h3"]
+CONFIGS = [
+    "mask_rcnn_halo_h4",
+    "cascade_mask_rcnn_halo_h4",
+    "faster_rcnn_halo_h4",
+    "retinanet_halo_h4",
+    "mask_rcnn_r50_se_halo_b32h3",
+]
 
 
 def batch():
@@ -41,13 +47,19 @@ def test_a_training_step_reaches_every_part(name, border):
     sum(losses.values()).backward()
     for part in ("stem", "res2", "res3", "res4", "res5"):
         gradients = [p.grad for p in getattr(model.backbone.bottom_up, part).parameters() if p.grad is not None]
-        assert gradients and all(torch.isfinite(g).all() for g in gradients) and sum(g.abs().sum() for g in gradients) > 0
+        assert (
+            gradients and all(torch.isfinite(g).all() for g in gradients) and sum(g.abs().sum() for g in gradients) > 0
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS[:4])
 def test_images_of_a_batch_are_predicted_in_their_own_sizes(name):
     torch.manual_seed(0)
-    model = build_model(load_config(name, [*SMALL, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]))
+    model = build_model(
+        load_config(
+            name, [*SMALL, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
+        )
+    )
     # every branch of the backbone at work, and boxes that are more than their anchors
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from halodet.config import config_dir
+from halodet.config.defaults import config_dir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,8 @@ import argparse
 import logging
 import sys
 
-from halodet.engine import ConfigError, load_config
+from halodet.engine import load_config
+from halodet.errors import ConfigError
 
 import torch
 from detectron2.export import TracingAdapter
@@ -52,7 +53,12 @@ def analyze(model: nn.Module, height: int, width: int) -> list[tuple[str, float,
     parameters = parameter_count(model)
     # both counts wrap the model, so that its modules are "model.…" there
     rows = [
-        (row, parameters[name] / 1e6, flops.by_module()[f"model.{name}"] / 1e9, activations.by_module()[f"model.{name}"] / 1e6)
+        (
+            row,
+            parameters[name] / 1e6,
+            flops.by_module()[f"model.{name}"] / 1e9,
+            activations.by_module()[f"model.{name}"] / 1e6,
+        )
         for row, name in parts(model).items()
     ]
     rows = [row for row in rows if any(row[1:])]  # anchor generators and the like cost nothing
@@ -61,13 +67,19 @@ def analyze(model: nn.Module, height: int, width: int) -> list[tuple[str, float,
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path to a config file, or its name in halodet's configs")
-    parser.add_argument("--size", nargs=2, type=int, default=(800, 1333), metavar=("HEIGHT", "WIDTH"), help="of the image (800 1333)")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="path to a config file, or its name in halodet's configs"
+    )
+    parser.add_argument(
+        "--size", nargs=2, type=int, default=(800, 1333), metavar=("HEIGHT", "WIDTH"), help="of the image (800 1333)"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides KEY VALUE ...")
     args = parser.parse_args(argv)
     try:
         if min(args.size) < 1:
-            raise ConfigError(f"--size is {args.size[0]} {args.size[1]}, expected a height and a width of at least 1 pixel")
+            raise ConfigError(
+                f"--size is {args.size[0]} {args.size[1]}, expected a height and a width of at least 1 pixel"
+            )
         cfg = load_config(args.config_file, args.opts)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

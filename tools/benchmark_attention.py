@@ -22,7 +22,14 @@ from pathlib import Path
 
 from halodet.benchmark import attention
 from halodet.benchmark.chart import draw_ratios
-from halodet.benchmark.measure import geometric_mean, interleave, measure_machine, peak_memory, ratio, use_even_allocator
+from halodet.benchmark.measure import (
+    geometric_mean,
+    interleave,
+    measure_machine,
+    peak_memory,
+    ratio,
+    use_even_allocator,
+)
 
 import torch
 from tabulate import tabulate
@@ -33,20 +40,52 @@ MODES = ("forward", "training")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", default=["800x1333", "1024x1024"], metavar="HxW", help="of images (800x1333 1024x1024)")
-    parser.add_argument("--stride", nargs="+", type=int, default=[8, 16, 32], choices=sorted(attention.CHANNELS), help="of maps (8 16 32)")
-    parser.add_argument("--map", nargs="+", default=[], metavar="CxHxW", help="maps to use in place of --size and --stride")
+    parser.add_argument(
+        "--size", nargs="+", default=["800x1333", "1024x1024"], metavar="HxW", help="of images (800x1333 1024x1024)"
+    )
+    parser.add_argument(
+        "--stride",
+        nargs="+",
+        type=int,
+        default=[8, 16, 32],
+        choices=sorted(attention.CHANNELS),
+        help="of maps (8 16 32)",
+    )
+    parser.add_argument(
+        "--map", nargs="+", default=[], metavar="CxHxW", help="maps to use in place of --size and --stride"
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images (1)")
-    parser.add_argument("--block", nargs="+", metavar="B,H", default=[f"{b},{h}" for b, h in attention.BLOCKS], help="block and halo sizes")
-    parser.add_argument("--contenders", nargs="+", choices=list(attention.CONTENDERS), help="all that are installed; on the CPU not flex")
-    parser.add_argument("--border", choices=("zero", "mask"), default="zero", help="of halodet; zero is what timm computes (zero)")
+    parser.add_argument(
+        "--block",
+        nargs="+",
+        metavar="B,H",
+        default=[f"{b},{h}" for b, h in attention.BLOCKS],
+        help="block and halo sizes",
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=list(attention.CONTENDERS),
+        help="all that are installed; on the CPU not flex",
+    )
+    parser.add_argument(
+        "--border", choices=("zero", "mask"), default="zero", help="of halodet; zero is what timm computes (zero)"
+    )
     parser.add_argument("--backend", default="auto", help="of halodet (auto)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of maps and weights (float32)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of maps and weights (float32)"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each (7)")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too; on the CPU a process starts for each figure")
-    parser.add_argument("--system-allocator", action="store_true", help="keep glibc's way with large blocks; by default all are reused")
-    parser.add_argument("--output", type=Path, default=Path("output/benchmark_attention"), metavar="FOLDER", help="for what is measured")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure peak memory too; on the CPU a process starts for each figure"
+    )
+    parser.add_argument(
+        "--system-allocator", action="store_true", help="keep glibc's way with large blocks; by default all are reused"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/benchmark_attention"), metavar="FOLDER", help="for what is measured"
+    )
     args = parser.parse_args(argv)
     try:
         args.sizes = [tuple(map(int, size.split("x"))) for size in args.size]
@@ -54,8 +93,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.maps = [tuple(map(int, size.split("x"))) for size in args.map]
     except ValueError:
         parser.error("--size wants HEIGHTxWIDTH, --map CHANNELSxHEIGHTxWIDTH and --block BLOCK,HALO in whole numbers")
-    if any(len(x) != 2 or min(x) < 1 for x in args.sizes) or any(len(x) != 3 or min(x) < 1 or x[0] % 8 for x in args.maps):
-        parser.error("--size wants HEIGHTxWIDTH and --map CHANNELSxHEIGHTxWIDTH, each at least 1, and channels that 8 heads divide")
+    if any(len(x) != 2 or min(x) < 1 for x in args.sizes) or any(
+        len(x) != 3 or min(x) < 1 or x[0] % 8 for x in args.maps
+    ):
+        parser.error(
+            "--size wants HEIGHTxWIDTH and --map CHANNELSxHEIGHTxWIDTH, each at least 1, and channels that 8 heads divide"
+        )
     if any(len(x) != 2 or x[0] < 1 or x[1] < 0 for x in args.blocks):
         parser.error("--block wants BLOCK,HALO, a block of at least 1 and a halo of at least 0")
     if min(*args.batch, args.rounds) < 1:
@@ -98,7 +141,9 @@ def measure(setting: attention.Setting, args: argparse.Namespace, machine) -> di
         del calls
         if args.memory:
             for name in seconds:
-                peak = peak_memory(attention.build_call, name, setting, mode, args.border, args.backend, device, dtype, device=device)
+                peak = peak_memory(
+                    attention.build_call, name, setting, mode, args.border, args.backend, device, dtype, device=device
+                )
                 result[mode][name]["peak_mib"] = None if peak is None else peak / 2**20
     return result
 
@@ -130,7 +175,9 @@ def table(results: dict[str, dict], names: list[str]) -> str:
         row = [f"{len(results)} settings", mode, ""]
         for name in names[1:]:
             ratios = [result[mode][name]["ratio"] for result in results.values() if "ratio" in result[mode][name]]
-            row.append(f"geometric mean {geometric_mean(ratios):.2f}×, least {min(ratios):.2f}×" if ratios else "failed")
+            row.append(
+                f"geometric mean {geometric_mean(ratios):.2f}×, least {min(ratios):.2f}×" if ratios else "failed"
+            )
         rows.append(row)
     return tabulate(rows, ["batch×C×H×W", "", *names], tablefmt="github")
 
@@ -141,7 +188,9 @@ def main(argv: list[str] | None = None) -> int:
         use_even_allocator()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if args.maps:
-        todo = [attention.Setting(batch, *m, *block) for batch in args.batch for m in args.maps for block in args.blocks]
+        todo = [
+            attention.Setting(batch, *m, *block) for batch in args.batch for m in args.maps for block in args.blocks
+        ]
     else:
         todo = attention.settings(args.sizes, args.stride, args.batch, args.blocks)
     machine = measure_machine(device, dtype)
@@ -165,15 +214,22 @@ def main(argv: list[str] | None = None) -> int:
         figures = "; ".join(line(mode, result[mode], args.names) for mode in MODES)
         print(f"{i}/{len(todo)} {setting}: {figures}; about {left / 60:.0f} min left", flush=True)
         # written after every setting, so that an interrupted run has lost nothing
-        (args.output / "results.json").write_text(json.dumps({"machine": title, "results": results}, indent=1), encoding="utf-8")
+        (args.output / "results.json").write_text(
+            json.dumps({"machine": title, "results": results}, indent=1), encoding="utf-8"
+        )
     text = table(results, args.names)
     for setting, result in results.items():
         for mode in MODES:
-            text += "".join(f"\n{setting}, {mode}: {n}: {r['failed']}" for n, r in result[mode].items() if "failed" in r)
+            text += "".join(
+                f"\n{setting}, {mode}: {n}: {r['failed']}" for n, r in result[mode].items() if "failed" in r
+            )
     print(text)
     (args.output / "table.md").write_text(f"{title}\n\n{text}\n", encoding="utf-8")
     labels = list(results)
-    panels = {mode: (labels, {n: [r[mode][n].get("ratio") for r in results.values()] for n in args.names[1:]}) for mode in MODES}
+    panels = {
+        mode: (labels, {n: [r[mode][n].get("ratio") for r in results.values()] for n in args.names[1:]})
+        for mode in MODES
+    }
     if args.names[1:]:
         draw_ratios(panels, title, args.output / "ratios.png")
     print(f"written to {args.output}: results.json, table.md" + (", ratios.png" if args.names[1:] else ""))

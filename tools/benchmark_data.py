@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from halodet.data import DatasetError
-from halodet.engine import ConfigError, Trainer, load_config, prepare_datasets
+from halodet.engine import Trainer, load_config, prepare_datasets
+from halodet.errors import ConfigError, DatasetError
 from halodet.inference import write_json
 
 import torch
@@ -77,7 +77,9 @@ class Contender:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", nargs="+", default=["mask_rcnn_halo_h4", "mask_rcnn_r50"], metavar="FILE", help="configs")
+    parser.add_argument(
+        "--config-file", nargs="+", default=["mask_rcnn_halo_h4", "mask_rcnn_r50"], metavar="FILE", help="configs"
+    )
     parser.add_argument("--batch", type=int, default=2, help="images (2)")
     parser.add_argument("--workers", type=int, default=2, help="processes that load data for each config (2)")
     parser.add_argument("--rounds", type=int, default=5, help="timings of each (5)")
@@ -97,13 +99,22 @@ def config(name: str, args: argparse.Namespace) -> CfgNode:
     prepare_datasets(cfg)
     cfg.defrost()
     cfg.SOLVER.BASE_LR = 0.0
-    for node in (cfg.MODEL.HALONET, cfg.MODEL.TIMM, cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+    for node in (
+        cfg.MODEL.HALONET,
+        cfg.MODEL.TIMM,
+        cfg.MODEL.RESNETS,
+        cfg.MODEL.FPN,
+        cfg.MODEL.ROI_BOX_HEAD,
+        cfg.MODEL.ROI_MASK_HEAD,
+    ):
         node.NORM = "BN" if node.NORM == "SyncBN" else node.NORM
     cfg.freeze()
     return cfg
 
 
-def measure(contenders: dict[str, Contender], rounds: int, say: Callable[[str], Any]) -> dict[str, dict[str, list[float]]]:
+def measure(
+    contenders: dict[str, Contender], rounds: int, say: Callable[[str], Any]
+) -> dict[str, dict[str, list[float]]]:
     """Config -> figure -> seconds of each round."""
     seconds: dict[str, dict[str, list[float]]] = {name: {figure: [] for figure in _FIGURES} for name in contenders}
     with EventStorage():
@@ -122,7 +133,9 @@ def table(seconds: dict[str, dict[str, list[float]]], batch: int) -> str:
     for name, figures in seconds.items():
         loader, step, waiting = (statistics.median(figures[figure]) for figure in _FIGURES)
         rows.append([name, f"{batch / loader:.2f}", f"{batch / step:.2f}", f"{step:.2f} s", f"{waiting / step:.1%}"])
-    return tabulate(rows, ["config", "loader images/s", "step images/s", "step", "of it waiting for data"], tablefmt="github")
+    return tabulate(
+        rows, ["config", "loader images/s", "step images/s", "step", "of it waiting for data"], tablefmt="github"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,7 +146,9 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     seconds = measure(contenders, args.rounds, lambda text: print(text, flush=True))
-    print(f"batch {args.batch}, {args.workers} workers, {torch.get_num_threads()} CPU threads, medians of {args.rounds} rounds")
+    print(
+        f"batch {args.batch}, {args.workers} workers, {torch.get_num_threads()} CPU threads, medians of {args.rounds} rounds"
+    )
     print(table(seconds, args.batch))
     if args.output:
         write_json(args.output, {"arguments": json.loads(json.dumps(vars(args), default=str)), "seconds": seconds})

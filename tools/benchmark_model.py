@@ -37,7 +37,7 @@ from pathlib import Path
 from halodet.benchmark import models
 from halodet.benchmark.chart import draw_ratios
 from halodet.benchmark.measure import interleave, peak_memory, ratio, use_even_allocator
-from halodet.engine import ConfigError
+from halodet.errors import ConfigError
 
 import torch
 from tabulate import tabulate
@@ -53,20 +53,36 @@ WEIGHTS = {"forward": 1, "training": 3}
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", nargs="+", default=[], metavar="FILE", help="halodet configs, in place of the default ones")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help=f"any of {' '.join([*models.OURS, *models.DETECTRON2])} (all)")
-    parser.add_argument("--reference", metavar="NAME", help="what ratios are relative to (R50-FPN, or the first contender)")
-    parser.add_argument("--what", nargs="+", choices=models.KINDS, default=list(models.KINDS), help="(backbone detector)")
+    parser.add_argument(
+        "--config-file", nargs="+", default=[], metavar="FILE", help="halodet configs, in place of the default ones"
+    )
+    parser.add_argument(
+        "--contenders", nargs="+", metavar="NAME", help=f"any of {' '.join([*models.OURS, *models.DETECTRON2])} (all)"
+    )
+    parser.add_argument(
+        "--reference", metavar="NAME", help="what ratios are relative to (R50-FPN, or the first contender)"
+    )
+    parser.add_argument(
+        "--what", nargs="+", choices=models.KINDS, default=list(models.KINDS), help="(backbone detector)"
+    )
     parser.add_argument("--size", default="800x1333", metavar="HxW", help="of images (800x1333)")
     parser.add_argument("--batch", type=int, default=1, help="images (1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 is autocast (float32)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 is autocast (float32)"
+    )
     parser.add_argument("--channels-last", action="store_true", help="weights and images with channels last")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (5)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory of a training step too")
-    parser.add_argument("--system-allocator", action="store_true", help="leave glibc's allocator as it is; else it reuses all blocks alike")
+    parser.add_argument(
+        "--system-allocator",
+        action="store_true",
+        help="leave glibc's allocator as it is; else it reuses all blocks alike",
+    )
     folder = Path("output/benchmark_model")
-    parser.add_argument("--output", type=Path, default=folder, metavar="FOLDER", help="for results.json, table.md, ratios.png")
+    parser.add_argument(
+        "--output", type=Path, default=folder, metavar="FOLDER", help="for results.json, table.md, ratios.png"
+    )
     args = parser.parse_args(argv)
     if not re.fullmatch(r"\d+x\d+", args.size) or min(map(int, args.size.split("x"))) < 32:
         parser.error(f"--size is {args.size}, expected HEIGHTxWIDTH in whole numbers of at least 32")
@@ -75,12 +91,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         parser.error(f"--device is {args.device}, expected cpu, cuda or cuda:N")
     if args.device != "cpu" and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device is {args.device}, but PyTorch sees {torch.cuda.device_count()} GPUs here, counted from 0")
+        parser.error(
+            f"--device is {args.device}, but PyTorch sees {torch.cuda.device_count()} GPUs here, counted from 0"
+        )
     known = [*models.OURS, *models.DETECTRON2]
     unknown = [name for name in args.contenders or [] if name not in known]
     if unknown:
         parser.error(f"no contender {', '.join(unknown)}: there are {', '.join(known)}, and --config-file takes others")
-    args.names = list(dict.fromkeys(args.config_file + (args.contenders or (list(models.DETECTRON2) if args.config_file else known))))
+    args.names = list(
+        dict.fromkeys(args.config_file + (args.contenders or (list(models.DETECTRON2) if args.config_file else known)))
+    )
     args.reference = args.reference or ("R50-FPN" if "R50-FPN" in args.names else args.names[0])
     if args.reference not in args.names:
         parser.error(f"--reference is {args.reference}, which is no contender here: these are {', '.join(args.names)}")
@@ -95,7 +115,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except OSError as error:
         parser.error(f"--output {args.output} cannot be written to: {error.strerror}")
     height, width = map(int, args.size.split("x"))
-    args.setting = models.Setting(height, width, args.batch, args.device, getattr(torch, args.dtype), args.channels_last)
+    args.setting = models.Setting(
+        height, width, args.batch, args.device, getattr(torch, args.dtype), args.channels_last
+    )
     return args
 
 
@@ -135,21 +157,41 @@ def measure(kind: str, args: argparse.Namespace, results: dict, progress: Progre
     for mode in models.MODES:
         calls, seconds = {}, {}
         for name, model in contenders.items():
-            call = attempt(f"{TITLES[kind]}, {mode}: {name}", results[name][mode], models.build_call, model, kind, mode, args.setting)
+            call = attempt(
+                f"{TITLES[kind]}, {mode}: {name}",
+                results[name][mode],
+                models.build_call,
+                model,
+                kind,
+                mode,
+                args.setting,
+            )
             if call is not None:
                 calls[name], seconds[name] = call, []
         for i in range(args.rounds + 1):  # the first compiles, tunes and gets memory, and does not count
             for name in list(calls):
                 one = {name: calls[name]}
-                times = attempt(f"{TITLES[kind]}, {mode}: {name}", results[name][mode], interleave, one, rounds=1, device=device, warmup=0)
+                times = attempt(
+                    f"{TITLES[kind]}, {mode}: {name}",
+                    results[name][mode],
+                    interleave,
+                    one,
+                    rounds=1,
+                    device=device,
+                    warmup=0,
+                )
                 if times is None:
                     del calls[name], seconds[name]
                 elif i:
                     seconds[name] += times[name]
             for name, times in seconds.items() if i else ():
                 results[name][mode]["ms"] = statistics.median(times) * 1e3
-                results[name][mode]["ratio"] = ratio(times, seconds[args.reference]) if args.reference in seconds else None
-            progress.step(WEIGHTS[mode], f"{TITLES[kind]}, {mode}: " + (f"round {i} of {args.rounds}" if i else "warmed up"))
+                results[name][mode]["ratio"] = (
+                    ratio(times, seconds[args.reference]) if args.reference in seconds else None
+                )
+            progress.step(
+                WEIGHTS[mode], f"{TITLES[kind]}, {mode}: " + (f"round {i} of {args.rounds}" if i else "warmed up")
+            )
             save()
     contenders = model = calls = call = one = None  # their memory is wanted below
     for name in args.names if args.memory else ():
@@ -208,19 +250,31 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, dict] = {kind: {} for kind in args.what}
 
     def save() -> None:  # after every round, so that an interrupted run has lost nothing
-        (args.output / "results.json").write_text(json.dumps({"machine": title, "results": results}, indent=1), encoding="utf-8")
+        (args.output / "results.json").write_text(
+            json.dumps({"machine": title, "results": results}, indent=1), encoding="utf-8"
+        )
 
-    progress = Progress(len(args.what) * ((args.rounds + 1) * sum(WEIGHTS.values()) + args.memory * WEIGHTS["training"]))
+    progress = Progress(
+        len(args.what) * ((args.rounds + 1) * sum(WEIGHTS.values()) + args.memory * WEIGHTS["training"])
+    )
     for kind in args.what:
         measure(kind, args, results[kind], progress, save)
     text = table(results)
     print(text)
     (args.output / "table.md").write_text(f"{title}\n\n{text}\n", encoding="utf-8")
     bars = {
-        mode: (args.names, {TITLES[kind]: [results[kind][n].get(mode, {}).get("ratio") for n in args.names] for kind in args.what})
+        mode: (
+            args.names,
+            {TITLES[kind]: [results[kind][n].get(mode, {}).get("ratio") for n in args.names] for kind in args.what},
+        )
         for mode in models.MODES
     }
-    draw_ratios(bars, title, args.output / "ratios.png", f"time / time of {args.reference} (below 1: faster than {args.reference})")
+    draw_ratios(
+        bars,
+        title,
+        args.output / "ratios.png",
+        f"time / time of {args.reference} (below 1: faster than {args.reference})",
+    )
     print(f"written to {args.output}: results.json, table.md, ratios.png")
     return 0
 

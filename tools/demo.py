@@ -16,9 +16,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from halodet.engine.setup import ConfigError, load_config
-from halodet.inference import ClassesError, ImageError, Predictor, PredictorError, draw, read_image, to_coco, write_json
-from halodet.weights import WeightsError
+from halodet.config.load import load_config
+from halodet.errors import CheckpointError, ConfigError, ImageError
+from halodet.inference import ClassesError, Predictor, PredictorError, draw, read_image, to_coco, write_json
 
 import pycocotools.mask as mask_util
 from detectron2.config import CfgNode
@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         files = find_images(args.input, args.output)
-        predictor = Predictor(_load_config(args), trust_pickle=args.trust_pickle)
+        predictor = Predictor(_load_config(args), allow_pickle=args.allow_pickle)
         os.makedirs(args.output, exist_ok=True)
-    except (ConfigError, ClassesError, PredictorError, UsageError, WeightsError) as error:
+    except (ConfigError, ClassesError, PredictorError, UsageError, CheckpointError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"--output {args.output} cannot be made a folder ({error.strerror}).")
@@ -67,7 +67,9 @@ def find_images(inputs: list[str], output: str) -> list[str]:
             found.setdefault(os.path.realpath(file), file)
     for real, file in found.items():
         if os.path.dirname(real) == os.path.realpath(output):
-            raise UsageError(f"{file} lies in --output {output}, where a drawing could replace it; give another output folder.")
+            raise UsageError(
+                f"{file} lies in --output {output}, where a drawing could replace it; give another output folder."
+            )
     return list(found.values())
 
 
@@ -92,7 +94,9 @@ def run(predictor: Predictor, files: list[str], output: str, threshold: float) -
         _say(str(error))
     except OSError as error:
         code = 1
-        _say(f"a drawing could not be written to {output} ({error.strerror or error}); free space or choose another --output.")
+        _say(
+            f"a drawing could not be written to {output} ({error.strerror or error}); free space or choose another --output."
+        )
     finally:
         try:
             write_json(os.path.join(output, DETECTIONS_FILE), coco)
@@ -106,7 +110,12 @@ def run(predictor: Predictor, files: list[str], output: str, threshold: float) -
 
 
 def _draw_one(
-    predictor: Predictor, file: str, output: str, threshold: float, coco: dict[str, list[dict[str, Any]]], used: set[str]
+    predictor: Predictor,
+    file: str,
+    output: str,
+    threshold: float,
+    coco: dict[str, list[dict[str, Any]]],
+    used: set[str],
 ) -> None:
     image = read_image(file)
     instances = predictor(image)
@@ -115,10 +124,14 @@ def _draw_one(
     Image.fromarray(drawing[:, :, ::-1]).save(os.path.join(output, name), quality=95)
     image_id = len(coco["images"]) + 1
     annotations = []
-    for result in to_coco(instances[instances.scores >= threshold], image_id, [entry["id"] for entry in predictor.classes]):
+    for result in to_coco(
+        instances[instances.scores >= threshold], image_id, [entry["id"] for entry in predictor.classes]
+    ):
         mask = result.get("segmentation")
         area = float(mask_util.area(mask)) if mask else result["bbox"][2] * result["bbox"][3]
-        annotations.append({"id": len(coco["annotations"]) + len(annotations) + 1, **result, "area": area, "iscrowd": 0})
+        annotations.append(
+            {"id": len(coco["annotations"]) + len(annotations) + 1, **result, "area": area, "iscrowd": 0}
+        )
     # Recorded last, so that detections.json never speaks of a drawing that is not there.
     used.add(name.casefold())
     height, width = image.shape[:2]
@@ -141,7 +154,9 @@ def _walk(folder: str, output: str) -> Iterator[str]:
     output = os.path.realpath(output)
     for root, folders, names in os.walk(folder):
         # The drawings of an earlier run are no input.
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(root, f)) != output)
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(root, f)) != output
+        )
         for name in sorted(names):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() not in NOT_IMAGES:
                 yield os.path.join(root, name)
@@ -168,10 +183,16 @@ def _parser() -> argparse.ArgumentParser:
         f" suffix that is clearly no image's are left out ({' '.join(sorted(NOT_IMAGES))}), files named directly are always tried",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help=f"folder for the drawings and {DETECTIONS_FILE}")
-    parser.add_argument("--confidence-threshold", type=_score, default=0.5, metavar="SCORE", help="least score to keep (default: 0.5)")
-    parser.add_argument("--trust-pickle", action="store_true", help="read pickle files that may run code")
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, such as MODEL.WEIGHTS; must come last"
+        "--confidence-threshold", type=_score, default=0.5, metavar="SCORE", help="least score to keep (default: 0.5)"
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help="read pickle files that may run code")
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides, such as MODEL.WEIGHTS; must come last",
     )
     return parser
 

@@ -133,12 +133,23 @@ def installed_detectron2() -> str | None:
 
 def download_source(folder: Path) -> Path:
     """Fetch the LabGym wheel into ``folder`` through pip and check its SHA-256."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--ignore-requires-python",
+        "--only-binary=:all:",
+    ]
     run = subprocess.run([*command, "--dest", str(folder), SOURCE], capture_output=True, text=True)
     wheel = folder / SOURCE_WHEEL
     if run.returncode != 0 or not wheel.exists():
         reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InstallError(f"pip could not download {SOURCE} ({reason}): check the network, or install detectron2 as {INSTALL_PAGE} says")
+        raise InstallError(
+            f"pip could not download {SOURCE} ({reason}): check the network, or install detectron2 as {INSTALL_PAGE} says"
+        )
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SOURCE_SHA256:
         raise InstallError(f"{SOURCE_WHEEL} has SHA-256 {digest}, expected {SOURCE_SHA256}: it is not used")
@@ -158,7 +169,9 @@ def detectron2_files(source: Path) -> dict[str, bytes]:
     for name, (old, new) in PATCHES.items():
         text = files[name].decode()
         if text.count(old) != 1:
-            raise InstallError(f"{name} in {SOURCE_WHEEL} is not as expected ('{old}' occurs {text.count(old)} times, not once)")
+            raise InstallError(
+                f"{name} in {SOURCE_WHEEL} is not as expected ('{old}' occurs {text.count(old)} times, not once)"
+            )
         files[name] = text.replace(old, new).encode()
     files["detectron2/layers/_uncompiled_ops.py"] = UNCOMPILED_OPS.encode()
     files["detectron2/layers/__init__.py"] += b"\nfrom . import _uncompiled_ops  # noqa: added by halodet\n"

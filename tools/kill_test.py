@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 
 import halodet.engine.trainer
+from halodet.checkpoint import Checkpointer, read_checkpoint
 from halodet.engine import load_config, prepare_datasets
-from halodet.weights import Checkpointer, WeightsError, read_checkpoint
+from halodet.errors import CheckpointError
 
 import torch
 from tabulate import tabulate
@@ -33,7 +34,7 @@ from train_net import main as train  # noqa: E402
 
 SMALL = [
     "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", "2",
-    "SOLVER.WARMUP_ITERS", "5", "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.CHECKPOINT_KEEP", "3", "DATASETS.TEST", "()", "SEED", "3",
+    "SOLVER.WARMUP_ITERS", "5", "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.CHECKPOINT_MAX_TO_KEEP", "3", "DATASETS.TEST", "()", "SEED", "3",
 ]  # fmt: skip
 WRITING = 0.4  # seconds that a checkpoint takes to write, and again from its renaming to its tag's
 
@@ -77,10 +78,14 @@ def finish(arguments: list[str], log: Path) -> None:
     process = start(arguments, log, slow=False)
     process.join()
     if process.exitcode:
-        sys.exit(f"error: the training ended with exit code {process.exitcode}; the end of its log:\n{log.read_text()[-2000:]}")
+        sys.exit(
+            f"error: the training ended with exit code {process.exitcode}; the end of its log:\n{log.read_text()[-2000:]}"
+        )
 
 
-def kill(process: multiprocessing.Process, folder: Path, chance: random.Random, *, duration: float, while_writing: bool) -> str:
+def kill(
+    process: multiprocessing.Process, folder: Path, chance: random.Random, *, duration: float, while_writing: bool
+) -> str:
     """SIGKILL at a random moment; returns what was being done."""
     if while_writing:
         place = chance.randrange(3)  # of the run's checkpoints
@@ -89,7 +94,9 @@ def kill(process: multiprocessing.Process, folder: Path, chance: random.Random, 
             _wait_until(lambda: bool(list(folder.glob(".model_*.part"))), process)
         time.sleep(chance.uniform(0, 2 * WRITING))
     else:
-        _wait_until(lambda: (folder / "log.txt").exists() and "Starting training" in (folder / "log.txt").read_text(), process)
+        _wait_until(
+            lambda: (folder / "log.txt").exists() and "Starting training" in (folder / "log.txt").read_text(), process
+        )
         time.sleep(chance.uniform(0, duration))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -109,21 +116,27 @@ def _wait_until(condition, process: multiprocessing.Process) -> None:  # noqa: A
 def readable(path: Path) -> bool:
     try:
         return "trainer" in read_checkpoint(path)
-    except WeightsError:
+    except CheckpointError:
         return False
 
 
 def differing(left: object, right: object, name: str = "") -> list[str]:
     """Names of what is not the same in two checkpoints; when a run was started is not compared."""
     if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
-        return [found for key in left if key != "started" for found in differing(left[key], right[key], f"{name}.{key}")]
+        return [
+            found for key in left if key != "started" for found in differing(left[key], right[key], f"{name}.{key}")
+        ]
     if isinstance(left, list | tuple) and len(left) == len(right):
-        return [found for i, pair in enumerate(zip(left, right, strict=True)) for found in differing(*pair, f"{name}.{i}")]
+        return [
+            found for i, pair in enumerate(zip(left, right, strict=True)) for found in differing(*pair, f"{name}.{i}")
+        ]
     same = torch.equal(left, right) and left.dtype == right.dtype if isinstance(left, torch.Tensor) else left == right
     return [] if same else [name]
 
 
-def round_(number: int, arguments: list[str], folder: Path, chance: random.Random, duration: float, expected: dict) -> tuple[list, bool]:
+def round_(
+    number: int, arguments: list[str], folder: Path, chance: random.Random, duration: float, expected: dict
+) -> tuple[list, bool]:
     """One killed and resumed run: (row of the table, whether all was well)."""
     workers = [str(chance.choice((0, 2))) for _ in range(2)]
     arguments = [*arguments, "OUTPUT_DIR", str(folder), "DATALOADER.NUM_WORKERS"]
@@ -143,8 +156,19 @@ def round_(number: int, arguments: list[str], folder: Path, chance: random.Rando
     wanted = max(good - {"model_final.pth"}, default="the beginning")
     right = chosen in ({"model_final.pth"} if "model_final.pth" in good else {wanted})
     different = differing(expected, read_checkpoint(folder / "model_final.pth"))
-    row = [number + 1, "/".join(workers), doing, len(checkpoints) - len(good), chosen, "yes" if right else "NO", len(different)]
-    print(f"kill {row[0]}: {doing}; went on from {chosen}; entries that differ: {len(different)} {different[:3] or ''}", flush=True)
+    row = [
+        number + 1,
+        "/".join(workers),
+        doing,
+        len(checkpoints) - len(good),
+        chosen,
+        "yes" if right else "NO",
+        len(different),
+    ]
+    print(
+        f"kill {row[0]}: {doing}; went on from {chosen}; entries that differ: {len(different)} {different[:3] or ''}",
+        flush=True,
+    )
     return row, right and not different
 
 
@@ -153,7 +177,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--iterations", type=int, default=32, help="of each training (default: 32)")
-    parser.add_argument("--config-file", default="quick/mask_rcnn_halo_shapes", help="what to train, made small (default: %(default)s)")
+    parser.add_argument(
+        "--config-file", default="quick/mask_rcnn_halo_shapes", help="what to train, made small (default: %(default)s)"
+    )
     parser.add_argument("--output", help="folder for runs and logs, kept (default: a temporary one, removed)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
     return parser.parse_args(argv)
@@ -185,7 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     header = ["kill", "workers", "killed while", "unreadable", "went on from", "newest readable", "entries that differ"]
     print(tabulate([row for row, _ in rounds], header, tablefmt="simple"))
     well = sum(well for _, well in rounds)
-    print(f"seed {args.seed}: {well} of {args.kills} bit-equal to the uninterrupted run, from the newest readable checkpoint each")
+    print(
+        f"seed {args.seed}: {well} of {args.kills} bit-equal to the uninterrupted run, from the newest readable checkpoint each"
+    )
     return 0 if well == args.kills else 1
 
 

@@ -36,7 +36,20 @@ def connect() -> None:
     """Make the two namespaces and a cable between them."""
     for host in HOSTS:
         ip("netns", "add", f"halodet-{host}")
-    ip("link", "add", "hosta", "netns", "halodet-hosta", "type", "veth", "peer", "name", "hostb", "netns", "halodet-hostb")
+    ip(
+        "link",
+        "add",
+        "hosta",
+        "netns",
+        "halodet-hosta",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "hostb",
+        "netns",
+        "halodet-hostb",
+    )
     for host, address in HOSTS.items():
         for words in (f"addr add {address}/24 dev {host}", f"link set {host} up", "link set lo up"):
             ip("-n", f"halodet-{host}", *words.split())
@@ -59,7 +72,9 @@ def kill(host: str) -> None:
 def training(host: str) -> list[str]:
     """The command lines of the run's processes on a host, torchrun's own left out."""
     lines = []
-    for pid in subprocess.run(["ip", "netns", "pids", f"halodet-{host}"], capture_output=True, text=True).stdout.split():
+    for pid in subprocess.run(
+        ["ip", "netns", "pids", f"halodet-{host}"], capture_output=True, text=True
+    ).stdout.split():
         with suppress(OSError):
             lines.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
     return [line for line in lines if "tools/train_net.py" in line and "torch.distributed.run" not in line]
@@ -68,9 +83,19 @@ def training(host: str) -> list[str]:
 def start(folder: Path, data: list[object], iterations: int) -> dict[str, subprocess.Popen[bytes]]:
     """Start the run on both hosts; each one's output goes to HOST.txt in ``folder``."""
     folder.mkdir(parents=True)
-    (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{address} {host}\n" for host, address in HOSTS.items()))
+    (folder / "hosts").write_text(
+        "127.0.0.1 localhost\n" + "".join(f"{address} {host}\n" for host, address in HOSTS.items())
+    )
     processes = {}
-    train = ["tools/train_net.py", "--config-file", "quick/mask_rcnn_halo_shapes", *data, "OUTPUT_DIR", folder / "out", *TINY]
+    train = [
+        "tools/train_net.py",
+        "--config-file",
+        "quick/mask_rcnn_halo_shapes",
+        *data,
+        "OUTPUT_DIR",
+        folder / "out",
+        *TINY,
+    ]
     train += ["SOLVER.MAX_ITER", iterations]
     for host, address in HOSTS.items():
         torchrun = [
@@ -82,7 +107,9 @@ def start(folder: Path, data: list[object], iterations: int) -> dict[str, subpro
         command = ["ip", "netns", "exec", f"halodet-{host}", *named, *torchrun, *train]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host, "CUDA_VISIBLE_DEVICES": ""}
         with (folder / f"{host}.txt").open("wb") as log:
-            processes[host] = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            processes[host] = subprocess.Popen(
+                list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+            )
     return processes
 
 
@@ -99,7 +126,12 @@ def complete(folder: Path, data: list[object]) -> bool:
     log = (folder / "hosta.txt").read_text(errors="replace")
     lines = [line for line in log.splitlines() if "copypaste: " in line and "," in line]
     good = codes == [0, 0] and (folder / "out/log.txt.rank1").is_file() and bool(lines)
-    print(f"trained and evaluated on two hosts: exit codes {codes}, {len(lines)} lines of results" if good else log[-4000:], flush=True)
+    print(
+        f"trained and evaluated on two hosts: exit codes {codes}, {len(lines)} lines of results"
+        if good
+        else log[-4000:],
+        flush=True,
+    )
     return good
 
 

@@ -25,10 +25,14 @@ APS = ("bbox/AP", "segm/AP")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=OUTPUT_DIR", help="runs, and their names in the picture")
+    parser.add_argument(
+        "--runs", nargs="+", required=True, metavar="NAME=OUTPUT_DIR", help="runs, and their names in the picture"
+    )
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="as in metrics.json (losses, rate and AP)")
     parser.add_argument("--title", default="", help="of the picture (none)")
-    parser.add_argument("--output", type=Path, default=Path("metrics.png"), metavar="FILE", help="picture to write (metrics.png)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("metrics.png"), metavar="FILE", help="picture to write (metrics.png)"
+    )
     args = parser.parse_args(argv)
     named = [run.partition("=") for run in args.runs]
     for run, (name, _, folder) in zip(args.runs, named, strict=True):
@@ -65,9 +69,14 @@ def usual(runs: dict[str, dict[str, dict[int, float]]]) -> list[str]:
     return [name for name in ("total_loss", "lr", *APS, *losses) if name in known]
 
 
-def curves_of(runs: dict[str, dict[str, dict[int, float]]], metrics: dict[str, str]) -> dict[str, dict[str, dict[int, float]]]:
+def curves_of(
+    runs: dict[str, dict[str, dict[int, float]]], metrics: dict[str, str]
+) -> dict[str, dict[str, dict[int, float]]]:
     """Panel -> name of its metric, as panel -> run -> the metric's curve, of the runs that have it."""
-    return {panel: {name: curves[metric] for name, curves in runs.items() if metric in curves} for panel, metric in metrics.items()}
+    return {
+        panel: {name: curves[metric] for name, curves in runs.items() if metric in curves}
+        for panel, metric in metrics.items()
+    }
 
 
 def unit(metric: str) -> str:
@@ -75,7 +84,12 @@ def unit(metric: str) -> str:
     name = metric.rpartition("/")[2]
     if name.startswith(("AP", "AR")):
         return "percent"
-    units = {"lr": "learning rate", "images_per_second": "images per second", "memory_mib": "MiB", "data_share": "share of the iteration"}
+    units = {
+        "lr": "learning rate",
+        "images_per_second": "images per second",
+        "memory_mib": "MiB",
+        "data_share": "share of the iteration",
+    }
     return "seconds" if name in ("time", "data_time", "eta_seconds", "rank_data_time") else units.get(name, "")
 
 
@@ -91,8 +105,21 @@ def summary(runs: dict[str, dict[str, dict[int, float]]], metrics: list[str]) ->
             last = next(reversed(curve))
             finite = [iteration for iteration, value in curve.items() if math.isfinite(value)]
             best = choose(finite, key=curve.__getitem__, default=None)
-            rows.append([metric, name, len(curve), f"{curve[last]:.4g} at {last}", "" if best is None else f"{curve[best]:.4g} at {best}"])
-    return tabulate(rows, ["metric", "run", "points", "last, at iteration", "best, at iteration"], tablefmt="github", disable_numparse=True)
+            rows.append(
+                [
+                    metric,
+                    name,
+                    len(curve),
+                    f"{curve[last]:.4g} at {last}",
+                    "" if best is None else f"{curve[best]:.4g} at {best}",
+                ]
+            )
+    return tabulate(
+        rows,
+        ["metric", "run", "points", "last, at iteration", "best, at iteration"],
+        tablefmt="github",
+        disable_numparse=True,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     panels = curves_of(args.curves, {metric: metric for metric in args.metric})
     dashed = curves_of(args.curves, args.dashed)
     try:
-        draw_curves(panels, args.title, args.output, dashed, "averaged weights", {metric: unit(metric) for metric in panels})
+        draw_curves(
+            panels, args.title, args.output, dashed, "averaged weights", {metric: unit(metric) for metric in panels}
+        )
     except OSError as error:
         print(f"error: {args.output} cannot be written: {error.strerror}", file=sys.stderr)
         return 2

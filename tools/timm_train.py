@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {script} is no file, expected timm's train.py or another of its scripts", file=sys.stderr)
         return 2
     try:
-        import halodet.backbones.timm_models  # noqa: F401 - registers the models
+        import halodet.models.timm_models  # noqa: F401 - registers the models
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise

@@ -15,19 +15,18 @@ import sys
 from datetime import timedelta
 from functools import partial
 
-from halodet.data import DatasetError
+from halodet.checkpoint import load_weights
 from halodet.engine import (
     EXIT_RANK_LOST,
-    ConfigError,
+    DistEnv,
     Trainer,
-    TrainingStopped,
-    World,
     agree,
     check_shared,
     check_weights,
     check_writable,
+    detect_dist_env,
+    exit_on_preemption,
     find_config,
-    find_world,
     handed_on,
     host_of,
     join,
@@ -38,12 +37,11 @@ from halodet.engine import (
     scale_to_batch,
     start_run,
     supervise,
-    try_again_later,
     user_data_files,
     with_seed,
 )
+from halodet.errors import CheckpointError, ConfigError, DatasetError, TrainingStopped
 from halodet.inference import CLASSES_FILE, ClassesError, read_classes, write_classes
-from halodet.weights import WeightsError, load_weights
 
 import torch
 from detectron2.config import CfgNode
@@ -53,15 +51,23 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-EXIT_CODES = {ClassesError: 2, ConfigError: 2, DatasetError: 2, WeightsError: 2, TrainingStopped: 1}  # of what one sentence tells all of
+EXIT_CODES = {
+    ClassesError: 2,
+    ConfigError: 2,
+    DatasetError: 2,
+    CheckpointError: 2,
+    TrainingStopped: 1,
+}  # of what one sentence tells all of
 MISTAKES = tuple(EXIT_CODES)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = default_argument_parser()
     parser.description = __doc__
-    parser.add_argument("--trust-pickle", action="store_true", help="read pickle files that may run code")
-    minutes = "how long processes wait for each other, when they start and whenever they exchange something (default: 30)"
+    parser.add_argument("--allow-pickle", action="store_true", help="read pickle files that may run code")
+    minutes = (
+        "how long processes wait for each other, when they start and whenever they exchange something (default: 30)"
+    )
     parser.add_argument("--dist-timeout", type=float, default=30.0, metavar="MINUTES", help=minutes)
     own = parser.add_argument_group("your own COCO-format data, instead of the config's datasets")
     own.add_argument("--train-json", metavar="FILE", help="COCO json to train on; its classes become the model's")
@@ -80,7 +86,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = cfg if args.eval_only else scale_to_batch(cfg)
     if args.train_json or args.val_json or args.train_images or args.val_images:
         cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
-    weights = check_weights(cfg, eval_only=args.eval_only, resume=args.resume, trust_pickle=args.trust_pickle)
+    weights = check_weights(cfg, eval_only=args.eval_only, resume=args.resume, allow_pickle=args.allow_pickle)
     prepare_datasets(cfg, train=not args.eval_only)
     if args.eval_only:
         cfg = cfg.clone()
@@ -95,7 +101,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def check_machine(cfg: CfgNode, args: argparse.Namespace) -> None:
     """What :func:`setup` found on the machine of rank 0 must be on each other one too; weights are fetched once for all its processes."""
     check_writable(cfg.OUTPUT_DIR)
-    check_weights(cfg, eval_only=args.eval_only, resume=args.resume, trust_pickle=args.trust_pickle)
+    check_weights(cfg, eval_only=args.eval_only, resume=args.resume, allow_pickle=args.allow_pickle)
     prepare_datasets(cfg, train=not args.eval_only)
 
 
@@ -107,7 +113,9 @@ def check_classes(cfg: CfgNode) -> None:
     for name in cfg.DATASETS.TEST:
         classes = list(MetadataCatalog.get(name).thing_classes)
         if classes != trained:
-            raise ConfigError(f"{cfg.MODEL.WEIGHTS} was trained on the classes {trained}, but dataset {name} has {classes}")
+            raise ConfigError(
+                f"{cfg.MODEL.WEIGHTS} was trained on the classes {trained}, but dataset {name} has {classes}"
+            )
 
 
 def check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -132,14 +140,14 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     register_user_data_again(cfg, args.train_images, args.val_images)
     agree(partial(check_machine, cfg, args), comm.get_local_rank() == 0 and comm.get_rank() > 0, MISTAKES)
     if not args.eval_only:
-        cfg = with_seed(cfg, resume=args.resume, trust_pickle=args.trust_pickle)
+        cfg = with_seed(cfg, resume=args.resume, allow_pickle=args.allow_pickle)
     start_run(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        load_weights(model, cfg.MODEL.WEIGHTS, trust_pickle=args.trust_pickle)
+        load_weights(model, cfg.MODEL.WEIGHTS, allow_pickle=args.allow_pickle)
         results = Trainer.test(cfg, model)
         return {**results, **Trainer.test_with_tta(cfg, model)} if cfg.TEST.AUG.ENABLED else results
-    trainer = Trainer(cfg, trust_pickle=args.trust_pickle)
+    trainer = Trainer(cfg, allow_pickle=args.allow_pickle)
     if comm.is_main_process():
         save_classes(cfg)
     trainer.resume_or_load(resume=args.resume)
@@ -157,7 +165,7 @@ def save_classes(cfg: CfgNode) -> None:
 def work_spawned(args: argparse.Namespace, cfg: CfgNode) -> None:
     """A process that Detectron2's launcher has started."""
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
-    with try_again_later():
+    with exit_on_preemption():
         code = supervise(partial(run, args, cfg), host_of(args.dist_url), EXIT_CODES)
     if code:
         sys.exit(code)
@@ -171,7 +179,7 @@ def work_joined(args: argparse.Namespace) -> None:
     run(args, cfg)
 
 
-def join_and_work(args: argparse.Namespace, world: World) -> int:
+def join_and_work(args: argparse.Namespace, world: DistEnv) -> int:
     """Become one of torchrun's or Slurm's processes, and do its work; returns the exit code."""
     problem, device = "", "cpu"
     try:
@@ -188,7 +196,9 @@ def spawn_and_work(args: argparse.Namespace, cfg: CfgNode) -> int:
     timeout = timedelta(minutes=args.dist_timeout)
     try:
         with handed_on():
-            launch(work_spawned, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg), timeout)
+            launch(
+                work_spawned, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg), timeout
+            )
     except ProcessExitedException as error:
         if error.signal_name is None:
             return error.exit_code
@@ -198,12 +208,12 @@ def spawn_and_work(args: argparse.Namespace, cfg: CfgNode) -> int:
     return 0
 
 
-@try_again_later()
+@exit_on_preemption()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     gpus, world, problem = torch.cuda.device_count(), None, None
     try:
-        world = find_world(args)
+        world = detect_dist_env(args)
     except ConfigError as error:
         problem = error
     setup_logger(distributed_rank=world.rank if world else 0, name="halodet")
@@ -215,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
         if world:
             return join_and_work(args, world)
         if args.num_gpus > max(gpus, 1):
-            raise ConfigError(f"--num-gpus is {args.num_gpus} but PyTorch sees {gpus} here: give --num-gpus {max(gpus, 1)} or fewer")
+            raise ConfigError(
+                f"--num-gpus is {args.num_gpus} but PyTorch sees {gpus} here: give --num-gpus {max(gpus, 1)} or fewer"
+            )
         cfg = setup(args)
         if args.num_gpus * args.num_machines > 1:
             return spawn_and_work(args, cfg)

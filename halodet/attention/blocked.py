@@ -10,19 +10,26 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+from halodet.attention.layout import BlockLayout
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from .geometry import Geometry
 
 CHUNK_BYTES = {"cpu": 4 << 20}  # of scores held at once; what stays in cache is computed fastest
 CHUNK_BYTES_ELSEWHERE = 256 << 20  # a GPU wants more work in each launch
 
 
 def halo_attention_blocked(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, shape: Geometry
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    shape: BlockLayout,
 ) -> Tensor:
     """Halo attention in chunks; tensors as in :func:`halodet.attention.halo_attention`. It can be differentiated once."""
     return _HaloAttention.apply(q, k, v, rel_h, rel_w, extra_k, extra_v, shape)
@@ -55,13 +62,15 @@ class _HaloAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shape: Geometry = ctx.shape
+        shape: BlockLayout = ctx.shape
         with _without_autocast(grad.device):
             work = _Work(*ctx.saved_tensors, shape)
             grad = _channels_last(grad.to(work.q.dtype))
             grad_q = torch.empty_like(work.q, memory_format=torch.contiguous_format)
             grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (work.k, work.v))
-            grad_extra_k, grad_extra_v = (None if x is None else torch.empty_like(x) for x in (work.extra_k, work.extra_v))
+            grad_extra_k, grad_extra_v = (
+                None if x is None else torch.empty_like(x) for x in (work.extra_k, work.extra_v)
+            )
             # Sums over the whole map are kept in single precision.
             exact = torch.promote_types(work.q.dtype, torch.float32)
             grad_h, grad_w = (torch.zeros_like(x, dtype=exact) for x in (work.rel_h, work.rel_w))
@@ -91,7 +100,9 @@ class _HaloAttention(torch.autograd.Function):
                 grad_queries.view(-1, queries.shape[2]).addmm_(grad_positions, work.table(tile))
                 part = work.queries_of(grad_q, tile)
                 part.copy_(grad_queries.view(part.shape))
-        grad_k, grad_v = (x[:, work.top : work.top + shape.height, work.left : work.left + shape.width] for x in (grad_k, grad_v))
+        grad_k, grad_v = (
+            x[:, work.top : work.top + shape.height, work.left : work.left + shape.width] for x in (grad_k, grad_v)
+        )
         maps = [_channels_third(x) for x in (grad_q, grad_k, grad_v)]
         return *maps, grad_h.to(grad.dtype), grad_w.to(grad.dtype), grad_extra_k, grad_extra_v, None
 
@@ -126,7 +137,15 @@ class _Work:
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, shape: Geometry
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rel_h: Tensor,
+        rel_w: Tensor,
+        extra_k: Tensor | None,
+        extra_v: Tensor | None,
+        shape: BlockLayout,
     ) -> None:
         self.shape, self.rel_h, self.rel_w, self.extra_k, self.extra_v = shape, rel_h, rel_w, extra_k, extra_v
         self.q, self.k, self.v = (_channels_last(x) for x in (q, k, v))
@@ -139,7 +158,10 @@ class _Work:
         self.buffers: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[_Tile]:
-        shape, (batch, heads, extra) = self.shape, (self.q.shape[0], self.q.shape[3], 0 if self.extra_k is None else self.extra_k.shape[4])
+        shape, (batch, heads, extra) = (
+            self.shape,
+            (self.q.shape[0], self.q.shape[3], 0 if self.extra_k is None else self.extra_k.shape[4]),
+        )
         budget = CHUNK_BYTES.get(self.q.device.type, CHUNK_BYTES_ELSEWHERE)
         for rows in _spans(shape.height, shape.rows, shape.top, shape.window_height, shape):
             for columns in _spans(shape.width, shape.columns, shape.left, shape.window_width, shape):
@@ -163,7 +185,9 @@ class _Work:
     def queries_of(self, x: Tensor, tile: _Tile) -> Tensor:
         """View a map of queries (B, H, W, heads, d) as (images, heads, rows, columns, queries, queries, d)."""
         step = self.shape.queries
-        return _blocks(x, tile, tile.rows.first * step, tile.columns.first * step, step, tile.rows.queries, tile.columns.queries)
+        return _blocks(
+            x, tile, tile.rows.first * step, tile.columns.first * step, step, tile.rows.queries, tile.columns.queries
+        )
 
     def windows_of(self, x: Tensor, tile: _Tile, down: int = 0, right: int = 0, limit: int | None = None) -> Tensor:
         """View a map of keys or values as windows (images, heads, rows, columns, window, window, d), or parts of those from ``down``,
@@ -219,7 +243,9 @@ class _Work:
         size, blocks = (rows.queries, columns.queries), len(products) // tile.queries
         height = products.as_strided((blocks, *size, rows.window), (block, row - 1, count, 1), start + rows.queries - 1)
         start += rows.queries + rows.window - 1
-        return height, products.as_strided((blocks, *size, columns.window), (block, row, count - 1, 1), start + columns.queries - 1)
+        return height, products.as_strided(
+            (blocks, *size, columns.window), (block, row, count - 1, 1), start + columns.queries - 1
+        )
 
     def weights(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
         """Attention weights (N, queries, keys), the queries (N, queries, d) and keys (N, keys, d) they are of."""
@@ -227,20 +253,31 @@ class _Work:
         queries = self.buffer("queries", *view.shape).copy_(view).view(-1, tile.queries, view.shape[6])
         keys = self.windows(tile, self.k, self.extra_k, "keys")
         table = self.table(tile)
-        products = torch.mm(queries.flatten(0, 1), table.t(), out=self.buffer("products", queries.shape[0] * tile.queries, len(table)))
+        products = torch.mm(
+            queries.flatten(0, 1), table.t(), out=self.buffer("products", queries.shape[0] * tile.queries, len(table))
+        )
         scores = self.buffer("scores", *queries.shape[:2], keys.shape[1])
         along_h, along_w = self.positions_of(products, tile)
         size = tile.rows.window * tile.columns.window
-        inside = scores[..., :size].unflatten(-1, (tile.rows.window, tile.columns.window)).unflatten(1, along_h.shape[1:3])
+        inside = (
+            scores[..., :size].unflatten(-1, (tile.rows.window, tile.columns.window)).unflatten(1, along_h.shape[1:3])
+        )
         torch.add(along_h.unsqueeze(-1), along_w.unsqueeze(-2), out=inside)
         if self.extra_k is not None:
             scores[..., size:] = 0
         scores.baddbmm_(queries, keys.transpose(1, 2), alpha=self.shape.scale)
-        return (torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)), queries, keys
+        return (
+            (torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)),
+            queries,
+            keys,
+        )
 
     def grad_positions(self, tile: _Tile, grad_scores: Tensor) -> Tensor:
         """Undo what :meth:`weights` does with the products of queries and table: each sees the sum over the other direction."""
-        (rows, columns), count = (tile.rows, tile.columns), sum(rows.stop - rows.start for rows in self.table_rows(tile))
+        (rows, columns), count = (
+            (tile.rows, tile.columns),
+            sum(rows.stop - rows.start for rows in self.table_rows(tile)),
+        )
         size = (len(grad_scores) * tile.queries, count)
         # Tiles of one shape leave the same places untouched, so these are cleared once.
         name = f"grad_products {size} {rows.queries} {rows.window} {columns.window}"
@@ -277,11 +314,14 @@ def _extra_of(extra: Tensor, tile: _Tile) -> Tensor:
     """Those (images, heads, rows, columns, E, d) of a tile."""
     rows, columns = tile.rows, tile.columns
     return extra[
-        tile.image : tile.image + tile.images, :, rows.first : rows.first + rows.count, columns.first : columns.first + columns.count
+        tile.image : tile.image + tile.images,
+        :,
+        rows.first : rows.first + rows.count,
+        columns.first : columns.first + columns.count,
     ]
 
 
-def _spans(size: int, blocks: int, before: int, window: int, shape: Geometry) -> list[_Span]:
+def _spans(size: int, blocks: int, before: int, window: int, shape: BlockLayout) -> list[_Span]:
     """Cut a direction of ``size`` pixels into spans of blocks alike: a block that the map's end cuts has fewer queries, and a window that
     reaches outside is cut to what is inside where that is masked."""
     spans: list[_Span] = []

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from halodet.attention.layout import BlockLayout
+
 import torch
 from torch import Tensor
 
-from .geometry import Geometry
-
 
 def halo_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, shape: Geometry
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    shape: BlockLayout,
 ) -> Tensor:
     """Halo attention, one query at a time; tensors as in :func:`halodet.attention.halo_attention`."""
     rows = [
-        torch.stack([attend(q, k, v, rel_h, rel_w, extra_k, extra_v, shape, y, x) for x in range(shape.query_width)], -1)
+        torch.stack(
+            [attend(q, k, v, rel_h, rel_w, extra_k, extra_v, shape, y, x) for x in range(shape.query_width)], -1
+        )
         for y in range(shape.query_height)
     ]
     return torch.stack(rows, -2)
@@ -27,7 +36,7 @@ def attend(
     rel_w: Tensor,
     extra_k: Tensor | None,
     extra_v: Tensor | None,
-    shape: Geometry,
+    shape: BlockLayout,
     query_y: int,
     query_x: int,
 ) -> Tensor:

@@ -71,7 +71,9 @@ def _place(index, rows, columns, tiles, heads):
 def _load(base, offsets, inside, DEPTH: tl.constexpr, PADDED: tl.constexpr):
     """Pixels of a map (N, PADDED)."""
     channel = tl.arange(0, PADDED)
-    return tl.load(base + offsets[:, None] + channel[None, :], mask=inside[:, None] & (channel < DEPTH)[None, :], other=0.0)
+    return tl.load(
+        base + offsets[:, None] + channel[None, :], mask=inside[:, None] & (channel < DEPTH)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -93,7 +95,17 @@ def _queries(row, column, tile, query_height, query_width, QUERIES: tl.constexpr
 
 
 @triton.jit
-def _keys(start, top, left, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, MASK: tl.constexpr, BLOCK_N: tl.constexpr):
+def _keys(
+    start,
+    top,
+    left,
+    height,
+    width,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Of a tile of a window's keys: row and column in the window and in the map, whether they lie in the map and whether they count."""
     n = start + tl.arange(0, BLOCK_N)
     r = n // WINDOW_W
@@ -117,10 +129,27 @@ def _range(top, height, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, MASK: tl
 
 
 @triton.jit
-def _positions(q, table, i, j, H: tl.constexpr, ROWS_H: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
+def _positions(
+    q,
+    table,
+    i,
+    j,
+    H: tl.constexpr,
+    ROWS_H: tl.constexpr,
+    QUERIES: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Position logits (M, PADDED) of queries (i, j) of a block: first of the ``H`` rows of the window, then of its columns."""
     products = tl.dot(q, tl.trans(table), input_precision=PRECISION)
-    return tl.gather(products, _shift(tl.arange(0, PADDED)[None, :], i[:, None], j[:, None], H, ROWS_H, QUERIES, table.shape[0]), 1) * LOG2E
+    return (
+        tl.gather(
+            products,
+            _shift(tl.arange(0, PADDED)[None, :], i[:, None], j[:, None], H, ROWS_H, QUERIES, table.shape[0]),
+            1,
+        )
+        * LOG2E
+    )
 
 
 @triton.jit
@@ -133,7 +162,15 @@ def _shift(number, i, j, H: tl.constexpr, ROWS_H: tl.constexpr, QUERIES: tl.cons
 
 @triton.jit
 def _positions_back(
-    grad, i, j, H: tl.constexpr, W: tl.constexpr, ROWS_H: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr, SPAN: tl.constexpr
+    grad,
+    i,
+    j,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ROWS_H: tl.constexpr,
+    QUERIES: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """Undo the shift: from gradients (M, PADDED) of the logits to those of the products (M, SPAN) of queries and table."""
     row = tl.arange(0, SPAN)[None, :]
@@ -225,7 +262,9 @@ def forward(
             keys = _load(extra_k + block * (EXTRA * D_QK), e * D_QK, e < EXTRA, D_QK, QK_PADDED)
             values = _load(extra_v + block * (EXTRA * D_V), e * D_V, e < EXTRA, D_V, V_PADDED)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
-            highest, total, mixed = _mix(tl.where((e < EXTRA)[None, :], scores, NEVER), values, highest, total, mixed, PRECISION)
+            highest, total, mixed = _mix(
+                tl.where((e < EXTRA)[None, :], scores, NEVER), values, highest, total, mixed, PRECISION
+            )
 
     out += (image * query_height * query_width * heads + head) * D_V
     _store(out, (y * query_width + x) * heads * D_V, present, mixed / total[:, None], D_V, V_PADDED)
@@ -266,7 +305,9 @@ def backward_queries(
     grad_table += tl.program_id(0) * ((ROWS_H + ROWS_W) * D_QK)
     rows_of_table = tl.arange(0, SPAN)
     # What is alike for all tiles would fill the registers if the compiler moved it out of this loop.
-    for item in tl.range(tl.program_id(0), images * rows * columns * tiles * heads, tl.num_programs(0), disable_licm=True):
+    for item in tl.range(
+        tl.program_id(0), images * rows * columns * tiles * heads, tl.num_programs(0), disable_licm=True
+    ):
         image, row, column, tile, head = _place(item, rows, columns, tiles, heads)
         i, j, y, x, present = _queries(row, column, tile, query_height, query_width, QUERIES, BLOCK_M)
         queries = _load(q + image * q_image + head * q_head, y * q_y + x * q_x, present, D_QK, QK_PADDED)
@@ -290,7 +331,9 @@ def backward_queries(
         left = column * BLOCK - LEFT
         first, end = _range(top, height, WINDOW_H, WINDOW_W, MASK)
         for start in range(first, end, BLOCK_N):
-            r, c, key_y, key_x, inside, counted = _keys(start, top, left, height, width, WINDOW_H, WINDOW_W, MASK, BLOCK_N)
+            r, c, key_y, key_x, inside, counted = _keys(
+                start, top, left, height, width, WINDOW_H, WINDOW_W, MASK, BLOCK_N
+            )
             keys = _load(k_base, key_y * k_y + key_x * k_x, inside, D_QK, QK_PADDED)
             values = _load(v_base, key_y * v_y + key_x * v_x, inside, D_V, V_PADDED)
             scores = _scores(queries, keys, along, r, c, counted, scale * LOG2E, WINDOW_H, WINDOW_PADDED, PRECISION)
@@ -311,7 +354,9 @@ def backward_queries(
                 grad_scores = (tl.exp2(scores - norm[:, None]) * (grad_weights - inner[:, None])).to(keys.dtype)
                 grad_queries = tl.dot(grad_scores, keys, grad_queries, input_precision=PRECISION)
 
-        products = _positions_back(grad_along, i, j, WINDOW_H, WINDOW_W, ROWS_H, QUERIES, WINDOW_PADDED, SPAN).to(queries.dtype)
+        products = _positions_back(grad_along, i, j, WINDOW_H, WINDOW_W, ROWS_H, QUERIES, WINDOW_PADDED, SPAN).to(
+            queries.dtype
+        )
         grad_queries = tl.dot(products, positions, grad_queries * scale, input_precision=PRECISION)
         grad_q_offset = (image * query_height * query_width * heads + head) * D_QK
         _store(grad_q + grad_q_offset, pixel * heads * D_QK, present, grad_queries, D_QK, QK_PADDED)
@@ -348,7 +393,9 @@ def _key_step(keys, values, queries, grads, scores, norm, inner, grad_keys, grad
 @triton.heuristics(
     {
         "TILE_PADDED": lambda sizes: max(16, triton.next_power_of_2(sizes["TILE_H"] + sizes["TILE_W"])),
-        "SPAN": lambda sizes: max(16, triton.next_power_of_2(sizes["TILE_H"] + sizes["TILE_W"] + 2 * sizes["QUERIES"] - 2)),
+        "SPAN": lambda sizes: max(
+            16, triton.next_power_of_2(sizes["TILE_H"] + sizes["TILE_W"] + 2 * sizes["QUERIES"] - 2)
+        ),
     }
 )
 @triton.jit(do_not_specialize=CHANGING)
@@ -401,7 +448,9 @@ def backward_keys(
     for visit in range(0, (end_row - row) * across):
         block_y = row + visit // across
         block_x = column + visit % across // TILES
-        i, j, query_y, query_x, present = _queries(block_y, block_x, visit % TILES, query_height, query_width, QUERIES, BLOCK_M)
+        i, j, query_y, query_x, present = _queries(
+            block_y, block_x, visit % TILES, query_height, query_width, QUERIES, BLOCK_M
+        )
         queries = _load(q, query_y * q_y + query_x * q_x, present, D_QK, QK_PADDED)
         grads = _load(grad, query_y * grad_y + query_x * grad_x, present, D_V, V_PADDED)
         norm = tl.load(lse + query_y * query_width + query_x, mask=present, other=float("inf"))
@@ -425,7 +474,9 @@ def backward_keys(
         c += n % TILE_W
         covered = inside & (r >= 0) & (r < WINDOW_H) & (c >= 0) & (c < WINDOW_W)
         scores = tl.where(covered[:, None], scores, NEVER)
-        grad_keys, grad_values = _key_step(keys, values, queries, grads, scores, norm, inner, grad_keys, grad_values, PRECISION)
+        grad_keys, grad_values = _key_step(
+            keys, values, queries, grads, scores, norm, inner, grad_keys, grad_values, PRECISION
+        )
 
     pixel = (image * height + y) * width + x
     _store(grad_k + head * D_QK, pixel * heads * D_QK, inside, grad_keys * scale, D_QK, QK_PADDED)
@@ -457,6 +508,8 @@ def backward_extra(
         inner = tl.load(delta + query_offset + y * query_width + x, mask=present, other=0.0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
         scores = tl.where((e < EXTRA)[:, None], scores, NEVER)
-        grad_keys, grad_values = _key_step(keys, values, queries, grads, scores, norm, inner, grad_keys, grad_values, PRECISION)
+        grad_keys, grad_values = _key_step(
+            keys, values, queries, grads, scores, norm, inner, grad_keys, grad_values, PRECISION
+        )
     _store(grad_extra_k + block * (EXTRA * D_QK), e * D_QK, e < EXTRA, grad_keys * scale, D_QK, QK_PADDED)
     _store(grad_extra_v + block * (EXTRA * D_V), e * D_V, e < EXTRA, grad_values, D_V, V_PADDED)

@@ -1,6 +1,6 @@
 """Backbones for Detectron2; importing this package registers them."""
 
-from .builders import (
+from halodet.backbones.build import (
     build_halonet_backbone,
     build_halonet_fpn_backbone,
     build_retinanet_halonet_fpn_backbone,
@@ -8,9 +8,9 @@ from .builders import (
     build_timm_backbone,
     build_timm_fpn_backbone,
 )
-from .halonet import HaloNet
-from .timm import TimmBackbone
-from .variants import VARIANTS, HaloNetVariant
+from halodet.backbones.halonet import HaloNet
+from halodet.backbones.timm_backbone import TimmBackbone
+from halodet.models.variants import VARIANTS, HaloNetVariant
 
 __all__ = [
     "VARIANTS",

@@ -6,16 +6,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from halodet.mixers import MixerSpec, build_mixer
+from halodet.models.act_checkpoint import check_stages, run_stage
+from halodet.models.variants import VARIANTS, HaloNetVariant
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, ShapeSpec, get_norm
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation, StochasticDepth
-
-from ..mixers import MixerSpec, build_mixer
-from .recompute import check_stages, run_stage
-from .variants import VARIANTS, HaloNetVariant
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
@@ -116,11 +116,11 @@ class HaloNet(Backbone):
         in_channels: of the images.
         norm: ``"BN"``, ``"FrozenBN"``, ``"SyncBN"`` or ``"GN"``.
         out_features: names of the maps to return; stages beyond the last one named are not built.
-        stochastic_depth: probability of dropping the last block's branch while training, rising linearly from 0 at the first block.
+        drop_path_rate: probability of dropping the last block's branch while training, rising linearly from 0 at the first block.
         freeze_at: stages kept from training: 0 none, 1 the stem, 2 the stem and res2, ... 5 all.
         num_classes: make the classifier form, with the variant's final 1×1, pooling and a linear layer.
         backend: what computes attention, see :func:`halodet.attention.halo_attention`.
-        checkpoint_activations: stages whose activations are computed again in the backward pass instead of being kept.
+        use_act_checkpoint: stages whose activations are computed again in the backward pass instead of being kept.
 
     Raises:
         ValueError: an unknown name, or mixers, depths or heads that do not fit together.
@@ -136,11 +136,11 @@ class HaloNet(Backbone):
         in_channels: int = 3,
         norm: str = "BN",
         out_features: Sequence[str] = STAGES,
-        stochastic_depth: float = 0.0,
+        drop_path_rate: float = 0.0,
         freeze_at: int = 0,
         num_classes: int | None = None,
         backend: str = "auto",
-        checkpoint_activations: Sequence[str] = (),
+        use_act_checkpoint: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(variant, str):
@@ -148,22 +148,28 @@ class HaloNet(Backbone):
         mixers = _mixers_per_block(variant)
         known = ("stem", *STAGES, *(["linear"] if num_classes is not None else []))
         if not out_features or not set(out_features) <= set(known):
-            raise ValueError(f"out_features are {list(out_features)}, expected at least one of {list(known)} and nothing else")
+            raise ValueError(
+                f"out_features are {list(out_features)}, expected at least one of {list(known)} and nothing else"
+            )
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}, expected one of {list(NORMS)}")
-        if not 0 <= stochastic_depth <= 1 or not 0 <= variant.se_ratio <= 1:
-            raise ValueError(f"stochastic_depth is {stochastic_depth} and se_ratio {variant.se_ratio}, expected 0 to 1")
+        if not 0 <= drop_path_rate <= 1 or not 0 <= variant.se_ratio <= 1:
+            raise ValueError(f"drop_path_rate is {drop_path_rate} and se_ratio {variant.se_ratio}, expected 0 to 1")
         if variant.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {variant.activation!r}, expected one of {sorted(ACTIVATIONS)}")
-        check_stages(checkpoint_activations, STAGES, "checkpoint_activations")
+        check_stages(use_act_checkpoint, STAGES, "use_act_checkpoint")
 
-        self.variant, self.num_classes, self.checkpoint_activations = variant, num_classes, tuple(checkpoint_activations)
+        self.variant, self.num_classes, self.use_act_checkpoint = variant, num_classes, tuple(use_act_checkpoint)
         self.stem = Stem(in_channels, variant.stem_channels, norm=norm, activation=variant.activation)
         channels, stride = variant.stem_channels, 4
         self._out_feature_strides, self._out_feature_channels = {"stem": stride}, {"stem": channels}
         self._out_features = list(out_features)
 
-        last = len(STAGES) if "linear" in out_features else max((STAGES.index(f) + 1 for f in out_features if f in STAGES), default=0)
+        last = (
+            len(STAGES)
+            if "linear" in out_features
+            else max((STAGES.index(f) + 1 for f in out_features if f in STAGES), default=0)
+        )
         self.stages: list[nn.Sequential] = []
         first_block = 0
         for s in range(last):
@@ -190,7 +196,7 @@ class HaloNet(Backbone):
                         se_ratio=variant.se_ratio,
                         norm=norm,
                         activation=variant.activation,
-                        drop_path=stochastic_depth * (first_block + index) / max(1, sum(variant.depths) - 1),
+                        drop_path=drop_path_rate * (first_block + index) / max(1, sum(variant.depths) - 1),
                     )
                 )
                 channels = stage_channels
@@ -215,10 +221,10 @@ class HaloNet(Backbone):
             "in_channels": input_shape.channels,
             "norm": node.NORM,
             "out_features": node.OUT_FEATURES,
-            "stochastic_depth": node.STOCHASTIC_DEPTH,
+            "drop_path_rate": node.DROP_PATH_RATE,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
             "backend": node.BACKEND,
-            "checkpoint_activations": node.CHECKPOINT_ACTIVATIONS,
+            "use_act_checkpoint": node.USE_ACT_CHECKPOINT,
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -231,7 +237,7 @@ class HaloNet(Backbone):
         maps = {"stem": self.stem(x)}
         x = maps["stem"]
         for name, stage in zip(STAGES, self.stages, strict=False):
-            x = maps[name] = run_stage(stage, x, recompute=name in self.checkpoint_activations)
+            x = maps[name] = run_stage(stage, x, recompute=name in self.use_act_checkpoint)
         if "linear" in self._out_features:
             maps["linear"] = self.head(x)
         return {name: maps[name] for name in self._out_features}
@@ -250,11 +256,15 @@ class HaloNet(Backbone):
 class Head(nn.Module):
     """Classifier: optional 1×1 with normalisation, global average pool, linear: (B, in_channels, H, W) -> (B, num_classes)."""
 
-    def __init__(self, in_channels: int, num_classes: int, final_channels: int | None, *, norm: str, activation: str) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, final_channels: int | None, *, norm: str, activation: str
+    ) -> None:
         super().__init__()
         self.final = nn.Identity()
         if final_channels is not None:
-            self.final = nn.Sequential(ConvNorm(in_channels, final_channels, 1, norm=norm), ACTIVATIONS[activation](inplace=True))
+            self.final = nn.Sequential(
+                ConvNorm(in_channels, final_channels, 1, norm=norm), ACTIVATIONS[activation](inplace=True)
+            )
         self.linear = nn.Linear(final_channels or in_channels, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
@@ -289,7 +299,9 @@ def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:
 def _whole(channels: float, name: str, variant: HaloNetVariant) -> int:
     if channels != int(channels) or channels < 1:
         ratio = getattr(variant, name)
-        raise ValueError(f"{name} {ratio} with base_width {variant.base_width} gives {channels} channels: not a whole number")
+        raise ValueError(
+            f"{name} {ratio} with base_width {variant.base_width} gives {channels} channels: not a whole number"
+        )
     return int(channels)
 
 

@@ -7,14 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
+from halodet.mixers.halo import HaloMixer
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..mixers.halo import HaloMixer
-
 # Contender -> the package it needs.
-CONTENDERS = {"halodet": "halodet", "timm": "timm", "halonet-pytorch": "halonet_pytorch", "flex-attention": "torch.nn.attention"}
+CONTENDERS = {
+    "halodet": "halodet",
+    "timm": "timm",
+    "halonet-pytorch": "halonet_pytorch",
+    "flex-attention": "torch.nn.attention",
+}
 # Block and halo -> who uses them.
 BLOCKS = {
     (8, 3): "H0 H1 H2, halonet50ts",
@@ -49,12 +54,16 @@ class Setting:
         pixels = self.height * self.width
         window = self.block + 2 * self.halo
         pairs = pixels * window**2
-        forward = 2 * 3 * self.channels**2 * pixels + 2 * 2 * self.channels * pairs + 2 * 2 * window * self.channels * pixels
+        forward = (
+            2 * 3 * self.channels**2 * pixels + 2 * 2 * self.channels * pairs + 2 * 2 * window * self.channels * pixels
+        )
         moved = 8 * self.channels * pixels * element_size  # x, q, k, v; q, k, v again; the result
         return self.batch * forward * (3 if train else 1), self.batch * moved * (3 if train else 1)
 
 
-def settings(sizes: list[tuple[int, int]], strides: list[int], batches: list[int], blocks: list[tuple[int, int]]) -> list[Setting]:
+def settings(
+    sizes: list[tuple[int, int]], strides: list[int], batches: list[int], blocks: list[tuple[int, int]]
+) -> list[Setting]:
     """Every combination, on maps of images padded to a multiple of 32 pixels as an FPN wants them."""
     return [
         Setting(batch, CHANNELS[stride], -(-height // 32) * 32 // stride, -(-width // 32) * 32 // stride, block, halo)
@@ -131,7 +140,9 @@ def build_layer(name: str, setting: Setting, border: str, backend: str = "auto")
         from halonet_pytorch import HaloAttention
 
         depth = setting.channels // setting.heads
-        layer = HaloAttention(dim=setting.channels, block_size=setting.block, halo_size=setting.halo, dim_head=depth, heads=setting.heads)
+        layer = HaloAttention(
+            dim=setting.channels, block_size=setting.block, halo_size=setting.halo, dim_head=depth, heads=setting.heads
+        )
         layer.to_out = nn.Identity()  # the others have no output projection
         return _ToBlocks(layer, setting.block)
     return _Flex(setting.channels, setting.channels, **common, border="zero")
@@ -143,7 +154,10 @@ def build_call(
     """A call without arguments that runs a contender once: ``mode`` is ``"forward"`` or ``"training"`` (forward and backward)."""
     generator = torch.Generator().manual_seed(0)
     layer = build_layer(name, setting, border, backend).to(device, dtype)
-    x, grad = (torch.randn(setting.batch, setting.channels, setting.height, setting.width, generator=generator) for _ in range(2))
+    x, grad = (
+        torch.randn(setting.batch, setting.channels, setting.height, setting.width, generator=generator)
+        for _ in range(2)
+    )
     x, grad = x.to(device, dtype), grad.to(device, dtype)
     return partial(_forward, layer, x) if mode == "forward" else partial(_train, layer, x.requires_grad_(), grad)
 

@@ -78,11 +78,14 @@ def draw_curves(
     """
     dashed = dashed or {}
     colours = {
-        run: f"C{i % 10}" for i, run in enumerate(dict.fromkeys(run for runs in (*panels.values(), *dashed.values()) for run in runs))
+        run: f"C{i % 10}"
+        for i, run in enumerate(dict.fromkeys(run for runs in (*panels.values(), *dashed.values()) for run in runs))
     }
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, sharex=True, layout="constrained"
+    )
     for unused in axes.flat[len(panels) :]:
         unused.remove()
     for axis, (metric, runs) in zip(axes.flat, panels.items(), strict=False):

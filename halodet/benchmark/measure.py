@@ -40,7 +40,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleave(calls: dict[str, Callable[[], object]], *, rounds: int, device: torch.device, warmup: int = 2) -> dict[str, list[float]]:
+def interleave(
+    calls: dict[str, Callable[[], object]], *, rounds: int, device: torch.device, warmup: int = 2
+) -> dict[str, list[float]]:
     """Time every call once a round, one after the other, so that what disturbs the machine disturbs all of them.
 
     Returns:
@@ -99,7 +101,9 @@ def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object, 
     try:
         return receiver.recv()
     except EOFError:
-        raise RuntimeError(f"the process that was to measure memory ended with code {process.exitcode} before it told") from None
+        raise RuntimeError(
+            f"the process that was to measure memory ended with code {process.exitcode} before it told"
+        ) from None
     finally:
         process.join()
 
@@ -128,9 +132,13 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure the best of what PyTorch offers for matrix products (product, 1×1 convolution) and a copy that no cache holds."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
-    pixels = torch.randn(1, size, size // 32, 32, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    pixels = torch.randn(1, size, size // 32, 32, device=device, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
     kernel = torch.randn(size, size, 1, 1, device=device, dtype=dtype)
-    large = torch.empty((2 << 30 if device.type == "cuda" else 256 << 20) // a.element_size(), device=device, dtype=dtype).fill_(1)
+    large = torch.empty(
+        (2 << 30 if device.type == "cuda" else 256 << 20) // a.element_size(), device=device, dtype=dtype
+    ).fill_(1)
     target = torch.empty_like(large)
     calls: dict[str, Callable[[], Tensor]] = {
         "product": lambda: a @ a,

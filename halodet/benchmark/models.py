@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from halodet.engine import load_config
+from halodet.errors import ConfigError
+
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone, GeneralizedRCNN, build_backbone
@@ -20,14 +23,18 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..engine import ConfigError, load_config
-
 KINDS = ("backbone", "detector")
 MODES = ("forward", "training")
 LEVELS = ["p2", "p3", "p4", "p5", "p6"]
 OURS = ("mask_rcnn_halo_h4", "mask_rcnn_r50_se_halo_b8h3", "mask_rcnn_r50")
 OBJECTS = 8  # in each image; COCO has 7.3
-NORMS = {"BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "FrozenBatchNorm2d": "FrozenBN", "LayerNorm": "LN", "GroupNorm": "GN"}
+NORMS = {
+    "BatchNorm2d": "BN",
+    "SyncBatchNorm": "SyncBN",
+    "FrozenBatchNorm2d": "FrozenBN",
+    "LayerNorm": "LN",
+    "GroupNorm": "GN",
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,9 @@ def check_config(name: str) -> None:
     with torch.device("meta"):
         levels = list(build_pyramid(name).output_shape())
     if levels != LEVELS:
-        raise ConfigError(f"the backbone of {name} gives {', '.join(levels)}, and Mask R-CNN's heads take {', '.join(LEVELS)}")
+        raise ConfigError(
+            f"the backbone of {name} gives {', '.join(levels)}, and Mask R-CNN's heads take {', '.join(LEVELS)}"
+        )
 
 
 @functools.cache
@@ -119,7 +128,9 @@ class _SteadyRPN(RPN):
     """Detectron2's RPN, which computes and trains its predictions but proposes from noise: as many boxes whatever the backbone."""
 
     def predict_proposals(self, anchors, logits, deltas, image_sizes):
-        logits, deltas = ([_noise(tuple(x.shape), scale, x.device) for x in maps] for maps, scale in ((logits, 1.0), (deltas, 0.1)))
+        logits, deltas = (
+            [_noise(tuple(x.shape), scale, x.device) for x in maps] for maps, scale in ((logits, 1.0), (deltas, 0.1))
+        )
         return super().predict_proposals(anchors, logits, deltas, image_sizes)
 
 
@@ -127,7 +138,9 @@ class _SteadyOutputs(FastRCNNOutputLayers):
     """Detectron2's box predictor, whose detections come from noise: some thousand candidates, always the full number kept."""
 
     def inference(self, predictions, proposals):
-        logits, deltas = (_noise(tuple(x.shape), scale, x.device) for x, scale in zip(predictions, (2.0, 0.1), strict=True))
+        logits, deltas = (
+            _noise(tuple(x.shape), scale, x.device) for x, scale in zip(predictions, (2.0, 0.1), strict=True)
+        )
         return super().inference((logits, deltas), proposals)
 
 
@@ -154,13 +167,17 @@ def build_model(name: str, kind: str, setting: Setting) -> nn.Module:
             pixel_mean=cfg.MODEL.PIXEL_MEAN,
             pixel_std=cfg.MODEL.PIXEL_STD,
         )
-    return model.to(setting.device, memory_format=torch.channels_last if setting.channels_last else torch.preserve_format)
+    return model.to(
+        setting.device, memory_format=torch.channels_last if setting.channels_last else torch.preserve_format
+    )
 
 
 def describe(model: nn.Module) -> dict:
     """Million parameters, how many of them are trained, and the names of its norms as Detectron2's configs have them."""
     norms = {NORMS[type(module).__name__] for module in model.modules() if type(module).__name__ in NORMS}
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) / 1e6 for every in (True, False))
+    total, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or every) / 1e6 for every in (True, False)
+    )
     return {"parameters": total, "trained": trained, "norms": " ".join(sorted(norms))}
 
 
@@ -208,7 +225,9 @@ def build_call(model: nn.Module, kind: str, mode: str, setting: Setting) -> Call
     if mode == "forward":
         return partial(_infer, model, inputs, setting)
     # with a learning rate of 0 a step costs what it always costs, and every round does the same work
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9, weight_decay=1e-4
+    )
     for p in optimizer.param_groups[0]["params"]:  # held from the start, as after the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return partial(_train, model, inputs, optimizer, setting)
@@ -246,5 +265,7 @@ def backward(model: nn.Module, inputs, setting: Setting) -> dict[str, Tensor]:
     with _autocast(setting):
         maps = model(x)
     # random gradients, because behind a norm those of a mean or of a sum of squares vanish
-    torch.autograd.backward(list(maps.values()), [grad.to(y.dtype) for y, grad in zip(maps.values(), grads, strict=True)])
+    torch.autograd.backward(
+        list(maps.values()), [grad.to(y.dtype) for y, grad in zip(maps.values(), grads, strict=True)]
+    )
     return maps

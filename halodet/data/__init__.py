@@ -1,17 +1,18 @@
 """Datasets: the built-in drawn shapes (registered on import) and checked COCO json files of the user's own."""
 
-from .coco_json import CheckedJson, DatasetError, Fault, check_coco_json, check_same_categories, register_checked
-from .shapes import register_shapes, write_shapes
-from .stream import TrainStream
+from halodet.data.coco import Fault, ValidatedCoco, check_same_categories, register_checked, validate_coco
+from halodet.data.resumable_loader import ResumableTrainLoader
+from halodet.data.synthetic_shapes import register_shapes, write_shapes
+from halodet.errors import DatasetError
 
 register_shapes()
 
 __all__ = [
-    "CheckedJson",
+    "ValidatedCoco",
     "DatasetError",
     "Fault",
-    "TrainStream",
-    "check_coco_json",
+    "ResumableTrainLoader",
+    "validate_coco",
     "check_same_categories",
     "register_checked",
     "register_shapes",

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from halodet.data.masks import clean_mask
+from halodet.data.values import InvalidAnnotation, show
+
 import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
-from .masks import clean_mask
-from .values import Unusable, show
 
-
-def usable_annotation(annotation: dict[str, Any], width: int, height: int, *, need_mask: bool) -> dict[str, Any]:
+def validate_annotation(annotation: dict[str, Any], width: int, height: int, *, need_mask: bool) -> dict[str, Any]:
     """The annotation, in Detectron2's form, of an image of ``width`` × ``height`` pixels; its polygons are clipped to the image.
 
     Raises:
-        Unusable: its box is not four finite numbers or has no area inside the image, or its mask is missing or broken.
+        InvalidAnnotation: its box is not four finite numbers or has no area inside the image, or its mask is missing or broken.
     """
     box = _floats(annotation.get("bbox"))
     if box is None or box.shape != (4,):
-        raise Unusable(f"its box is {show(annotation.get('bbox'))} and not four finite numbers")
+        raise InvalidAnnotation(f"its box is {show(annotation.get('bbox'))} and not four finite numbers")
     left, top, right, bottom = BoxMode.convert(box.tolist(), annotation["bbox_mode"], BoxMode.XYXY_ABS)
     if right <= left or bottom <= top:
-        raise Unusable(f"its box has width {right - left:g} and height {bottom - top:g}")
+        raise InvalidAnnotation(f"its box has width {right - left:g} and height {bottom - top:g}")
     if right <= 0 or bottom <= 0 or left >= width or top >= height:
-        raise Unusable(f"its box {box.tolist()} lies outside the image of {width} x {height}")
+        raise InvalidAnnotation(f"its box {box.tolist()} lies outside the image of {width} x {height}")
     if not need_mask:
         return annotation
     return {**annotation, "segmentation": _usable_mask(annotation.get("segmentation"), width, height)}

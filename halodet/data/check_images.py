@@ -15,10 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
+from halodet.data.coco import LEFT_OUT, Fault, ValidatedCoco
+from halodet.data.image_io import read_image
+from halodet.errors import DatasetError, ImageError
 
-from ..inference.image import ImageError, read_image
-from .coco_json import LEFT_OUT, CheckedJson, DatasetError, Fault
+from tqdm import tqdm
 
 _CHUNK = 16  # images handed to a process at a time
 _WORTH_A_PROCESS = 200  # images read in the seconds that starting another process takes
@@ -37,11 +38,11 @@ class CheckStopped(KeyboardInterrupt):
         self.faults, self.read = faults, read
 
 
-def check_images(checked: CheckedJson, image_dir: str | Path, *, processes: int | None = None) -> list[Fault]:
+def check_images(checked: ValidatedCoco, image_dir: str | Path, *, processes: int | None = None) -> list[Fault]:
     """Decode every image of a checked json to its last pixel, and list those that training would leave out.
 
     Args:
-        checked: what :func:`check_coco_json` returned.
+        checked: what :func:`validate_coco` returned.
         image_dir: the folder that the json's file names are relative to.
         processes: how many read at the same time; None for one for each core, or fewer where there are few images.
 
@@ -64,7 +65,9 @@ def check_images(checked: CheckedJson, image_dir: str | Path, *, processes: int 
         else:
             # Not forked: a fork of a process in which libraries run threads may hang.
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                with _interrupts(signal.SIG_IGN):  # what is started now stays so, and does not print a traceback for each process
+                with _interrupts(
+                    signal.SIG_IGN
+                ):  # what is started now stays so, and does not print a traceback for each process
                     results = pool.map(read, images, chunksize=_CHUNK)
                 try:
                     with _interruptible() as asked:
@@ -89,7 +92,7 @@ def _append(problems: list[str | None], found: Iterable[str | None], asked: thre
             raise KeyboardInterrupt
 
 
-def _faults(checked: CheckedJson, images: list[dict[str, Any]], problems: list[str | None]) -> list[Fault]:
+def _faults(checked: ValidatedCoco, images: list[dict[str, Any]], problems: list[str | None]) -> list[Fault]:
     return [
         Fault(checked.json_file.name, f"image {image['id']}", problem, LEFT_OUT)
         for image, problem in zip(images, problems, strict=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pycocotools.mask as mask_util
+from halodet.data.values import TOLERANCE, InvalidAnnotation, Note, is_int, is_number, show
 
-from .values import TOLERANCE, Note, Unusable, is_int, is_number, show
+import pycocotools.mask as mask_util
 
 
 def clip_polygon(polygon: list[float], width: int, height: int) -> list[float]:
@@ -27,20 +27,22 @@ def clip_polygon(polygon: list[float], width: int, height: int) -> list[float]:
 
 def _clean_polygon(polygon: Any, name: str, width: int, height: int, note: Note) -> list[float]:
     if not isinstance(polygon, list):
-        raise Unusable(f"is {show(polygon)} and not a list of numbers")
+        raise InvalidAnnotation(f"is {show(polygon)} and not a list of numbers")
     if len(polygon) < 6 or len(polygon) % 2:
-        raise Unusable(f"has {len(polygon)} numbers, not an even count of 6 or more")
+        raise InvalidAnnotation(f"has {len(polygon)} numbers, not an even count of 6 or more")
     if not all(map(is_number, polygon)):  # pycocotools takes all memory for some NaNs and for huge coordinates
-        raise Unusable(f"has {show(next(value for value in polygon if not is_number(value)))} among its coordinates")
+        raise InvalidAnnotation(
+            f"has {show(next(value for value in polygon if not is_number(value)))} among its coordinates"
+        )
     xs, ys = polygon[::2], polygon[1::2]
     if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
-        raise Unusable(f"lies outside the image of {width} x {height}")
+        raise InvalidAnnotation(f"lies outside the image of {width} x {height}")
     overhang = max(-min(xs), -min(ys), max(xs) - width, max(ys) - height)
     if overhang <= TOLERANCE:
         return polygon
     clipped = clip_polygon(polygon, width, height)
     if len(clipped) < 6:
-        raise Unusable(f"lies outside the image of {width} x {height}")
+        raise InvalidAnnotation(f"lies outside the image of {width} x {height}")
     note(f"{name} reaches {overhang:.6g} pixels out of the image of {width} x {height}", "clipped")
     return clipped
 
@@ -52,7 +54,7 @@ def _rle_counts(text: str) -> list[int]:
     for letter in text:
         code = ord(letter) - 48
         if not 0 <= code < 64 or shift > 25:
-            raise Unusable("RLE 'counts' is not a compressed run length text")
+            raise InvalidAnnotation("RLE 'counts' is not a compressed run length text")
         value |= (code & 31) << shift
         shift += 5
         if code & 32:
@@ -62,7 +64,7 @@ def _rle_counts(text: str) -> list[int]:
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value = shift = 0
     if shift:
-        raise Unusable("RLE 'counts' is cut short")
+        raise InvalidAnnotation("RLE 'counts' is cut short")
     return counts
 
 
@@ -72,14 +74,16 @@ def _run_lengths(rle: dict[str, Any]) -> Any:
 
 def _clean_rle(rle: dict[str, Any], width: int, height: int) -> dict[str, Any]:
     if rle.get("size") != [height, width]:
-        raise Unusable(f"RLE 'size' is {show(rle.get('size'))}, but the image has height and width {[height, width]}")
+        raise InvalidAnnotation(
+            f"RLE 'size' is {show(rle.get('size'))}, but the image has height and width {[height, width]}"
+        )
     counts = _run_lengths(rle)
     if not isinstance(counts, list) or not all(is_int(count) and count >= 0 for count in counts):
-        raise Unusable(f"RLE 'counts' is {show(counts)} and not run lengths")
+        raise InvalidAnnotation(f"RLE 'counts' is {show(counts)} and not run lengths")
     if sum(counts) != height * width:
-        raise Unusable(f"RLE 'counts' cover {sum(counts)} pixels of {height * width}")
+        raise InvalidAnnotation(f"RLE 'counts' cover {sum(counts)} pixels of {height * width}")
     if not any(counts[1::2]):
-        raise Unusable("RLE has no pixel in it")
+        raise InvalidAnnotation("RLE has no pixel in it")
     return {"size": [height, width], "counts": rle["counts"]}
 
 
@@ -89,21 +93,21 @@ def clean_mask(mask: Any, width: int, height: int, note: Note) -> list[list[floa
     What is dropped or clipped of a mask that is kept is told to ``note``.
 
     Raises:
-        Unusable: nothing of it can be used.
+        InvalidAnnotation: nothing of it can be used.
     """
     if isinstance(mask, dict):
         return _clean_rle(mask, width, height)
     if not isinstance(mask, list) or not mask:
-        raise Unusable("'segmentation' is " + (show(mask) if mask is not None else "missing"))
+        raise InvalidAnnotation("'segmentation' is " + (show(mask) if mask is not None else "missing"))
     polygons, wrong = [], []
     for number, polygon in enumerate(mask, start=1):
         name = f"polygon {number} of {len(mask)}"
         try:
             polygons.append(_clean_polygon(polygon, name, width, height, note))
-        except Unusable as error:
+        except InvalidAnnotation as error:
             wrong.append(f"{name} {error}")
     if not polygons:
-        raise Unusable(wrong[0])
+        raise InvalidAnnotation(wrong[0])
     for what in wrong:
         note(what, "polygon dropped, the others kept")
     return polygons

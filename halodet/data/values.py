@@ -13,7 +13,7 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 
 
-class Unusable(Exception):
+class InvalidAnnotation(Exception):
     """One entry cannot be used; the message says why."""
 
 

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from halodet.errors import ConfigError
+
 import torch
 import torch.distributed as dist
 from detectron2.engine import defaults
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import Tensor, nn
-
-from .setup import ConfigError
 
 Value = TypeVar("Value")
 
@@ -29,7 +29,7 @@ class _NaiveSyncBatchNormAct(NaiveSyncBatchNorm):
         return self.act(self.drop(super().forward(input)))
 
 
-def sync_norms(model: nn.Module) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """On the CPU with several processes: Detectron2's NaiveSyncBatchNorm in place of PyTorch's SyncBatchNorm, which is for GPUs.
 
     Parameters, statistics and their names stay. Each process's statistics are weighted by its number of images, which gives those of all
@@ -77,7 +77,7 @@ def ddp_anywhere() -> Iterator[None]:
         defaults.create_ddp_model = original
 
 
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give all processes the buffers of rank 0, whose model is the one that is saved: plain batch norm's statistics differ between them."""
     if comm.get_world_size() > 1:
         with torch.no_grad():
@@ -131,6 +131,8 @@ def check_shared(files: Sequence[str | Path], wait_seconds: float = 30.0) -> Non
             time.sleep(0.5)
         if found != wanted:
             file = next(file for file, ours, theirs in zip(files, wanted, found, strict=True) if ours != theirs)
-            raise ConfigError(f"{file} is not the file that rank 0 has there: set OUTPUT_DIR to a folder that all machines share")
+            raise ConfigError(
+                f"{file} is not the file that rank 0 has there: set OUTPUT_DIR to a folder that all machines share"
+            )
 
     agree(compare, comm.get_local_rank() == 0 and comm.get_rank() > 0, (ConfigError,))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
+from halodet.checkpoint import Checkpointer
+
 import torch
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-
-from ..weights import Checkpointer
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ class EMA(HookBase):
             return
         self.model.load_state_dict(self._trained().state_dict())
         if self.trainer.start_iter > 0:
-            logger.warning("The checkpoint holds no average of the weights (MODEL.EMA): it begins anew with this iteration.")
+            logger.warning(
+                "The checkpoint holds no average of the weights (MODEL.EMA): it begins anew with this iteration."
+            )
 
     def after_step(self) -> None:
         self.average.update_parameters(self._trained())

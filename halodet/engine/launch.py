@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from urllib.parse import urlparse
 
+from halodet.engine.lifeline import Lifeline, end, finish_undisturbed, is_network_error
+from halodet.engine.meeting import meet
+from halodet.errors import ConfigError
+
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
-
-from .lifeline import Lifeline, end, finish_undisturbed, is_network_error
-from .meeting import meet
-from .setup import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _PROBLEM_WAIT = timedelta(minutes=1)  # for the others to come, who are to be to
 
 
 @dataclass(frozen=True)
-class World:
+class DistEnv:
     """A process's place among those that torchrun or Slurm has started.
 
     Attributes:
@@ -51,7 +51,7 @@ class World:
     port: int
 
 
-def find_world(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> World | None:
+def detect_dist_env(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> DistEnv | None:
     """The place that torchrun's or Slurm's environment gives this process; None where there is neither, or one process only.
 
     torchrun's variables come first, as torchrun can be what a Slurm job runs. Of Slurm's those of the step (``srun``) come before those
@@ -68,20 +68,30 @@ def find_world(args: argparse.Namespace, environ: Mapping[str, str] = os.environ
     if world is None or world.size == 1:
         return None
     where = f"{world.source} has started {world.size} processes, {world.local_size} of them on {socket.gethostname()}"
-    if not 0 <= world.local_rank < world.local_size or not 0 <= world.rank < world.size or world.size % world.local_size:
+    if (
+        not 0 <= world.local_rank < world.local_size
+        or not 0 <= world.rank < world.size
+        or world.size % world.local_size
+    ):
         raise ConfigError(
             f"{where}, and this one has rank {world.rank} and local rank {world.local_rank}: "
             "start the same number on each machine, and let ranks count from 0"
         )
-    told = {"num_gpus": world.local_size, "num_machines": world.size // world.local_size, "machine_rank": world.rank // world.local_size}
+    told = {
+        "num_gpus": world.local_size,
+        "num_machines": world.size // world.local_size,
+        "machine_rank": world.rank // world.local_size,
+    }
     for flag, default in _FLAGS.items():
         if getattr(args, flag) not in (default, told[flag]):
             name = flag.replace("_", "-")
-            raise ConfigError(f"--{name} is {getattr(args, flag)}, but {where}, which makes it {told[flag]}: leave --{name} out")
+            raise ConfigError(
+                f"--{name} is {getattr(args, flag)}, but {where}, which makes it {told[flag]}: leave --{name} out"
+            )
     return world
 
 
-def _from_torchrun(environ: Mapping[str, str], args: argparse.Namespace) -> World | None:
+def _from_torchrun(environ: Mapping[str, str], args: argparse.Namespace) -> DistEnv | None:
     there = [name for name in _TORCHRUN if name in environ]
     by_flags = any(getattr(args, flag) != default for flag, default in _FLAGS.items())
     if not {"RANK", "WORLD_SIZE"} <= set(there) or (by_flags and len(there) < len(_TORCHRUN)):
@@ -92,28 +102,38 @@ def _from_torchrun(environ: Mapping[str, str], args: argparse.Namespace) -> Worl
             f"the environment has {', '.join(there)}, but not {missing}, which torchrun sets too: start the run with torchrun"
         )
     rank, size, local_rank, local_size = (_number(environ, name) for name in _TORCHRUN[:4])
-    return World("torchrun", rank, size, local_rank, local_size, environ["MASTER_ADDR"], _number(environ, "MASTER_PORT"))
+    return DistEnv(
+        "torchrun", rank, size, local_rank, local_size, environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
+    )
 
 
-def _from_slurm(environ: Mapping[str, str], args: argparse.Namespace) -> World | None:
+def _from_slurm(environ: Mapping[str, str], args: argparse.Namespace) -> DistEnv | None:
     # A batch script has SLURM_NTASKS and SLURM_PROCID as well; only what srun starts has the variables of a step.
     size_name = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environ), None)
     if size_name is None or "SLURM_PROCID" not in environ or _number(environ, size_name) == 1:
         return None
     if size_name == "SLURM_NTASKS" and any(getattr(args, flag) != default for flag, default in _FLAGS.items()):
         return None
-    if size_name == "SLURM_NTASKS" and environ["SLURM_PROCID"] == "0" and not {"SLURM_STEP_ID", "SLURM_STEPID"} & set(environ):
+    if (
+        size_name == "SLURM_NTASKS"
+        and environ["SLURM_PROCID"] == "0"
+        and not {"SLURM_STEP_ID", "SLURM_STEPID"} & set(environ)
+    ):
         raise ConfigError(
             f"the Slurm job has {environ[size_name]} tasks, but its batch script has started this process without srun, and alone: "
             "write srun before the command (srun --ntasks=1 for one process), or use torchrun"
         )
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
-    missing = [name for name in ("SLURM_LOCALID", "SLURM_JOB_ID") if name not in environ] + ([] if nodes else ["SLURM_JOB_NODELIST"])
+    missing = [name for name in ("SLURM_LOCALID", "SLURM_JOB_ID") if name not in environ] + (
+        [] if nodes else ["SLURM_JOB_NODELIST"]
+    )
     if missing:
-        raise ConfigError(f"{size_name} is {environ[size_name]}, but {', '.join(missing)} is not set: start the run with srun, or torchrun")
+        raise ConfigError(
+            f"{size_name} is {environ[size_name]}, but {', '.join(missing)} is not set: start the run with srun, or torchrun"
+        )
     size, rank = _number(environ, size_name), _number(environ, "SLURM_PROCID")
     port = 20000 + _number(environ, "SLURM_JOB_ID") % 1000 * 10 + int(environ.get("SLURM_STEP_ID", "0")) % 10
-    return World(
+    return DistEnv(
         "Slurm",
         rank,
         size,
@@ -126,13 +146,19 @@ def _from_slurm(environ: Mapping[str, str], args: argparse.Namespace) -> World |
 
 def _slurm_local_size(environ: Mapping[str, str], size: int, nodes: str) -> int:
     """Processes on each machine, from a list like ``4(x2)``; Slurm may also have spread them unevenly."""
-    spread = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or environ.get("SLURM_NTASKS_PER_NODE")
+    spread = (
+        environ.get("SLURM_STEP_TASKS_PER_NODE")
+        or environ.get("SLURM_TASKS_PER_NODE")
+        or environ.get("SLURM_NTASKS_PER_NODE")
+    )
     if not spread:
         count = _number(environ, "SLURM_JOB_NUM_NODES") if "SLURM_JOB_NUM_NODES" in environ else 1
         return size // max(count, 1)
     counts = {int(count) for count in re.findall(r"(?:^|,)(\d+)", spread)}
     if len(counts) != 1:
-        raise ConfigError(f"Slurm has spread {size} processes unevenly over {nodes} ({spread}): add --ntasks-per-node to srun")
+        raise ConfigError(
+            f"Slurm has spread {size} processes unevenly over {nodes} ({spread}): add --ntasks-per-node to srun"
+        )
     return min(counts.pop(), size)
 
 
@@ -149,7 +175,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         raise ConfigError(f"the environment's {name} is {environ[name]!r}, expected a whole number") from None
 
 
-def join(world: World, device: str, timeout: timedelta, *, problem: str = "") -> None:
+def join(world: DistEnv, device: str, timeout: timedelta, *, problem: str = "") -> None:
     """Make this process one of the run's: NCCL's process group for GPUs, gloo's for the CPU, and Detectron2's group of a machine.
 
     Args:
@@ -170,7 +196,9 @@ def join(world: World, device: str, timeout: timedelta, *, problem: str = "") ->
     )
     kind, gpus, here = torch.device(device).type, torch.cuda.device_count(), socket.gethostname()
     if kind == "cuda" and world.local_size > gpus and not problem:
-        problem = f"{here} has {gpus} GPUs for {world.local_size} processes: start as many as it has, or add MODEL.DEVICE cpu"
+        problem = (
+            f"{here} has {gpus} GPUs for {world.local_size} processes: start as many as it has, or add MODEL.DEVICE cpu"
+        )
     logger.info(f"{world.source}: rank {world.rank} of {world.size}, meeting at {world.host}:{world.port}")
     place = [kind, here, world.local_size, problem]
     try:
@@ -179,7 +207,9 @@ def join(world: World, device: str, timeout: timedelta, *, problem: str = "") ->
         if problem:
             raise ConfigError(problem) from error
         if "EADDRINUSE" in str(error):
-            raise ConfigError(f"port {world.port} of {here} is in use by another program: set MASTER_PORT to a free one") from error
+            raise ConfigError(
+                f"port {world.port} of {here} is in use by another program: set MASTER_PORT to a free one"
+            ) from error
         raise ConfigError(
             f"not all of {world.source}'s {world.size} processes met at {world.host}:{world.port} within {timeout.total_seconds() / 60:g} "
             f"minutes ({_first_line(error)}): see that srun or torchrun starts all of them, and that each machine can reach that port"
@@ -191,12 +221,18 @@ def join(world: World, device: str, timeout: timedelta, *, problem: str = "") ->
         if their_problem:
             raise ConfigError(their_problem if host == here else f"on {host}: {their_problem}")
         if other != kind_0:
-            raise ConfigError(f"rank {rank} on {host} runs on {other}, but rank 0 on {host_0} on {kind_0}: set MODEL.DEVICE")
+            raise ConfigError(
+                f"rank {rank} on {host} runs on {other}, but rank 0 on {host_0} on {kind_0}: set MODEL.DEVICE"
+            )
         if local_size != size_0:
-            raise ConfigError(f"{host} has {local_size} processes and {host_0} has {size_0}: start the same number on each machine")
+            raise ConfigError(
+                f"{host} has {local_size} processes and {host_0} has {size_0}: start the same number on each machine"
+            )
     if kind == "cuda":
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=timeout
+    )
     comm.create_local_process_group(world.local_size)
     comm.synchronize()
 
@@ -223,7 +259,9 @@ def supervise(work: Callable[[], object], host: str, exit_codes: Mapping[type[Ex
     except BaseException as error:
         if lifeline:
             finish_undisturbed()
-        code = next((getattr(error, "exit_code", code) for kind, code in exit_codes.items() if isinstance(error, kind)), None)
+        code = next(
+            (getattr(error, "exit_code", code) for kind, code in exit_codes.items() if isinstance(error, kind)), None
+        )
         text = str(error) if code is not None else f"{type(error).__name__}: {error}"
         first = lifeline.failed(text, network=is_network_error(error)) if lifeline else None
         if first:

@@ -16,10 +16,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
+from halodet.engine.preemption import SIGNALS
+
 import torch.distributed as dist
 from detectron2.utils import comm
-
-from .signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +47,30 @@ class Lifeline:
     def __init__(self, host: str) -> None:
         self.rank = comm.get_rank()
         listener = _listener() if self.rank == 0 else None
-        told = comm.all_gather((socket.gethostname(), listener.getsockname()[1] if listener else 0, secrets.token_hex(16)))
+        told = comm.all_gather(
+            (socket.gethostname(), listener.getsockname()[1] if listener else 0, secrets.token_hex(16))
+        )
         self.hosts, token = [name for name, _, _ in told], told[0][2]
-        self._lock, self._heard, self._failing, self._ending = threading.Lock(), threading.Event(), threading.Event(), False
+        self._lock, self._heard, self._failing, self._ending = (
+            threading.Lock(),
+            threading.Event(),
+            threading.Event(),
+            False,
+        )
         self._verdict: dict[str, Any] = {}
         self._peers: dict[Connection, int] = {}
         self._connection: Connection | None
         if listener:
             self._connection, own = Pipe()
-            self._peers = {**_accept(listener, token, len(told) - 1), own: 0}  # itself last: it ends once all others were told
+            self._peers = {
+                **_accept(listener, token, len(told) - 1),
+                own: 0,
+            }  # itself last: it ends once all others were told
             threading.Thread(target=self._serve, name="lifeline-server", daemon=True).start()
         else:
-            self._connection = _connect("127.0.0.1" if comm.get_local_size() == len(told) else host, told[0][1], f"{token} {self.rank}")
+            self._connection = _connect(
+                "127.0.0.1" if comm.get_local_size() == len(told) else host, told[0][1], f"{token} {self.rank}"
+            )
         if self._connection:
             _close_in_children(self)
             self._listener = threading.Thread(target=self._listen, name="lifeline", daemon=True)
@@ -127,7 +139,9 @@ class Lifeline:
                 message, rank = _receive(peer), waiting.pop(peer)
                 if message is None or not message.get("network", True):
                     return self._tell({"rank": rank, "text": message["failed"] if message else _SILENT})
-                if "failed" in message and network is None:  # broken exchanges are told first of all, and explain nothing
+                if (
+                    "failed" in message and network is None
+                ):  # broken exchanges are told first of all, and explain nothing
                     network, deadline = {"rank": rank, "text": message["failed"]}, time.monotonic() + _SETTLE_SECONDS
             if network and (time.monotonic() >= deadline or not waiting):
                 return self._tell(network)
@@ -154,14 +168,18 @@ def end(message: str) -> None:
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    time.sleep(_LINGER_SECONDS)  # rank 0 as in Lifeline.failed; all, so that torchrun sees the process that is the cause end first
+    time.sleep(
+        _LINGER_SECONDS
+    )  # rank 0 as in Lifeline.failed; all, so that torchrun sees the process that is the cause end first
     os._exit(EXIT_RANK_LOST)
 
 
 def is_network_error(error: BaseException) -> bool:
     """Whether ``error`` is one of exchanging something with other processes."""
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def _receive(connection: Connection) -> dict[str, Any] | None:
@@ -191,7 +209,9 @@ def _accept(listener: socket.socket, token: str, count: int) -> dict[Connection,
                 if len(hello) == 2 and secrets.compare_digest(hello[0], token):
                     peers[peer] = int(hello[1])
     if len(peers) < count:
-        logger.warning(f"{count - len(peers)} of {count} processes did not connect to rank 0: if they end, that is noticed late.")
+        logger.warning(
+            f"{count - len(peers)} of {count} processes did not connect to rank 0: if they end, that is noticed late."
+        )
     return peers
 
 
@@ -200,7 +220,9 @@ def _connect(host: str, port: int, hello: str) -> Connection | None:
         connection = _watched(socket.create_connection((host, port), timeout=_JOIN_SECONDS))
         connection.send_bytes(hello.encode())
     except OSError as error:
-        logger.warning(f"Rank 0 cannot be reached at {host}:{port} ({error.strerror or error}): if a process ends, that is noticed late.")
+        logger.warning(
+            f"Rank 0 cannot be reached at {host}:{port} ({error.strerror or error}): if a process ends, that is noticed late."
+        )
         return None
     return connection
 

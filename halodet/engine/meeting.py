@@ -61,5 +61,7 @@ def _tell(name: str, shared: dist.Store, own: dist.Store, size: int, timeout: ti
             elif shared.check([f"asks/{rank}"]):
                 shared.set(f"answer/{shared.get(f'asks/{rank}').decode()}", name)
         if missing and time.monotonic() > until:
-            raise dist.DistStoreError(f"{size - len(missing)} of {size} came, not rank {', '.join(map(str, sorted(missing)[:8]))}")
+            raise dist.DistStoreError(
+                f"{size - len(missing)} of {size} came, not rank {', '.join(map(str, sorted(missing)[:8]))}"
+            )
         time.sleep(_TURN_SECONDS)

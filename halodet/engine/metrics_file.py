@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from halodet.errors import HalodetError
+
 METRICS_FILE = "metrics.json"
 
 
-class MetricsError(ValueError):
+class MetricsError(HalodetError, ValueError):
     """A metrics.json that cannot be used; the message is one sentence."""
 
 
@@ -25,7 +27,9 @@ def read_metrics(folder: str | Path) -> dict[str, dict[int, float]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise MetricsError(f"{path} cannot be read ({error.strerror}): give the OUTPUT_DIR of a run that trained") from error
+        raise MetricsError(
+            f"{path} cannot be read ({error.strerror}): give the OUTPUT_DIR of a run that trained"
+        ) from error
     metrics: dict[str, dict[int, float]] = {}
     for line in lines:
         try:

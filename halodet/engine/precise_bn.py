@@ -22,7 +22,7 @@ class PreciseBN(hooks.PreciseBN):
     def update_stats(self) -> None:
         """Take the batches after those of the times before."""
         times_before = self.trainer.iter // self._period if self._period > 0 else 0
-        self._data_loader.loader.go_to(times_before * self._num_iter)
+        self._data_loader.loader.seek(times_before * self._num_iter)
         with contextlib.closing(self._data_loader):
             super().update_stats()
         self._data_iter = None

@@ -63,7 +63,11 @@ class _Longer(logging.LoggerAdapter):
 def throughput_line(storage: EventStorage, window_size: int) -> str:
     """For example ``images/s: 12.3  waiting for data: 4 %  max_mem: 812M``, without what was not measured."""
     latest = storage.latest_with_smoothing_hint(window_size)
-    texts = {"images_per_second": "images/s: {:.4g}", "data_share": "waiting for data: {:.0%}", "memory_mib": "max_mem: {:.0f}M"}
+    texts = {
+        "images_per_second": "images/s: {:.4g}",
+        "data_share": "waiting for data: {:.0%}",
+        "memory_mib": "max_mem: {:.0f}M",
+    }
     if torch.cuda.is_available():  # the GPU's is in Detectron2's line already
         del texts["memory_mib"]
     return "  ".join(text.format(latest[key][0]) for key, text in texts.items() if key in latest)

@@ -6,18 +6,26 @@ import logging
 import os
 from typing import Any
 
+from halodet.data.bad_images import (
+    SKIPPED_FILE,
+    SKIPPED_KEY,
+    BadImageReport,
+    Skipped,
+    SkipTrackingLoader,
+    TooManyBadImages,
+    too_many,
+)
+
 from detectron2.engine import HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
-
-from ..data.skipped import SKIPPED_FILE, SKIPPED_KEY, CountingLoader, Skipped, SkippedReport, TooManySkipped, too_many
 
 logger = logging.getLogger(__name__)
 
 _PERIOD = 20  # iterations
 
 
-class ReportSkipped(HookBase):
+class BadImageHook(HookBase):
     """Collects from all processes what the loader left out, and has the main one write OUTPUT_DIR/skipped.json.
 
     That happens every 20 iterations, before each checkpoint, which holds the counts too, and at the end. A run that is resumed goes on with
@@ -26,16 +34,16 @@ class ReportSkipped(HookBase):
     Args:
         loader: the run's own.
         folder: OUTPUT_DIR.
-        max_share: share of images seen that may be left out (DATALOADER.MAX_SKIPPED).
+        max_share: share of images seen that may be left out (DATALOADER.MAX_BAD_IMAGES).
         checkpoint_period: iterations between two checkpoints.
 
     Raises:
-        TooManySkipped: by ``after_step``, in all processes together.
+        TooManyBadImages: by ``after_step``, in all processes together.
     """
 
-    def __init__(self, loader: CountingLoader, folder: str, *, max_share: float, checkpoint_period: int) -> None:
+    def __init__(self, loader: SkipTrackingLoader, folder: str, *, max_share: float, checkpoint_period: int) -> None:
         self._loader = loader
-        self._report = SkippedReport(folder)
+        self._report = BadImageReport(folder)
         self._max_share = max_share
         self._checkpoint_period = checkpoint_period
         self._seen, self._records = 0, []
@@ -54,9 +62,11 @@ class ReportSkipped(HookBase):
             self._report.clear()
         elif self._resumed is not None:
             try:
-                self._report.go_to(self._resumed)
+                self._report.seek(self._resumed)
             except OSError as error:
-                logger.warning(f"{self._report.path} cannot be written ({error.strerror or error}): it may count some images twice.")
+                logger.warning(
+                    f"{self._report.path} cannot be written ({error.strerror or error}): it may count some images twice."
+                )
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -67,7 +77,7 @@ class ReportSkipped(HookBase):
         if problem and last:  # all the work is done
             logger.warning(problem)
         elif problem:
-            raise TooManySkipped(problem)
+            raise TooManyBadImages(problem)
 
     def collect(self) -> str | None:
         """Write what all processes have left out so far; to be called in all of them. The main one gets the reason to stop, if any."""
@@ -97,7 +107,7 @@ class ReportSkipped(HookBase):
         return too_many(content, self._max_share)
 
 
-class TolerantCOCOEvaluator(COCOEvaluator):
+class RobustCOCOEvaluator(COCOEvaluator):
     """COCO's evaluation, in which an image that cannot be used counts as one without detections, and is named.
 
     Args:
@@ -106,7 +116,7 @@ class TolerantCOCOEvaluator(COCOEvaluator):
 
     def __init__(self, *arguments: Any, report_dir: str, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._report = SkippedReport(report_dir)
+        self._report = BadImageReport(report_dir)
         self._skipped: list[Skipped] = []
 
     def reset(self) -> None:
@@ -117,7 +127,11 @@ class TolerantCOCOEvaluator(COCOEvaluator):
         for index, sample in enumerate(inputs):
             if SKIPPED_KEY in sample:
                 self._skipped += sample[SKIPPED_KEY]
-                outputs = [*outputs[:index], {key: value[:0] for key, value in outputs[index].items()}, *outputs[index + 1 :]]
+                outputs = [
+                    *outputs[:index],
+                    {key: value[:0] for key, value in outputs[index].items()},
+                    *outputs[index + 1 :],
+                ]
         super().process(inputs, outputs)
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
@@ -128,5 +142,7 @@ class TolerantCOCOEvaluator(COCOEvaluator):
                 self._report.add(0, skipped, evaluation=True)
             except OSError as error:
                 logger.warning(f"{self._report.path} cannot be written ({error.strerror or error}).")
-            logger.warning(f"Images that could not be used and count as having no detections: {len(skipped)}, see {SKIPPED_FILE}.")
+            logger.warning(
+                f"Images that could not be used and count as having no detections: {len(skipped)}, see {SKIPPED_FILE}."
+            )
         return super().evaluate(img_ids)

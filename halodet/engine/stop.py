@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..data import DatasetError
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message is one sentence, ``exit_code`` what the process should end with."""
-
-    exit_code = 1
+from halodet.errors import DatasetError, TrainingStopped
 
 
 def log_sentences_only() -> None:

@@ -9,6 +9,28 @@ import warnings
 import weakref
 from functools import partial
 
+from halodet.checkpoint import Checkpointer
+from halodet.data.bad_images import SkipTrackingLoader
+from halodet.data.build import build_test_loader, build_train_loader
+from halodet.engine.checkpoint_hook import Checkpoints
+from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm, ddp_anywhere
+from halodet.engine.ema import EMA
+from halodet.engine.nan_guard import GoBack, RollBack
+from halodet.engine.performance import CompileError, compile_errors, speed_up
+from halodet.engine.precise_bn import PreciseBN
+from halodet.engine.preemption import StopOnSignal
+from halodet.engine.progress import ProgressPrinter, Throughput
+from halodet.engine.resume_state import RunState
+from halodet.engine.skipped import BadImageHook, RobustCOCOEvaluator
+from halodet.engine.stop import log_sentences_only
+from halodet.engine.train_step import Step
+from halodet.engine.visualization import DrawPredictions
+from halodet.engine.wandb_writer import WandbWriter
+from halodet.engine.writers import IgnoreIOErrors
+from halodet.evaluation.tta import evaluate_augmented
+from halodet.solver.build import build_optimizer
+from halodet.solver.lr_scaling import scale_to_batch
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
@@ -20,28 +42,6 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data.loader import build_test_loader, build_train_loader
-from ..data.skipped import CountingLoader
-from ..weights import Checkpointer
-from .checkpoints import Checkpoints
-from .distributed import ddp_anywhere, share_buffers, sync_norms
-from .drawings import DrawPredictions
-from .ema import EMA
-from .finite import GoBack, RollBack
-from .optimizer import build_optimizer
-from .precise_bn import PreciseBN
-from .progress import ProgressPrinter, Throughput
-from .scaling import scale_to_batch
-from .signals import StopOnSignal
-from .skipped import ReportSkipped, TolerantCOCOEvaluator
-from .speed import CompileError, compile_errors, speed_up
-from .state import RunState
-from .step import Step
-from .stop import log_sentences_only
-from .tta import evaluate_augmented
-from .wandb_writer import WandbWriter
-from .writers import LenientWriter
-
 logger = logging.getLogger(__name__)
 
 
@@ -50,11 +50,11 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: the run.
-        trust_pickle: read pickle files that may run code as MODEL.WEIGHTS.
+        allow_pickle: read pickle files that may run code as MODEL.WEIGHTS.
     """
 
-    def __init__(self, cfg: CfgNode, *, trust_pickle: bool = False) -> None:
-        self._trust_pickle = trust_pickle
+    def __init__(self, cfg: CfgNode, *, allow_pickle: bool = False) -> None:
+        self._trust_pickle = allow_pickle
         log_sentences_only()
         with ddp_anywhere(), warnings.catch_warnings():  # of the AMPTrainer that Detectron2 makes, and Step replaces
             warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler")
@@ -67,22 +67,24 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
-            min_filled=self.cfg.MODEL.WEIGHTS_MIN_FILLED,
-            trust_pickle=self._trust_pickle,
+            min_loaded=self.cfg.MODEL.WEIGHTS_MIN_LOADED,
+            allow_pickle=self._trust_pickle,
             trainer=weakref.proxy(self),
         )
-        report = ReportSkipped(
+        report = BadImageHook(
             self._trainer.data_loader,
             self.cfg.OUTPUT_DIR,
-            max_share=self.cfg.DATALOADER.MAX_SKIPPED,
+            max_share=self.cfg.DATALOADER.MAX_BAD_IMAGES,
             checkpoint_period=self.cfg.SOLVER.CHECKPOINT_PERIOD,
         )
-        cfg, early, late = self.cfg, [Throughput(self.cfg.SOLVER.IMS_PER_BATCH * self.cfg.SOLVER.ACCUMULATE)], []
+        cfg, early, late = self.cfg, [Throughput(self.cfg.SOLVER.IMS_PER_BATCH * self.cfg.SOLVER.GRAD_ACCUM_STEPS)], []
         if cfg.MODEL.EMA.ENABLED:
             ema = EMA(self.model, cfg.MODEL.EMA.DECAY, cfg.OUTPUT_DIR)
             self.checkpointer.add_checkpointable("ema", ema.average)
             early.append(ema)
-            late.append(EvalHook(cfg.TEST.EVAL_PERIOD, lambda: {"ema": self.test_into("inference_ema", cfg, ema.model)}))
+            late.append(
+                EvalHook(cfg.TEST.EVAL_PERIOD, lambda: {"ema": self.test_into("inference_ema", cfg, ema.model)})
+            )
         if cfg.TEST.AUG.ENABLED:  # it takes many times as long, so only at the end, as in Detectron2's training tool
             late.append(EvalHook(0, lambda: self.test_with_tta(cfg, self.model)))
         if cfg.TEST.AUG.ENABLED and cfg.MODEL.EMA.ENABLED:
@@ -90,9 +92,13 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.VIS_PERIOD and cfg.TEST.VIS_IMAGES and cfg.DATASETS.TEST and comm.is_main_process():
             late.append(DrawPredictions(cfg, cfg.DATASETS.TEST[0]))
         state = RunState(self.data_loader.loader, self.checkpointer.model, cfg)
-        checkpoints = Checkpoints(self.checkpointer, state, report, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
+        checkpoints = Checkpoints(
+            self.checkpointer, state, report, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+        )
         self.signals = StopOnSignal(checkpoints, cfg.TEST.EVAL_PERIOD, cfg.TEST.VIS_PERIOD)
-        hooks = [hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)]
+        hooks = [
+            hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)
+        ]
         hooks = [PreciseBN.of(cfg, hook) if isinstance(hook, Detectron2PreciseBN) else hook for hook in hooks]
         # What changes the weights or measures comes before checkpoints, these before an evaluation, which may fail or take longer than a
         # signal gives, and what is measured then before it is written.
@@ -104,11 +110,11 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's log line with images per second, data and memory; metrics.json, TensorBoard and, if asked for, W&B."""
         _, *others = super().build_writers()
-        others = [LenientWriter(writer) for writer in others]
+        others = [IgnoreIOErrors(writer) for writer in others]
         return [ProgressPrinter(self.max_iter), *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []), *others]
 
     def run_step(self) -> None:
-        """One iteration; the last ones again where SOLVER.NON_FINITE is rollback and this one is not finite."""
+        """One iteration; the last ones again where SOLVER.NON_FINITE_POLICY is rollback and this one is not finite."""
         try:
             super().run_step()
         except RollBack as why:
@@ -134,16 +140,16 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's, whose SyncBN also works on the CPU, with what MODEL.TF32, CHANNELS_LAST and COMPILE ask for."""
-        return speed_up(cfg, sync_norms(super().build_model(cfg)))
+        return speed_up(cfg, convert_sync_batchnorm(super().build_model(cfg)))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
         """Detectron2's, shared by all processes, each of which evaluates the very model that rank 0 saves."""
-        share_buffers(model)
+        broadcast_buffers(model)
         return super().test(cfg, model, evaluators)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> CountingLoader:
+    def build_train_loader(cls, cfg: CfgNode) -> SkipTrackingLoader:
         """Detectron2's loader, which leaves out images that cannot be used."""
         return build_train_loader(cfg)
 
@@ -153,11 +159,11 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> TolerantCOCOEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> RobustCOCOEvaluator:
         """COCO's own evaluation; predictions are written to ``folder`` in OUTPUT_DIR."""
         # Detectron2's faster COCO evaluation stops on a dataset in which nothing is detected; the official one does not.
         output_dir = os.path.join(cfg.OUTPUT_DIR, folder)
-        return TolerantCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False, report_dir=cfg.OUTPUT_DIR)
+        return RobustCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False, report_dir=cfg.OUTPUT_DIR)
 
     @classmethod
     def test_into(cls, folder: str, cfg: CfgNode, model: nn.Module) -> dict:

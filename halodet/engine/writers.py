@@ -9,7 +9,7 @@ from detectron2.utils.events import EventWriter
 logger = logging.getLogger(__name__)
 
 
-class LenientWriter(EventWriter):
+class IgnoreIOErrors(EventWriter):
     """Another writer, whose files may fail: training goes on, and what is new is tried again with the next writing.
 
     A disk that is full is reported by the next checkpoint, for which room can be made until then.
@@ -37,5 +37,7 @@ class LenientWriter(EventWriter):
     def _tell(self, error: OSError) -> None:
         if not self._told:
             name = type(self.writer).__name__
-            logger.warning(f"{name} cannot write ({error.strerror or error}): training goes on, and what it writes is not complete.")
+            logger.warning(
+                f"{name} cannot write ({error.strerror or error}): training goes on, and what it writes is not complete."
+            )
         self._told = True

@@ -1,10 +1,11 @@
 """Asking a trained detector about pictures: read an image, predict, draw."""
 
-from halodet.inference.classes import CLASSES_FILE, ClassesError, read_classes, write_classes
-from halodet.inference.draw import draw
-from halodet.inference.image import ImageError, read_image
-from halodet.inference.json_file import write_json
-from halodet.inference.predict import Predictor, PredictorError, to_coco
+from halodet.data.classes import CLASSES_FILE, ClassesError, read_classes, write_classes
+from halodet.data.image_io import read_image
+from halodet.errors import ImageError
+from halodet.inference.predictor import Predictor, PredictorError, to_coco
+from halodet.inference.visualize import draw
+from halodet.utils.io import write_json
 
 __all__ = [
     "CLASSES_FILE",

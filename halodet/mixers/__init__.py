@@ -7,7 +7,7 @@ here: a class with an ``out_channels`` and a ``from_spec``, registered under a n
 import importlib
 import pkgutil
 
-from .registry import MIXERS, MixerSpec, build_mixer
+from halodet.mixers.registry import MIXERS, MixerSpec, build_mixer
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from torch import Tensor, nn
+from halodet.mixers.registry import MixerSpec, register_mixer
 
-from .registry import MixerSpec, register_mixer
+from torch import Tensor, nn
 
 
 @register_mixer("conv")

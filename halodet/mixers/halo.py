@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+from halodet.attention import BACKENDS, BORDERS, halo_attention
+from halodet.mixers.registry import MixerSpec, register_mixer
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ..attention import BACKENDS, BORDERS, halo_attention
-from .registry import MixerSpec, register_mixer
 
 
 class RelativePosition(nn.Module):
@@ -64,7 +64,13 @@ class HaloMixer(nn.Module):
             )
         check_attention(num_heads, qk_channels, value_channels, backend)
         self.out_channels = value_channels
-        self.num_heads, self.block_size, self.halo_size, self.border, self.backend = num_heads, block_size, halo_size, border, backend
+        self.num_heads, self.block_size, self.halo_size, self.border, self.backend = (
+            num_heads,
+            block_size,
+            halo_size,
+            border,
+            backend,
+        )
         self.pool = stride > 1 and block_size % stride != 0
         self.query_stride = 1 if self.pool else stride
         self.depth, self.value_depth = qk_channels // num_heads, value_channels // num_heads
@@ -118,4 +124,6 @@ def check_attention(num_heads: int, qk_channels: int, value_channels: int, backe
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"the attention backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
     if num_heads < 1 or qk_channels % num_heads or value_channels % num_heads:
-        raise ValueError(f"{num_heads} heads do not divide {qk_channels} channels of queries and {value_channels} of values")
+        raise ValueError(
+            f"{num_heads} heads do not divide {qk_channels} channels of queries and {value_channels} of values"
+        )

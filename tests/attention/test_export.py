@@ -27,7 +27,9 @@ def image(height, width):
 
 
 # Before, dynamic sizes had to be proved, not only checked.
-needs_auto = pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="this PyTorch has no torch.export.Dim.AUTO")
+needs_auto = pytest.mark.skipif(
+    not hasattr(torch.export.Dim, "AUTO"), reason="this PyTorch has no torch.export.Dim.AUTO"
+)
 
 
 def dynamic():
@@ -58,7 +60,9 @@ def test_onnx_runtime_agrees_at_any_size(case, exporter):
     mixer, file = layer(case), io.BytesIO()
     names = {"input_names": ["x"], "output_names": ["y"]}
     if exporter == "torch.export":
-        torch.onnx.export(mixer, (image(*SIZES[0]),), dynamo=True, dynamic_shapes=dynamic(), verbose=False, **names).save(file)
+        torch.onnx.export(
+            mixer, (image(*SIZES[0]),), dynamo=True, dynamic_shapes=dynamic(), verbose=False, **names
+        ).save(file)
     else:
         axes = {"x": {2: "height", 3: "width"}}
         torch.onnx.export(mixer, (image(*SIZES[0]),), file, dynamo=False, dynamic_axes=axes, opset_version=17, **names)
@@ -88,7 +92,8 @@ def test_the_compilers_own_kernels_fetch_every_query():
     network = nn.Sequential(mixer, nn.BatchNorm2d(16))
     x = torch.randn(2, 16, 12, 18, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (plain, *expected), (compiled, *gradients) = (
-        [y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])] for y in (run(x) for run in (network, torch.compile(network)))
+        [y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])]
+        for y in (run(x) for run in (network, torch.compile(network)))
     )
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
     for a, b in zip(gradients, expected, strict=True):
@@ -99,5 +104,7 @@ def test_checkpointed_layer_has_the_same_gradients():
     mixer, x = layer("mask"), image(13, 22).requires_grad_()
     inputs = [x, *mixer.parameters()]
     plain = torch.autograd.grad(mixer(x).sin().sum(), inputs)
-    for a, b in zip(torch.autograd.grad(checkpoint(mixer, x, use_reentrant=False).sin().sum(), inputs), plain, strict=True):
+    for a, b in zip(
+        torch.autograd.grad(checkpoint(mixer, x, use_reentrant=False).sin().sum(), inputs), plain, strict=True
+    ):
         assert torch.equal(a, b)

@@ -3,8 +3,8 @@
 import random
 
 from halodet.attention import blocked, halo_attention
-from halodet.attention.geometry import Geometry
-from halodet.attention.halo import BACKENDS, BORDERS
+from halodet.attention.functional import BACKENDS, BORDERS
+from halodet.attention.layout import BlockLayout
 from halodet.attention.reference import attend
 
 import pytest
@@ -96,7 +96,9 @@ def test_random_settings_equal_the_definition(backend, seed):
     out = call(tensors, **options, backend=backend)
     halo = options["halo_size"] if isinstance(options["halo_size"], tuple) else (options["halo_size"],) * 4
     scale = options["scale"] or tensors[0].shape[2] ** -0.5
-    shape = Geometry(*tensors[1].shape[-2:], options["block_size"], *halo, options["stride"], options["border"] == "mask", scale)
+    shape = BlockLayout(
+        *tensors[1].shape[-2:], options["block_size"], *halo, options["stride"], options["border"] == "mask", scale
+    )
     pick = random.Random(seed)
     height, width = out.shape[-2:]
     places = [(0, 0), (height - 1, width - 1), *((pick.randrange(height), pick.randrange(width)) for _ in range(4))]
@@ -193,7 +195,9 @@ def test_chunks_of_any_size_give_the_same(budget, monkeypatch):
 def test_maps_in_any_memory_format():
     arguments = make(1, 2, 3, 4, 7, 9, block=4, halo=2)
     options = {"block_size": 4, "halo_size": 2, "border": "mask", "backend": "blocked"}
-    last = [x.detach().permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2).requires_grad_() for x in arguments[:3]] + arguments[3:]
+    last = [
+        x.detach().permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2).requires_grad_() for x in arguments[:3]
+    ] + arguments[3:]
     for a, b in zip(
         torch.autograd.grad(halo_attention(*arguments, **options).sin().sum(), arguments),
         torch.autograd.grad(halo_attention(*last, **options).sin().sum(), last),

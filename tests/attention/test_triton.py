@@ -3,9 +3,10 @@
 import random
 import warnings
 
-from halodet.attention import halo, halo_attention
-from halodet.attention.geometry import Geometry
-from halodet.attention.triton import halo_attention_triton, triton_problem, triton_refuses
+from halodet.attention import functional as halo
+from halodet.attention import halo_attention
+from halodet.attention.layout import BlockLayout
+from halodet.attention.triton_ops import halo_attention_triton, triton_unavailable_reason, unsupported_reason
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(triton_problem(DEVICE) is not None, reason=str(triton_problem(DEVICE))),
+    pytest.mark.skipif(triton_unavailable_reason(DEVICE) is not None, reason=str(triton_unavailable_reason(DEVICE))),
 ]
 
 
@@ -37,7 +38,9 @@ def make(shape, batch=1, heads=1, depth=4, value_depth=4, extra=0, seed=0):
 
 
 def geometry(height, width, block, halo, stride=1, mask=True, scale=0.5):
-    return Geometry(height, width, block, *((halo,) * 4 if isinstance(halo, int) else halo), stride=stride, mask=mask, scale=scale)
+    return BlockLayout(
+        height, width, block, *((halo,) * 4 if isinstance(halo, int) else halo), stride=stride, mask=mask, scale=scale
+    )
 
 
 def run(backend, arguments, shape, dtype=torch.float32):
@@ -60,16 +63,26 @@ def some_case(seed):
     stride = choose.choice((1, 1, 2))
     block = stride * choose.randint(1, 6 // stride)
     shape = geometry(
-        choose.randint(1, 11), choose.randint(1, 11), block, [choose.randint(0, 3) for _ in range(4)], stride, choose.random() < 0.5
+        choose.randint(1, 11),
+        choose.randint(1, 11),
+        block,
+        [choose.randint(0, 3) for _ in range(4)],
+        stride,
+        choose.random() < 0.5,
     )
     options = {"batch": choose.randint(1, 2), "heads": choose.randint(1, 2), "depth": choose.randint(1, 20)}
-    return shape, make(shape, **options, value_depth=choose.randint(1, 20), extra=choose.choice((0, 0, 1, 3)), seed=seed)
+    return shape, make(
+        shape, **options, value_depth=choose.randint(1, 20), extra=choose.choice((0, 0, 1, 3)), seed=seed
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_cases_equal_the_definition(seed):
     shape, arguments = some_case(seed)
-    assert_near(run(halo_attention_triton, arguments, shape), run(halo.halo_attention_reference, arguments, shape, torch.float64))
+    assert_near(
+        run(halo_attention_triton, arguments, shape),
+        run(halo.halo_attention_reference, arguments, shape, torch.float64),
+    )
 
 
 LARGE = {
@@ -87,7 +100,9 @@ LARGE = {
 def test_cases_beyond_one_tile_equal_plain_pytorch(case):
     shape, options = LARGE[case]
     arguments = make(shape, **options)
-    assert_near(run(halo_attention_triton, arguments, shape), run(halo.halo_attention_blocked, arguments, shape, torch.float64))
+    assert_near(
+        run(halo_attention_triton, arguments, shape), run(halo.halo_attention_blocked, arguments, shape, torch.float64)
+    )
 
 
 @pytest.fixture
@@ -108,7 +123,9 @@ def half_types(monkeypatch):
         return cast(self, TensorHandle(x.data.astype("float32"), tl.float32) if integer else x, dtype)
 
     monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, to_single(self, a), to_single(self, b), *rest)
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, to_single(self, a), to_single(self, b), *rest),
     )
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_twice)
 
@@ -119,7 +136,10 @@ def test_half_types_are_as_exact_as_plain_pytorch(mask, dtype, half_types):
     shape = geometry(11, 9, 4, 2, mask=mask)
     arguments = [None if x is None else x.to(dtype) for x in make(shape, heads=2, depth=16, value_depth=8, extra=2)]
     exact = run(halo.halo_attention_blocked, arguments, shape, torch.float64)
-    results = run(halo_attention_triton, arguments, shape, dtype), run(halo.halo_attention_blocked, arguments, shape, dtype)
+    results = (
+        run(halo_attention_triton, arguments, shape, dtype),
+        run(halo.halo_attention_blocked, arguments, shape, dtype),
+    )
     for e, triton, blocked in zip(exact, *results, strict=True):
         assert triton.dtype == dtype
         assert (triton.double() - e).norm() <= 2 * (blocked.double() - e).norm()
@@ -140,7 +160,9 @@ def test_large_logits_stay_finite(mask, sign):
 
 def test_every_run_gives_the_same_bits():
     shape, arguments = some_case(3)
-    for first, second in zip(run(halo_attention_triton, arguments, shape), run(halo_attention_triton, arguments, shape), strict=True):
+    for first, second in zip(
+        run(halo_attention_triton, arguments, shape), run(halo_attention_triton, arguments, shape), strict=True
+    ):
         assert torch.equal(first, second)
 
 
@@ -172,11 +194,15 @@ def test_operators_keep_what_they_declare(extra):
     table = torch.cat([rel_h, rel_w])[: 2 * (6 + 2 - 1)].detach().requires_grad_()
     options = (4, [1] * 4, 2, True, 0.5)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.halodet.halo_attention, (q, k, v, table, extra_k, extra_v, *options), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.halodet.halo_attention, (q, k, v, table, extra_k, extra_v, *options), test_utils=tests
+    )
     kept = [None if x is None else x.detach() for x in (q, k, v, table, extra_k, extra_v)]
     out, lse = torch.ops.halodet.halo_attention(*kept, *options)
     torch.library.opcheck(
-        torch.ops.halodet.halo_attention_backward, (torch.ones_like(out), out, lse, *kept, *options), test_utils=tests[:2]
+        torch.ops.halodet.halo_attention_backward,
+        (torch.ones_like(out), out, lse, *kept, *options),
+        test_utils=tests[:2],
     )
 
 
@@ -217,7 +243,9 @@ def test_autocast_changes_nothing():
 def test_a_second_derivative_is_refused():
     shape = geometry(4, 4, 2, 1)
     arguments = [None if x is None else x.float().requires_grad_() for x in make(shape)]
-    (first,) = torch.autograd.grad(halo_attention_triton(*arguments, shape).square().sum(), arguments[0], create_graph=True)
+    (first,) = torch.autograd.grad(
+        halo_attention_triton(*arguments, shape).square().sum(), arguments[0], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="differentiated once"):
         first.sum().backward()
 
@@ -230,7 +258,7 @@ def test_what_the_kernels_cannot_do_is_refused_in_a_sentence():
         (wide, {}, torch.float32, "256 rows of both position tables in use, and these windows have 262"),
     ):
         arguments = [None if x is None else x.to(dtype) for x in make(shape, **options)]
-        assert message in triton_refuses(arguments[0], arguments[2], shape)
+        assert message in unsupported_reason(arguments[0], arguments[2], shape)
         with pytest.raises(ValueError, match=message):
             halo_attention_triton(*arguments, shape)
 
@@ -241,12 +269,12 @@ def test_a_gpu_gets_triton_unless_something_is_wrong(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
     monkeypatch.setattr(halo, "_warned", False)
     shape = geometry(4, 4, 2, 1)
-    monkeypatch.setattr(halo, "triton_problem", lambda device: None)
+    monkeypatch.setattr(halo, "triton_unavailable_reason", lambda device: None)
     assert halo._choose(q, q, shape) == "triton"
     with monkeypatch.context() as tracing:
         tracing.setattr(torch.jit, "is_tracing", lambda: True)
-        assert halo._choose(q, q, shape) == "unfolded"
-    monkeypatch.setattr(halo, "triton_problem", lambda device: "it rains")
+        assert halo._choose(q, q, shape) == "unfold"
+    monkeypatch.setattr(halo, "triton_unavailable_reason", lambda device: "it rains")
     with pytest.warns(UserWarning, match="it rains"):
         assert halo._choose(q, q, shape) == "blocked"
     with warnings.catch_warnings():

@@ -110,7 +110,9 @@ def test_every_variant_runs_at_a_size_no_block_divides(name):
 
 def test_padding_of_a_batch_reaches_no_further_than_the_windows():
     """Zeros added on the right, as for a wider image in the same batch, leave what lies far from them exactly as it was."""
-    variant = dataclasses.replace(SMALL, depths=(1, 1, 1, 1), mixers=("conv", "conv", "halo", "halo"), block_size=2, halo_size=1)
+    variant = dataclasses.replace(
+        SMALL, depths=(1, 1, 1, 1), mixers=("conv", "conv", "halo", "halo"), block_size=2, halo_size=1
+    )
     model = randomise(HaloNet(variant)).double().eval()
     image = torch.randn(1, 3, 64, 512, dtype=torch.float64)
     padded = torch.nn.functional.pad(image, (0, 256))
@@ -127,8 +129,14 @@ def test_padding_of_a_batch_reaches_no_further_than_the_windows():
 def test_norms_train(norm, name):
     variant = dataclasses.replace(VARIANTS[name], depths=(1, 1, 1, 1))
     model = HaloNet(variant, norm=norm)
-    kinds = {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm | nn.GroupNorm | FrozenBatchNorm2d)}
-    assert kinds == {{"BN": nn.BatchNorm2d, "FrozenBN": FrozenBatchNorm2d, "SyncBN": nn.SyncBatchNorm, "GN": nn.GroupNorm}[norm]}
+    kinds = {
+        type(m)
+        for m in model.modules()
+        if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm | nn.GroupNorm | FrozenBatchNorm2d)
+    }
+    assert kinds == {
+        {"BN": nn.BatchNorm2d, "FrozenBN": FrozenBatchNorm2d, "SyncBN": nn.SyncBatchNorm, "GN": nn.GroupNorm}[norm]
+    }
     sum(x.square().mean() for x in model(torch.randn(2, 3, 64, 96)).values()).backward()
     assert model.stem.conv1.conv.weight.grad.abs().sum() > 0
 
@@ -153,7 +161,7 @@ def test_freeze_at(freeze_at):
 
 
 def test_stochastic_depth_drops_branches_only_while_training():
-    model = randomise(HaloNet(SMALL, stochastic_depth=0.5))
+    model = randomise(HaloNet(SMALL, drop_path_rate=0.5))
     rates = [block.drop_path.p for stage in model.stages for block in stage]
     assert rates == pytest.approx([0.5 * i / 6 for i in range(7)])
     x = torch.randn(2, 3, 64, 64)
@@ -188,7 +196,7 @@ def test_only_what_is_asked_for_is_built():
         ({"se_ratio": -1.0}, {}, "se_ratio -1.0"),
         ({}, {"backend": "cuda"}, "attention backend is 'cuda'"),
         ({}, {"norm": "BNN"}, "norm is 'BNN'"),
-        ({}, {"stochastic_depth": 1.5}, "stochastic_depth is 1.5"),
+        ({}, {"drop_path_rate": 1.5}, "drop_path_rate is 1.5"),
         ({}, {"out_features": ["res6"]}, r"out_features are \['res6'\]"),
         ({}, {"out_features": []}, r"out_features are \[\]"),
     ],

@@ -80,7 +80,9 @@ def test_work_counts_what_a_layer_cannot_leave_out():
 
 def test_calls_are_timed_in_turns():
     order = []
-    seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, device=CPU, warmup=1)
+    seconds = interleave(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, device=CPU, warmup=1
+    )
     assert "".join(order) == "ab" * 4
     assert [len(x) for x in seconds.values()] == [3, 3]
 

@@ -1,7 +1,7 @@
 """Contenders: pyramids alike, heads that do the same work on every backbone, training steps that reach every parameter."""
 
 from halodet.benchmark import models
-from halodet.engine import ConfigError
+from halodet.errors import ConfigError
 
 import pytest
 import torch
@@ -78,7 +78,9 @@ def test_detections_do_not_depend_on_the_backbone(small_heads):
         found.append(output["instances"])
     ours, theirs = found
     assert len(ours) == 12 and ours.pred_masks.shape == (12, 70, 101)
-    assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor) and torch.equal(ours.pred_classes, theirs.pred_classes)
+    assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor) and torch.equal(
+        ours.pred_classes, theirs.pred_classes
+    )
 
 
 def test_heads_are_the_same_on_every_backbone():
@@ -91,10 +93,14 @@ def test_heads_are_the_same_on_every_backbone():
 
 
 def test_description():
-    ours, theirs = (models.describe(models.build_model(name, "backbone", SETTING)) for name in ("mask_rcnn_r50", "R50-FPN"))
+    ours, theirs = (
+        models.describe(models.build_model(name, "backbone", SETTING)) for name in ("mask_rcnn_r50", "R50-FPN")
+    )
     assert ours["norms"] == "SyncBN" and ours["trained"] == ours["parameters"]
     assert theirs["norms"] == "FrozenBN"
-    frozen = 64 * 3 * 49 + (64 * 64 + 64 * 576 + 256 * 64 + 256 * 64) + 2 * (64 * 256 + 64 * 576 + 256 * 64)  # stem and res2
+    frozen = (
+        64 * 3 * 49 + (64 * 64 + 64 * 576 + 256 * 64 + 256 * 64) + 2 * (64 * 256 + 64 * 576 + 256 * 64)
+    )  # stem and res2
     assert (theirs["parameters"] - theirs["trained"]) * 1e6 == pytest.approx(frozen)
 
 
@@ -119,7 +125,9 @@ def test_bfloat16_and_channels_last():
     assert model.bottom_up.res2[0].mixer.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name, says", [("retinanet_halo_h4", "gives p3, p4, p5, p6, p7"), ("nothing_like_it", "there is no config")])
+@pytest.mark.parametrize(
+    "name, says", [("retinanet_halo_h4", "gives p3, p4, p5, p6, p7"), ("nothing_like_it", "there is no config")]
+)
 def test_a_config_that_cannot_take_part_is_told(name, says):
     with pytest.raises(ConfigError, match=says):
         models.check_config(name)

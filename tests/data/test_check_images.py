@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from halodet.data import check_coco_json, write_shapes
+from halodet.data import validate_coco, write_shapes
 from halodet.data.check_images import check_images
-from halodet.data.mapper import TolerantMapper
+from halodet.data.dataset_mapper import RobustDatasetMapper
 from halodet.engine import load_config
-from halodet.inference import ImageError, read_image
+from halodet.errors import ImageError
+from halodet.inference import read_image
 
 import pytest
 from detectron2.data.datasets import load_coco_json
@@ -47,16 +48,19 @@ def test_a_file_that_breaks_off_after_its_header_is_found(shapes, processes):
     json_file, folder, names = shapes
     cut(folder / names[1])
     cut(folder / names[4])
-    checked = check_coco_json(json_file, folder)
+    checked = validate_coco(json_file, folder)
     assert checked.faults == []  # its header is whole
     faults = check_images(checked, folder, processes=processes)
     assert [fault.where for fault in faults] == ["image 1", "image 4"]
-    assert all(str(folder / name) in str(fault) and "truncated" in fault.what for fault, name in zip(faults, names[1::3], strict=True))
+    assert all(
+        str(folder / name) in str(fault) and "truncated" in fault.what
+        for fault, name in zip(faults, names[1::3], strict=True)
+    )
 
 
 def test_a_file_that_changed_size_since_the_json_was_checked_is_found(shapes):
     json_file, folder, names = shapes
-    checked = check_coco_json(json_file, folder)
+    checked = validate_coco(json_file, folder)
     Image.new("RGB", (7, 5)).save(folder / names[2])
     (fault,) = check_images(checked, folder, processes=1)
     assert fault.where == "image 2" and "is 7 x 5 pixels" in fault.what
@@ -75,7 +79,13 @@ def test_the_tool_reports_all_bad_files_in_lines_and_json(shapes, tool, tmp_path
     (folder / names[5]).unlink()
     assert tool.main([*arguments, "--report", str(report)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and names[5] in lines[0] and names[0] in lines[1] and "4 images" in lines[2] and "2 faults" in lines[2]
+    assert (
+        len(lines) == 3
+        and names[5] in lines[0]
+        and names[0] in lines[1]
+        and "4 images" in lines[2]
+        and "2 faults" in lines[2]
+    )
     found = json.loads(report.read_text())
     assert found["images_usable"] == 4 and [fault["where"] for fault in found["faults"]] == ["image 5", "image 0"]
 
@@ -119,15 +129,22 @@ def test_it_names_the_images_that_training_leaves_out(shapes, tool, tmp_path):
     assert told == {"image 2", "image 3"} and found["images_usable"] == 4
 
     cfg = load_config("quick/mask_rcnn_halo_shapes")
-    mapper = TolerantMapper(cfg, is_train=True, patience=100)
+    mapper = RobustDatasetMapper(cfg, is_train=True, patience=100)
     entries = load_coco_json(str(odd), str(folder), "test_left_out")
     assert {f"image {entry['image_id']}" for entry in entries if mapper(entry) is None} == told
-    kept = check_coco_json(odd, folder, require_annotations=True).dataset
-    assert [image["id"] for image in kept["images"]] == [0, 1, 2, 4, 5] and {a["image_id"] for a in kept["annotations"]} == {0, 1, 2, 4}
+    kept = validate_coco(odd, folder, require_annotations=True).dataset
+    assert [image["id"] for image in kept["images"]] == [0, 1, 2, 4, 5] and {
+        a["image_id"] for a in kept["annotations"]
+    } == {0, 1, 2, 4}
 
 
 def test_a_report_that_cannot_be_written_is_told_before_images_are_read(shapes, tool, tmp_path, capsys):
-    assert tool.main(["--json", str(shapes[0]), "--images", str(shapes[1]), "--report", str(tmp_path / "none" / "report.json")]) == 2
+    assert (
+        tool.main(
+            ["--json", str(shapes[0]), "--images", str(shapes[1]), "--report", str(tmp_path / "none" / "report.json")]
+        )
+        == 2
+    )
     assert "reading images" not in capsys.readouterr().err
 
 
@@ -140,7 +157,9 @@ def test_ctrl_c_keeps_what_was_found(tmp_path):
     many, report = tmp_path / "many.json", tmp_path / "report.json"
     many.write_text(json.dumps(data))
     command = [sys.executable, TOOL, "--json", many, "--images", folder, "--processes", "2", "--report", report]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     shown = b""
     while not re.search(rb"reading images[^\r]* [1-9]\d*/60004", shown):
         shown += os.read(process.stderr.fileno(), 4096)
@@ -153,10 +172,14 @@ def test_ctrl_c_keeps_what_was_found(tmp_path):
     assert found["images_usable"] is None and [fault["where"] for fault in found["faults"]] == ["image 0"]
 
 
-@pytest.mark.skipif(not BAD_IMAGES.is_dir(), reason=f"no folder {BAD_IMAGES}; set DETECTRON2_DATASETS to one with bad_inputs")
+@pytest.mark.skipif(
+    not BAD_IMAGES.is_dir(), reason=f"no folder {BAD_IMAGES}; set DETECTRON2_DATASETS to one with bad_inputs"
+)
 def test_of_real_odd_files_exactly_the_unreadable_ones_are_found(tmp_path):
     images, bad = [], []
-    for number, path in enumerate(path for path in sorted(BAD_IMAGES.rglob("*")) if path.is_file() and path.suffix != ".json"):
+    for number, path in enumerate(
+        path for path in sorted(BAD_IMAGES.rglob("*")) if path.is_file() and path.suffix != ".json"
+    ):
         try:
             height, width = read_image(path).shape[:2]
         except ImageError:
@@ -169,6 +192,10 @@ def test_of_real_odd_files_exactly_the_unreadable_ones_are_found(tmp_path):
         images.append({"id": number, "file_name": str(path.relative_to(BAD_IMAGES)), "width": width, "height": height})
     json_file = tmp_path / "a.json"
     json_file.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "thing"}]}))
-    checked = check_coco_json(json_file, BAD_IMAGES)
-    faults = [fault for fault in (*checked.faults, *check_images(checked, BAD_IMAGES, processes=2)) if fault.where.startswith("image ")]
+    checked = validate_coco(json_file, BAD_IMAGES)
+    faults = [
+        fault
+        for fault in (*checked.faults, *check_images(checked, BAD_IMAGES, processes=2))
+        if fault.where.startswith("image ")
+    ]
     assert sorted(int(fault.where.split()[1]) for fault in faults) == bad

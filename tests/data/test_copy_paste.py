@@ -3,12 +3,13 @@
 import functools
 import json
 
-from halodet.data import DatasetError, write_shapes
+from halodet.data import write_shapes
+from halodet.data.bad_images import SKIPPED_KEY
+from halodet.data.build import build_train_loader
 from halodet.data.copy_paste import choose_objects, paste_objects
-from halodet.data.loader import build_train_loader
-from halodet.data.mapper import TolerantMapper
-from halodet.data.skipped import SKIPPED_KEY
+from halodet.data.dataset_mapper import RobustDatasetMapper
 from halodet.engine import load_config
+from halodet.errors import DatasetError
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 @functools.cache
 def config(*opts):
-    return load_config("quick/mask_rcnn_halo_shapes", ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATALOADER.NUM_WORKERS", "0", *opts])
+    return load_config(
+        "quick/mask_rcnn_halo_shapes", ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATALOADER.NUM_WORKERS", "0", *opts]
+    )
 
 
 def scene(rng, height, width, count):
@@ -62,12 +65,16 @@ def test_image_masks_and_boxes_equal_a_computation_by_pixels(seed, other_size):
     chosen = rng.permutation(4)[: rng.integers(1, 5)]
     before = image.clone(), instances.gt_masks.tensor.clone()
     found, objects = paste_objects(image, instances, other_image, other, chosen)
-    assert torch.equal(image, before[0]) and torch.equal(instances.gt_masks.tensor, before[1]), "the arguments were changed"
+    assert torch.equal(image, before[0]) and torch.equal(instances.gt_masks.tensor, before[1]), (
+        "the arguments were changed"
+    )
     parts = [(p.gt_masks.tensor.numpy(), p.gt_classes.numpy()) for p in (instances, other)]
     expected, wanted = by_pixels(image.numpy(), *parts[0], other_image.numpy(), *parts[1], chosen)
     assert np.array_equal(found.numpy(), expected)
     assert objects.image_size == (30, 40) and objects.gt_classes.tolist() == [c for c, _ in wanted]
-    for mask, box, (_, pixels) in zip(objects.gt_masks.tensor.numpy(), objects.gt_boxes.tensor.tolist(), wanted, strict=True):
+    for mask, box, (_, pixels) in zip(
+        objects.gt_masks.tensor.numpy(), objects.gt_boxes.tensor.tolist(), wanted, strict=True
+    ):
         assert set(zip(*np.nonzero(mask), strict=True)) == pixels
         ys, xs = zip(*pixels, strict=True)
         assert box == [min(xs), min(ys), max(xs) + 1, max(ys) + 1]
@@ -114,8 +121,17 @@ def shapes(tmp_path):
 def test_the_mapper_pastes_objects_of_other_images(shapes, lsj):
     entries = load_coco_json(str(shapes[0]), str(shapes[1]))
     learned = {entry["file_name"]: sum(not a["iscrowd"] for a in entry["annotations"]) for entry in entries}
-    opts = ["INPUT.COPY_PASTE.ENABLED", "True", "INPUT.LSJ.SIZE", "96", "INPUT.LSJ.MIN_SCALE", "0.8", "INPUT.LSJ.ENABLED", str(lsj)]
-    mapper = TolerantMapper(config(*opts), is_train=True, others=entries)
+    opts = [
+        "INPUT.COPY_PASTE.ENABLED",
+        "True",
+        "INPUT.LSJ.SIZE",
+        "96",
+        "INPUT.LSJ.MIN_SCALE",
+        "0.8",
+        "INPUT.LSJ.ENABLED",
+        str(lsj),
+    ]
+    mapper = RobustDatasetMapper(config(*opts), is_train=True, others=entries)
     np.random.seed(0)
     more = 0
     for entry in entries * 3:
@@ -131,7 +147,7 @@ def test_the_mapper_pastes_objects_of_other_images(shapes, lsj):
 def test_a_bad_second_image_is_noted_and_nothing_is_pasted(shapes, tmp_path):
     entries = load_coco_json(str(shapes[0]), str(shapes[1]))
     gone = {**entries[0], "file_name": str(tmp_path / "gone.png")}
-    mapper = TolerantMapper(config("INPUT.COPY_PASTE.ENABLED", "True"), is_train=True, others=[gone])
+    mapper = RobustDatasetMapper(config("INPUT.COPY_PASTE.ENABLED", "True"), is_train=True, others=[gone])
     sample = mapper(entries[1])
     assert [record.file for record in sample[SKIPPED_KEY]] == [gone["file_name"]]
     assert len(sample["instances"]) == sum(not a["iscrowd"] for a in entries[1]["annotations"])
@@ -147,14 +163,19 @@ def dataset(shapes, change):
 
 def test_data_without_masks_is_refused_in_one_sentence(shapes):
     dataset(shapes, lambda entry: entry.pop("segmentation"))
-    with pytest.raises(DatasetError, match="COPY_PASTE.ENABLED needs masks, and (\\d+) of \\1 annotations of test_paste have none"):
+    with pytest.raises(
+        DatasetError, match="COPY_PASTE.ENABLED needs masks, and (\\d+) of \\1 annotations of test_paste have none"
+    ):
         build_train_loader(config("DATASETS.TRAIN", "('test_paste',)", "INPUT.COPY_PASTE.ENABLED", "True"))
 
 
 def test_rle_masks_need_the_mask_format_that_takes_them(shapes):
     dataset(shapes, lambda entry: None)
     polygon = ["DATASETS.TRAIN", "('test_paste',)", "INPUT.MASK_FORMAT", "polygon"]
-    with pytest.raises(DatasetError, match=r"\d+ of \d+ masks of test_paste are RLE, and INPUT.MASK_FORMAT is polygon: set it to bitmask"):
+    with pytest.raises(
+        DatasetError,
+        match=r"\d+ of \d+ masks of test_paste are RLE, and INPUT.MASK_FORMAT is polygon: set it to bitmask",
+    ):
         build_train_loader(config(*polygon))
     batch = next(iter(build_train_loader(config(*polygon, "INPUT.COPY_PASTE.ENABLED", "True"))))
     assert len(batch) == 8 and any(len(sample["instances"]) for sample in batch)

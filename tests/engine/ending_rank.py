@@ -8,7 +8,8 @@ import sys
 import time
 from datetime import timedelta
 
-from halodet.engine import ConfigError, find_world, join, supervise
+from halodet.engine import detect_dist_env, join, supervise
+from halodet.errors import ConfigError
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,16 @@ from detectron2.utils.logger import setup_logger
 
 def main():
     how, who = sys.argv[1], int(sys.argv[2])
-    world = find_world(argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0))
+    world = detect_dist_env(argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0))
     setup_logger(distributed_rank=world.rank, name="halodet")
     join(world, "cpu", timedelta(minutes=10))
 
     def work():
         for step in range(400):
             if how == "both" and step == 100:
-                time.sleep(0 if world.rank == who else 1.5)  # the other finds the mistake when it has been told of it already
+                time.sleep(
+                    0 if world.rank == who else 1.5
+                )  # the other finds the mistake when it has been told of it already
                 raise ConfigError("set it to 3")
             if how == "leave" and step == 100:
                 atexit.register(time.sleep, 0 if world.rank == who else 3)  # Python takes its time to end, too

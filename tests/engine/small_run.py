@@ -38,7 +38,9 @@ def make_trainer(folder, *options, seed=1, **keys):
     for more in options:
         opts.update(more)
     os.makedirs(folder, exist_ok=True)
-    cfg = load_config("quick/mask_rcnn_halo_shapes", [str(word) for pair in {**opts, "OUTPUT_DIR": folder}.items() for word in pair])
+    cfg = load_config(
+        "quick/mask_rcnn_halo_shapes", [str(word) for pair in {**opts, "OUTPUT_DIR": folder}.items() for word in pair]
+    )
     prepare_datasets(cfg)
     seed_all_rng(seed)
     return Trainer(cfg)

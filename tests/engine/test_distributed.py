@@ -4,8 +4,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-from halodet.engine import ConfigError, agree, check_shared
-from halodet.engine.distributed import ddp_anywhere, sync_norms
+from halodet.engine import agree, check_shared
+from halodet.engine.distributed import convert_sync_batchnorm, ddp_anywhere
+from halodet.errors import ConfigError
 
 import pytest
 from detectron2.engine import defaults
@@ -56,7 +57,7 @@ def test_one_processs_mistake_is_raised_in_all(found):
 
 def test_alone_everything_is_as_without():
     norm = nn.Sequential(get_norm("SyncBN", 4))
-    assert type(sync_norms(norm)[0]) is nn.SyncBatchNorm
+    assert type(convert_sync_batchnorm(norm)[0]) is nn.SyncBatchNorm
     model = nn.Linear(2, 2)
     original = defaults.create_ddp_model
     with ddp_anywhere():

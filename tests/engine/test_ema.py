@@ -1,8 +1,9 @@
 """The moving average of the weights against the same sums made by hand, through a stop and a resume."""
 
-from halodet.engine import CANNOT_WRITE, ConfigError, load_config
+from halodet.checkpoint import Checkpointer, read_checkpoint
+from halodet.engine import CANNOT_WRITE, load_config
 from halodet.engine.ema import EMA, ema_decay
-from halodet.weights import Checkpointer, read_checkpoint
+from halodet.errors import ConfigError
 
 import pytest
 import torch
@@ -56,7 +57,9 @@ def data(start):
 
 def trainer_of(folder, *, start=0):
     model = Toy()
-    trainer = SimpleTrainer(model, data(start), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3))
+    trainer = SimpleTrainer(
+        model, data(start), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    )
     ema, note = EMA(model, DECAY, str(folder)), Note()
     trainer.register_hooks([ema, note])
     return trainer, ema, note, Checkpointer(model, str(folder), ema=ema.average, trainer=Run(trainer))
@@ -84,7 +87,9 @@ def test_the_average_is_that_made_by_hand(tmp_path):
     expected = by_hand(note.weights)
     assert_same(ema.model, expected)
     raw = trainer.model.state_dict()
-    assert not torch.allclose(raw["layers.0.weight"], ema.model.state_dict()["layers.0.weight"], atol=1e-3), "the test shows nothing"
+    assert not torch.allclose(raw["layers.0.weight"], ema.model.state_dict()["layers.0.weight"], atol=1e-3), (
+        "the test shows nothing"
+    )
     assert torch.equal(raw["layers.1.running_var"], ema.model.state_dict()["layers.1.running_var"])
     assert not ema.model.training and trainer.model.training
 
@@ -120,7 +125,10 @@ def test_a_checkpoint_without_an_average_is_told(tmp_path, caplog):
     checkpointer.resume_or_load("", resume=True)
     finished.train(3, 3)
     assert_same(ema.model, finished.model.state_dict())
-    assert torch.equal(read_checkpoint(str(tmp_path / "model_final_ema.pth"))["model"]["layers.0.weight"], finished.model.layers[0].weight)
+    assert torch.equal(
+        read_checkpoint(str(tmp_path / "model_final_ema.pth"))["model"]["layers.0.weight"],
+        finished.model.layers[0].weight,
+    )
 
 
 def test_a_run_that_is_stopped_writes_no_final_average(tmp_path):
@@ -149,7 +157,16 @@ def test_a_decay_that_averages_nothing_is_refused(decay):
 
 def test_a_detectors_average_is_evaluated_and_used_like_any_detector(tmp_path, train_net, metrics):
     output, again = tmp_path / "run", tmp_path / "again"
-    ema = ["MODEL.EMA.ENABLED", "True", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "2", "SOLVER.WARMUP_ITERS", "0"]
+    ema = [
+        "MODEL.EMA.ENABLED",
+        "True",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "2",
+        "TEST.EVAL_PERIOD",
+        "2",
+        "SOLVER.WARMUP_ITERS",
+        "0",
+    ]
     assert train_net(output, *ema) == 0
     evaluated = [row for row in metrics(output) if "ema/bbox/AP" in row]
     assert len(evaluated) == 2 and all({"bbox/AP", "segm/AP", "ema/segm/AP"} <= set(row) for row in evaluated)
@@ -162,7 +179,10 @@ def test_a_detectors_average_is_evaluated_and_used_like_any_detector(tmp_path, t
 
     # Evaluated alone it gives the same detections.
     assert train_net(again, "MODEL.WEIGHTS", output / "model_final_ema.pth", flags=["--eval-only"]) == 0
-    detections = [(folder / "coco_instances_results.json").read_text() for folder in (output / "inference_ema", again / "inference")]
+    detections = [
+        (folder / "coco_instances_results.json").read_text()
+        for folder in (output / "inference_ema", again / "inference")
+    ]
     assert detections[0] == detections[1] != (output / "inference/coco_instances_results.json").read_text()
 
     assert train_net(output, *ema, "SOLVER.MAX_ITER", "6", flags=["--resume"]) == 0

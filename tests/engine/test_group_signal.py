@@ -18,7 +18,7 @@ SPAWNED = [Path(__file__).with_name("spawned.py")]
 # No second signal is taken for the first one, as it would be within seconds.
 HASTY = [
     "-c",
-    "import sys; from halodet.engine import signals; signals.SAME_REQUEST = 0.0; "
+    "import sys; from halodet.engine import preemption; preemption.SAME_REQUEST = 0.0; "
     f"sys.path.insert(0, {str(ROOT / 'tools')!r}); import train_net; sys.exit(train_net.main())",
 ]
 OPTS = [
@@ -97,7 +97,17 @@ def test_a_run_that_is_stopped_while_it_starts_says_that_it_can_be_tried_again(t
         f"train_net.Trainer.build_model = lambda *_: os.kill(os.getpid(), {number}); sys.exit(train_net.main())"
     )
     data = ["--train-json", write_shapes(tmp_path / "data", "train", 4), "--train-images", tmp_path / "data" / "train"]
-    command = [sys.executable, "-c", starting, "--config-file", "quick/mask_rcnn_halo_shapes", *data, "OUTPUT_DIR", tmp_path / "run", *OPTS]
+    command = [
+        sys.executable,
+        "-c",
+        starting,
+        "--config-file",
+        "quick/mask_rcnn_halo_shapes",
+        *data,
+        "OUTPUT_DIR",
+        tmp_path / "run",
+        *OPTS,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert run.returncode == PREEMPTED and f"{number.name}: stopped, not in training" in run.stderr, run.stderr
     assert not list((tmp_path / "run").glob("model_*.pth"))

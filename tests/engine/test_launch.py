@@ -13,13 +13,21 @@ from datetime import timedelta
 from pathlib import Path
 
 from halodet.data import write_shapes
-from halodet.engine import EXIT_RANK_LOST, ConfigError, World, find_world, host_of, join
+from halodet.engine import EXIT_RANK_LOST, DistEnv, detect_dist_env, host_of, join
 from halodet.engine.launch import first_host
+from halodet.errors import ConfigError
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu1", "MASTER_PORT": "29400"}
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "gpu1",
+    "MASTER_PORT": "29400",
+}
 SLURM = {
     "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_NODELIST": "gpu[01-04]", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
@@ -49,46 +57,82 @@ def test_the_first_machine_of_slurms_list(nodes, first):
 
 
 def test_a_process_finds_its_place():
-    assert find_world(flags(), {}) is None
-    assert find_world(flags(), TORCHRUN) == World("torchrun", 5, 8, 1, 4, "gpu1", 29400)
-    assert find_world(flags(), SLURM) == World("Slurm", 5, 8, 1, 4, "gpu03", 24562)
-    assert find_world(flags(), {**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}) == World("Slurm", 5, 8, 1, 4, "10.0.0.1", 7)
-    assert find_world(flags(), {**SLURM, **TORCHRUN}).source == "torchrun"  # torchrun in a Slurm job
-    assert find_world(flags(4, 2, 1), TORCHRUN).rank == 5  # flags that say the same
-    few = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_ID": "1"}
-    assert find_world(flags(), {**few, "SLURM_JOB_NUM_NODES": "2"}) == World("Slurm", 1, 2, 0, 1, "a", 20010)
+    assert detect_dist_env(flags(), {}) is None
+    assert detect_dist_env(flags(), TORCHRUN) == DistEnv("torchrun", 5, 8, 1, 4, "gpu1", 29400)
+    assert detect_dist_env(flags(), SLURM) == DistEnv("Slurm", 5, 8, 1, 4, "gpu03", 24562)
+    assert detect_dist_env(flags(), {**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}) == DistEnv(
+        "Slurm", 5, 8, 1, 4, "10.0.0.1", 7
+    )
+    assert detect_dist_env(flags(), {**SLURM, **TORCHRUN}).source == "torchrun"  # torchrun in a Slurm job
+    assert detect_dist_env(flags(4, 2, 1), TORCHRUN).rank == 5  # flags that say the same
+    few = {
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_NODELIST": "a,b",
+        "SLURM_JOB_ID": "1",
+    }
+    assert detect_dist_env(flags(), {**few, "SLURM_JOB_NUM_NODES": "2"}) == DistEnv("Slurm", 1, 2, 0, 1, "a", 20010)
 
 
 def test_an_environment_of_one_process_is_none():
-    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert find_world(flags(), one) is None
-    assert find_world(flags(), {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
+    one = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }
+    assert detect_dist_env(flags(), one) is None
+    assert detect_dist_env(flags(), {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
     # a batch script that runs Detectron2's own launcher; a cluster that sets a rank of its own
-    assert find_world(flags(num_gpus=4), {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None
-    assert find_world(flags(num_machines=2), {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}) is None
+    assert detect_dist_env(flags(num_gpus=4), {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None
+    assert (
+        detect_dist_env(flags(num_machines=2), {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+        is None
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "environ", "message"),
     [
-        (flags(num_gpus=2), TORCHRUN, r"--num-gpus is 2, but torchrun has started 8 processes, 4 of them .* leave --num-gpus out"),
+        (
+            flags(num_gpus=2),
+            TORCHRUN,
+            r"--num-gpus is 2, but torchrun has started 8 processes, 4 of them .* leave --num-gpus out",
+        ),
         (flags(machine_rank=2), SLURM, r"--machine-rank is 2, but Slurm .* makes it 1"),
         (flags(), {**TORCHRUN, "RANK": "8"}, "rank 8 and local rank 1"),
         (flags(), {**TORCHRUN, "RANK": "x"}, "RANK is 'x', expected a whole number"),
-        (flags(), {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT"),
+        (
+            flags(),
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"},
+            "but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT",
+        ),
         (flags(), {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "5,3"}, "unevenly over gpu.* --ntasks-per-node"),
-        (flags(), {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, "SLURM_JOB_ID, SLURM_JOB_NODELIST is not set"),
+        (
+            flags(),
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+            "SLURM_JOB_ID, SLURM_JOB_NODELIST is not set",
+        ),
         # what a batch script has that does not write srun
         (
             flags(),
-            {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "1"},
+            {
+                "SLURM_NTASKS": "4",
+                "SLURM_PROCID": "0",
+                "SLURM_LOCALID": "0",
+                "SLURM_JOB_NODELIST": "a",
+                "SLURM_JOB_ID": "1",
+            },
             "has 4 tasks, but its batch script has started this process without srun",
         ),
     ],
 )
 def test_what_contradicts_itself_is_one_sentence(arguments, environ, message):
     with pytest.raises(ConfigError, match=message) as error:
-        find_world(arguments, environ)
+        detect_dist_env(arguments, environ)
     assert "\n" not in str(error.value)
 
 
@@ -103,8 +147,10 @@ def test_processes_that_never_come_are_one_sentence(monkeypatch):
         port = free.getsockname()[1]
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # for what join sets to be undone
-    with pytest.raises(ConfigError, match=rf"not all of Slurm's 2 processes met at 127.0.0.1:{port} within 0.05 minutes .* srun"):
-        join(World("Slurm", 0, 2, 0, 2, "127.0.0.1", port), "cpu", timedelta(seconds=3))
+    with pytest.raises(
+        ConfigError, match=rf"not all of Slurm's 2 processes met at 127.0.0.1:{port} within 0.05 minutes .* srun"
+    ):
+        join(DistEnv("Slurm", 0, 2, 0, 2, "127.0.0.1", port), "cpu", timedelta(seconds=3))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +168,9 @@ def test_when_a_process_ends_the_other_ends_with_its_reason(how, who, why, code)
     logs = [process.communicate(timeout=60)[0] for process in started]
     ended = time.time()
     assert f"rank {who} on {socket.gethostname()} ended: {why}" in logs[1 - who], logs
-    assert [process.returncode for process in started][who] == code and started[1 - who].returncode == EXIT_RANK_LOST, logs
+    assert [process.returncode for process in started][who] == code and started[1 - who].returncode == EXIT_RANK_LOST, (
+        logs
+    )
     assert ended - float(re.search(r"ending at (\S+)", logs[who]).group(1)) < 20
 
 
@@ -138,8 +186,10 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
         monkeypatch.setenv(name, "")
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"^port {port} of .* is in use by another program: set MASTER_PORT to a free one$"):
-            join(World("Slurm", 0, 2, 0, 2, "127.0.0.1", port), "cpu", timedelta(seconds=3))
+        with pytest.raises(
+            ConfigError, match=rf"^port {port} of .* is in use by another program: set MASTER_PORT to a free one$"
+        ):
+            join(DistEnv("Slurm", 0, 2, 0, 2, "127.0.0.1", port), "cpu", timedelta(seconds=3))
 
 
 def test_processes_that_torchrun_starts_again_meet_again(torchrun):
@@ -161,8 +211,20 @@ def start_slurm(command, **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"}
-    environment = {**os.environ, **slurm, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }
+    environment = {
+        **os.environ,
+        **slurm,
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
     return [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
@@ -191,9 +253,17 @@ def trained(torchrun, data, tmp_path_factory):
 
 def test_torchrun_trains_and_each_process_logs(trained):
     output, log = trained
-    for name in ("config.yaml", "model_final.pth", "metrics.json", "classes.json", "data/user_train.json", "log.txt", "log.txt.rank1"):
+    for name in (
+        "config.yaml",
+        "model_final.pth",
+        "metrics.json",
+        "classes.json",
+        "data/user_train.json",
+        "log.txt",
+        "log.txt.rank1",
+    ):
         assert (output / name).is_file(), name
-    assert "Rank of current process: 1. World size: 2" in (output / "log.txt.rank1").read_text()
+    assert "Rank of current process: 1. DistEnv size: 2" in (output / "log.txt.rank1").read_text()
     assert log.count("Starting training from iteration 0") == 1 and log.count("6 classes: circle") == 1, log
 
 
@@ -205,11 +275,17 @@ def test_two_processes_evaluate_exactly_as_one(trained, torchrun, data, tmp_path
     assert code == 0, log
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     one = subprocess.run(
-        [sys.executable, *map(str, command), str(tmp_path / "one")], capture_output=True, text=True, env=environment, cwd=ROOT
+        [sys.executable, *map(str, command), str(tmp_path / "one")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
     )
     assert one.returncode == 0, one.stdout + one.stderr
     folders = (output, tmp_path / "one", tmp_path / "two")
-    training, alone, shared = (json.loads((folder / "inference/coco_instances_results.json").read_text()) for folder in folders)
+    training, alone, shared = (
+        json.loads((folder / "inference/coco_instances_results.json").read_text()) for folder in folders
+    )
     assert shared == alone and len(alone) > 50
     # while training too, although plain batch norm has gathered other statistics in the other process
     assert training == alone

@@ -5,9 +5,10 @@ import logging
 import os
 import re
 
-from halodet.engine import ConfigError, load_config
-from halodet.engine.drawings import DrawPredictions
+from halodet.engine import load_config
 from halodet.engine.progress import ProgressPrinter, Throughput, peak_memory
+from halodet.engine.visualization import DrawPredictions
+from halodet.errors import ConfigError
 
 import numpy as np
 import pytest
@@ -69,7 +70,9 @@ def test_an_iteration_without_its_time_says_nothing(caplog):
 
 
 def test_tensorboard_has_drawings_of_the_same_images_each_time(watched):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
     events = reader.EventAccumulator(str(watched), size_guidance={"images": 0}).Reload()
     drawn = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
     assert len(drawn) == 2 and all(tag.startswith("predictions/") for tag in drawn)
@@ -79,7 +82,9 @@ def test_tensorboard_has_drawings_of_the_same_images_each_time(watched):
 
 def test_a_run_is_the_same_with_drawings_and_without(watched, runs, train_net):
     assert train_net(runs / "unseen", *WATCHED, "TEST.VIS_PERIOD", "0") == 0
-    first, second = (torch.load(folder / "model_final.pth", weights_only=True)["model"] for folder in (watched, runs / "unseen"))
+    first, second = (
+        torch.load(folder / "model_final.pth", weights_only=True)["model"] for folder in (watched, runs / "unseen")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -91,7 +96,9 @@ class OneBox(torch.nn.Module):
         self.seen = inputs[0]["image"]
         height, width = inputs[0]["height"], inputs[0]["width"]
         box = torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]])
-        found = Instances((height, width), pred_boxes=Boxes(box), scores=torch.tensor([0.9]), pred_classes=torch.tensor([0]))
+        found = Instances(
+            (height, width), pred_boxes=Boxes(box), scores=torch.tensor([0.9]), pred_classes=torch.tensor([0])
+        )
         return [{"instances": found}]
 
 
@@ -106,7 +113,9 @@ def test_what_is_drawn_is_what_the_model_finds_and_unreadable_images_are_left_ou
     name = f"drawings_{order}"
     DatasetCatalog.register(name, lambda: [{"file_name": str(tmp_path / file)} for file in ("red.png", "broken.png")])
     MetadataCatalog.get(name).thing_classes = ["thing"]
-    cfg = load_config("quick/mask_rcnn_halo_small", ["TEST.VIS_PERIOD", "1", "INPUT.FORMAT", order, "INPUT.MIN_SIZE_TEST", "200"])
+    cfg = load_config(
+        "quick/mask_rcnn_halo_small", ["TEST.VIS_PERIOD", "1", "INPUT.FORMAT", order, "INPUT.MIN_SIZE_TEST", "200"]
+    )
     hook, trainer = DrawPredictions(cfg, name), TrainerBase()
     trainer.model, trainer.iter, trainer.max_iter = OneBox().train(), 0, 5
     trainer.register_hooks([hook])

@@ -6,9 +6,9 @@ import random
 import signal
 from types import FunctionType
 
-from halodet import rng
 from halodet.data import write_shapes
 from halodet.engine import CANNOT_WRITE, PREEMPTED, Trainer, load_config, with_seed
+from halodet.utils import rng
 
 import numpy as np
 import pytest
@@ -60,7 +60,9 @@ class Send(HookBase):
 
 
 def trainer(folder, config=MASK_RCNN, *opts, seed=5, resume=False):
-    cfg = load_config(config[0], [*TINY, "DATASETS.TEST", "()", *config[1:], "OUTPUT_DIR", str(folder), *map(str, opts)])
+    cfg = load_config(
+        config[0], [*TINY, "DATASETS.TEST", "()", *config[1:], "OUTPUT_DIR", str(folder), *map(str, opts)]
+    )
     seed_all_rng(seed)
     made = Trainer(cfg)
     made.resume_or_load(resume=resume)
@@ -95,7 +97,11 @@ def differences(left, right, path=""):
         assert left.keys() == right.keys(), path
         return [found for key in left for found in differences(left[key], right[key], f"{path}.{key}")]
     if isinstance(left, list | tuple):
-        return [found for i, (a, b) in enumerate(zip(left, right, strict=True)) for found in differences(a, b, f"{path}.{i}")]
+        return [
+            found
+            for i, (a, b) in enumerate(zip(left, right, strict=True))
+            for found in differences(a, b, f"{path}.{i}")
+        ]
     return [] if left == right or path.endswith(".started") else [path]
 
 
@@ -104,9 +110,21 @@ def differences(left, right, path=""):
     [
         (MASK_RCNN, []),
         (MASK_RCNN, ["DATASETS.TEST", f"('{VAL}',)", "TEST.EVAL_PERIOD", 2]),
-        (MASK_RCNN, ["MODEL.HALONET.NORM", "BN", "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 2]),
-        (MASK_RCNN, ["MODEL.EMA.ENABLED", True, "SOLVER.ACCUMULATE", 2, "SOLVER.AMP.ENABLED", True]),
-        (MASK_RCNN, ["SOLVER.OPTIMIZER", "SGD", "MODEL.HALONET.STOCHASTIC_DEPTH", "0.5", "MODEL.HALONET.NORM", "BN"]),
+        (
+            MASK_RCNN,
+            [
+                "MODEL.HALONET.NORM",
+                "BN",
+                "TEST.PRECISE_BN.ENABLED",
+                True,
+                "TEST.PRECISE_BN.NUM_ITER",
+                2,
+                "TEST.EVAL_PERIOD",
+                2,
+            ],
+        ),
+        (MASK_RCNN, ["MODEL.EMA.ENABLED", True, "SOLVER.GRAD_ACCUM_STEPS", 2, "SOLVER.AMP.ENABLED", True]),
+        (MASK_RCNN, ["SOLVER.OPTIMIZER", "SGD", "MODEL.HALONET.DROP_PATH_RATE", "0.5", "MODEL.HALONET.NORM", "BN"]),
     ],
 )
 def test_weights_optimizer_and_random_states_are_bit_equal(tmp_path, config, opts):
@@ -143,18 +161,34 @@ def test_an_average_that_detectron2_leaves_out_goes_on(tmp_path):
 def test_what_has_changed_since_the_checkpoint_is_told_in_one_line(tmp_path, caplog):
     opts = ["MODEL.EMA.ENABLED", True, "SOLVER.MAX_ITER", 8]
     assert stopped(trainer(tmp_path, MASK_RCNN, *opts), 3) == PREEMPTED
-    other = ["MODEL.EMA.ENABLED", False, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.5, "DATASETS.TRAIN", f"('{VAL}',)"]
+    other = [
+        "MODEL.EMA.ENABLED",
+        False,
+        "SOLVER.IMS_PER_BATCH",
+        4,
+        "SOLVER.BASE_LR",
+        0.5,
+        "DATASETS.TRAIN",
+        f"('{VAL}',)",
+    ]
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, MASK_RCNN, *opts, "TEST.EVAL_PERIOD", 7, "DATALOADER.NUM_WORKERS", 0, resume=True)
         assert not [record for record in caplog.records if "another config" in record.getMessage()]
         again = trainer(tmp_path, MASK_RCNN, *opts, *other, resume=True)
     lines = [record.getMessage() for record in caplog.records if "another config" in record.getMessage()]
     assert len(lines) == 1 and "\n" not in lines[0]
-    change = "MODEL.EMA.ENABLED True is now False", "SOLVER.IMS_PER_BATCH 2 is now 4", "images, checksum", f"now ('{VAL}',)"
+    change = (
+        "MODEL.EMA.ENABLED True is now False",
+        "SOLVER.IMS_PER_BATCH 2 is now 4",
+        "images, checksum",
+        f"now ('{VAL}',)",
+    )
     for told in (*change, "0.5", "SOLVER.BASE_LR: the checkpoint's stay"):
         assert told in lines[0], lines[0]
     assert again.start_iter == 4 and again.data_loader.loader.start == 2, "8 images were seen"
-    assert {round(group["initial_lr"], 6) for group in again.optimizer.param_groups} == {0.002}, "the checkpoint's stays, as the line says"
+    assert {round(group["initial_lr"], 6) for group in again.optimizer.param_groups} == {0.002}, (
+        "the checkpoint's stays, as the line says"
+    )
 
 
 def test_losing_the_state_of_the_run_is_not_bit_equal(tmp_path):
@@ -174,7 +208,9 @@ def test_a_stopped_run_leaves_its_handlers_and_says_what_it_did(tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         assert stopped(trainer(tmp_path), 2) == PREEMPTED
     assert signal.getsignal(signal.SIGTERM) is before
-    assert "SIGTERM: stopped after iteration 2, with a checkpoint; --resume goes on from it. Exit code 75." in caplog.text
+    assert (
+        "SIGTERM: stopped after iteration 2, with a checkpoint; --resume goes on from it. Exit code 75." in caplog.text
+    )
     assert "Traceback" not in caplog.text
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
     assert entries(tmp_path, "model_0000002")["iteration"] == 2
@@ -189,7 +225,16 @@ def test_a_signal_at_the_last_iteration_leaves_before_the_evaluation(tmp_path):
 
 
 def test_a_signal_in_an_evaluation_leaves_with_a_checkpoint_at_once(tmp_path, monkeypatch):
-    opts = ["DATASETS.TEST", f"('{VAL}',)", "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 100, "SOLVER.MAX_ITER", 3]
+    opts = [
+        "DATASETS.TEST",
+        f"('{VAL}',)",
+        "TEST.EVAL_PERIOD",
+        2,
+        "SOLVER.CHECKPOINT_PERIOD",
+        100,
+        "SOLVER.MAX_ITER",
+        3,
+    ]
     trainer(tmp_path / "whole", MASK_RCNN, *opts).train()
     made = trainer(tmp_path / "parts", MASK_RCNN, *opts)
     evaluated = []
@@ -212,7 +257,7 @@ def test_a_signal_in_an_evaluation_leaves_with_a_checkpoint_at_once(tmp_path, mo
 def test_keeping_some(tmp_path):
     (tmp_path / ".model_0000001.pth.abc.part").write_text("half")
     (tmp_path / "notes.pth").write_text("of the user's own")
-    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_KEEP", 2, "SOLVER.CHECKPOINT_PERIOD", 1).train()
+    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 2, "SOLVER.CHECKPOINT_PERIOD", 1).train()
     assert {name for name in os.listdir(tmp_path) if ".pth" in name} == {
         "model_0000004.pth",
         "model_0000005.pth",
@@ -224,14 +269,14 @@ def test_keeping_some(tmp_path):
 def test_what_an_earlier_run_left_does_not_take_the_place_of_new_ones(tmp_path):
     for name in ("model_0000003.pth", "model_0099999.pth"):
         (tmp_path / name).write_text("of an earlier run")
-    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_KEEP", 1, "SOLVER.MAX_ITER", 5).train()
+    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 1, "SOLVER.MAX_ITER", 5).train()
     assert {path.name for path in tmp_path.glob("model_0*")} == {"model_0000003.pth", "model_0099999.pth"}
     assert entries(tmp_path, "model_0000003")["iteration"] == 3
 
 
 def test_a_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplog):
     (tmp_path / "model_0000000.pth").mkdir()  # which unlink refuses
-    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_KEEP", 1).train()
+    trainer(tmp_path, MASK_RCNN, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 1).train()
     assert (tmp_path / "model_final.pth").is_file()
     assert "model_0000000.pth cannot be removed" in caplog.text
 

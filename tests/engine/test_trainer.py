@@ -19,7 +19,9 @@ def optimizer(*opts):
 
 
 def test_adamw_spares_norms_and_relative_position_tables():
-    model, adamw = optimizer("SOLVER.OPTIMIZER", "AdamW", "SOLVER.WEIGHT_DECAY", "0.05", "SOLVER.WEIGHT_DECAY_NORM", "0.0")
+    model, adamw = optimizer(
+        "SOLVER.OPTIMIZER", "AdamW", "SOLVER.WEIGHT_DECAY", "0.05", "SOLVER.WEIGHT_DECAY_NORM", "0.0"
+    )
     assert isinstance(adamw, torch.optim.AdamW)
     decay = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
@@ -35,7 +37,9 @@ def test_sgd_is_detectron2s():
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_gradients_are_clipped_when_asked(name):
-    model, clipped = optimizer("SOLVER.OPTIMIZER", name, "SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm")
+    model, clipped = optimizer(
+        "SOLVER.OPTIMIZER", name, "SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"
+    )
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 100.0)
     clipped.step()
@@ -49,7 +53,9 @@ def test_evaluation_is_cocos_own(tmp_path, monkeypatch):
     evaluator = Trainer.build_evaluator(cfg, "halodet_shapes_val")
     assert isinstance(evaluator, COCOEvaluator)
     evaluator.reset()
-    nothing = Instances((120, 160), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0), pred_classes=torch.zeros(0).long())
+    nothing = Instances(
+        (120, 160), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0), pred_classes=torch.zeros(0).long()
+    )
     evaluator.process([{"image_id": 0}], [{"instances": nothing}])
     # the case in which Detectron2's faster evaluation stops with an error
     assert set(evaluator.evaluate()) == {"bbox"}
@@ -59,7 +65,9 @@ def test_nothing_is_evaluated_after_a_last_iteration_that_failed(shapes, tmp_pat
     """With several processes the others would not be there, and this one wait for them instead of saying why it ends."""
     keys = {"SOLVER.MAX_ITER": 2, "DATASETS.TEST": "('halodet_shapes_val',)", "TEST.DETECTIONS_PER_IMAGE": 5}
     trainer = make_trainer(tmp_path, keys)
-    trainer.model.register_forward_pre_hook(lambda *_: {}["a thing"] if trainer.iter == 1 and trainer.model.training else None)
+    trainer.model.register_forward_pre_hook(
+        lambda *_: {}["a thing"] if trainer.iter == 1 and trainer.model.training else None
+    )
     with pytest.raises(KeyError, match="a thing"):
         trainer.train()
     assert not (tmp_path / "inference").exists()

@@ -8,8 +8,9 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from halodet.engine import ConfigError, Trainer, agree, check_shared, find_world, join, load_config
-from halodet.engine.distributed import ddp_anywhere, share_buffers, sync_norms
+from halodet.engine import Trainer, agree, check_shared, detect_dist_env, join, load_config
+from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm, ddp_anywhere
+from halodet.errors import ConfigError
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,9 @@ def images(count):
         corner = torch.rand(3, 2, generator=generator) * 30
         boxes = torch.cat((corner, corner + 8 + torch.rand(3, 2, generator=generator) * 24), dim=1)
         objects = Instances((64, 64), gt_boxes=Boxes(boxes), gt_classes=torch.randint(6, (3,), generator=generator))
-        batch.append({"image": torch.rand(3, 64, 64, generator=generator) * 255, "instances": objects, "height": 64, "width": 64})
+        batch.append(
+            {"image": torch.rand(3, 64, 64, generator=generator) * 255, "instances": objects, "height": 64, "width": 64}
+        )
     return batch
 
 
@@ -67,7 +70,10 @@ def detector_gradient():
     losses = single(copy.deepcopy(batch))
     sum(losses.values()).backward()
     sum(double(batch[2 * comm.get_rank() : 2 * comm.get_rank() + 2]).values()).backward()
-    return {"gradient": difference(gradients(double), gradients(single)), "losses": {name: float(loss) for name, loss in losses.items()}}
+    return {
+        "gradient": difference(gradients(double), gradients(single)),
+        "losses": {name: float(loss) for name, loss in losses.items()},
+    }
 
 
 def backbone_gradient(norm="SyncBN", config="quick/mask_rcnn_halo_shapes", options=()):
@@ -76,8 +82,10 @@ def backbone_gradient(norm="SyncBN", config="quick/mask_rcnn_halo_shapes", optio
     both = []
     for kind in (norm, "BN"):
         torch.manual_seed(0)
-        network = build_backbone(load_config(config, [*SMALL, *options, key, kind, "MODEL.FPN.NORM", kind])).double().train()
-        both.append(sync_norms(network) if kind == norm else network)
+        network = (
+            build_backbone(load_config(config, [*SMALL, *options, key, kind, "MODEL.FPN.NORM", kind])).double().train()
+        )
+        both.append(convert_sync_batchnorm(network) if kind == norm else network)
     synced, plain = both
     plain.load_state_dict(synced.state_dict())
     naive = [module for module in synced.modules() if isinstance(module, NaiveSyncBatchNorm)]
@@ -99,7 +107,11 @@ def backbone_gradient(norm="SyncBN", config="quick/mask_rcnn_halo_shapes", optio
     double = parallel(synced)
     loss(double(x[mine]), mine).backward()
     means = [(a.running_mean - b.running_mean).abs().max() for a, b in zip(naive, bns(plain), strict=True)]
-    return {"gradient": difference(gradients(double), gradients(plain)), "naive": len(naive), "running_mean": float(max(means))}
+    return {
+        "gradient": difference(gradients(double), gradients(plain)),
+        "naive": len(naive),
+        "running_mean": float(max(means)),
+    }
 
 
 def bns(network):
@@ -108,14 +120,15 @@ def bns(network):
 
 def timm_gradient():
     return backbone_gradient(
-        config="mask_rcnn_eca_halonext26ts", options=("MODEL.TIMM.NORM", "MODEL.TIMM.OUT_FEATURES", "('res2','res3','res4','res5')")
+        config="mask_rcnn_eca_halonext26ts",
+        options=("MODEL.TIMM.NORM", "MODEL.TIMM.OUT_FEATURES", "('res2','res3','res4','res5')"),
     )
 
 
 def buffers():
     norm = nn.BatchNorm2d(3)
     norm.running_mean += 1.0 + comm.get_rank()
-    share_buffers(norm)
+    broadcast_buffers(norm)
     return {"mean": float(norm.running_mean[0])}
 
 
@@ -138,7 +151,7 @@ def refuse():
 def main():
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    world = find_world(argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0))
+    world = detect_dist_env(argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0))
     join(world, "cpu", timedelta(minutes=2))
     parts = [detector_gradient, backbone_gradient, buffers, partial(agreement, folder)]
     found = {"rank": comm.get_rank(), "local_rank": comm.get_local_rank(), "local_size": comm.get_local_size()}
@@ -148,7 +161,9 @@ def main():
     if "timm" in sys.argv:
         found["timm"] = timm_gradient()
     cfg = load_config("quick/mask_rcnn_halo_shapes", [*SMALL, "MODEL.HALONET.NORM", "SyncBN"])
-    found["trainer_norms"] = sorted({type(m).__name__ for m in Trainer.build_model(cfg).modules() if "BatchNorm" in type(m).__name__})
+    found["trainer_norms"] = sorted(
+        {type(m).__name__ for m in Trainer.build_model(cfg).modules() if "BatchNorm" in type(m).__name__}
+    )
     (folder / f"found{comm.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

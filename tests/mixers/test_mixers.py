@@ -8,7 +8,15 @@ import torch
 
 
 def spec(**changes):
-    values = {"channels": 16, "value_channels": 24, "stride": 1, "num_heads": 4, "block_size": 4, "halo_size": 2, "border": "mask"}
+    values = {
+        "channels": 16,
+        "value_channels": 24,
+        "stride": 1,
+        "num_heads": 4,
+        "block_size": 4,
+        "halo_size": 2,
+        "border": "mask",
+    }
     return MixerSpec(**{**values, **changes})
 
 
@@ -51,19 +59,29 @@ def test_heads_must_divide_the_channels():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_halo_mixer_equals_timm_with_its_weights(stride, block, halo, depth, memory_format):
     halo_attn = pytest.importorskip("timm.layers.halo_attn", reason="timm is not installed")
-    theirs = halo_attn.HaloAttn(32, 48, stride=stride, num_heads=4, dim_head=depth, block_size=block, halo_size=halo).double()
-    ours = HaloMixer(32, 48, stride=stride, num_heads=4, qk_channels=4 * depth, block_size=block, halo_size=halo, border="zero").double()
+    theirs = halo_attn.HaloAttn(
+        32, 48, stride=stride, num_heads=4, dim_head=depth, block_size=block, halo_size=halo
+    ).double()
+    ours = HaloMixer(
+        32, 48, stride=stride, num_heads=4, qk_channels=4 * depth, block_size=block, halo_size=halo, border="zero"
+    ).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 32, 2 * block, 4 * block, dtype=torch.float64).contiguous(memory_format=memory_format)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(ours(x))
-    for a, b in zip(*(torch.autograd.grad((m(x) * weight).sum(), list(m.parameters())) for m in (ours, theirs)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((m(x) * weight).sum(), list(m.parameters())) for m in (ours, theirs)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_initial_spread_is_timms():
     mixer = HaloMixer(256, 256, num_heads=8, block_size=8, halo_size=3)
-    for weight, std in ((mixer.q.weight, 256**-0.5), (mixer.kv.weight, 256**-0.5), (mixer.pos_embed.height_rel, 32**-0.5)):
+    for weight, std in (
+        (mixer.q.weight, 256**-0.5),
+        (mixer.kv.weight, 256**-0.5),
+        (mixer.pos_embed.height_rel, 32**-0.5),
+    ):
         assert weight.std().item() == pytest.approx(std, rel=0.1)
         assert weight.mean().abs().item() < std / 10
 

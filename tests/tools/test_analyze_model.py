@@ -29,7 +29,9 @@ def test_parameters_add_up(rows):
 def test_flops_and_activations_of_the_stem(rows):
     height, width, channels = 96 // 2, 128 // 2, 32
     _, flops, activations = rows[1]["stem"]
-    assert flops * 1e9 == pytest.approx(height * width * channels * (3 * 7 * 7 + 5))  # fvcore counts 5 for each element of a norm
+    assert flops * 1e9 == pytest.approx(
+        height * width * channels * (3 * 7 * 7 + 5)
+    )  # fvcore counts 5 for each element of a norm
     assert activations * 1e6 == pytest.approx(height * width * channels)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("benchmark_attention", Path(__file__).parents[2] / "tools" / "benchmark_attention.py")
+spec = importlib.util.spec_from_file_location(
+    "benchmark_attention", Path(__file__).parents[2] / "tools" / "benchmark_attention.py"
+)
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
@@ -21,7 +23,10 @@ def test_writes_figures_table_and_chart(tmp_path, capsys):
     for mode in ("forward", "training"):
         ours = figures[mode]["halodet"]
         assert ours["ratio"] == 1.0
-        assert ours["of_bound"] == max(ours["of_operations"], ours["of_bytes"]) and min(ours["of_operations"], ours["of_bytes"]) > 0
+        assert (
+            ours["of_bound"] == max(ours["of_operations"], ours["of_bytes"])
+            and min(ours["of_operations"], ours["of_bytes"]) > 0
+        )
         assert figures[mode]["timm"]["ms"] > 0 and figures[mode]["timm"]["ratio"] > 0
     assert "1×128×6×9 b4 h1" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-spec = importlib.util.spec_from_file_location("benchmark_data", Path(__file__).parents[2] / "tools" / "benchmark_data.py")
+spec = importlib.util.spec_from_file_location(
+    "benchmark_data", Path(__file__).parents[2] / "tools" / "benchmark_data.py"
+)
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
@@ -31,7 +33,10 @@ def test_prints_medians_and_writes_every_timing(dataset, tmp_path, capsys, one_t
     assert tool.main([*arguments, "--output", str(output), "--opts", *opts]) == 0
     (figures,) = json.loads(output.read_text())["seconds"].values()
     assert {name: len(seconds) for name, seconds in figures.items()} == {"loader": 3, "step": 3, "waiting": 3}
-    assert all(0 < waiting < step for waiting, step in zip(figures["waiting"], figures["step"], strict=True)) and min(figures["loader"]) > 0
+    assert (
+        all(0 < waiting < step for waiting, step in zip(figures["waiting"], figures["step"], strict=True))
+        and min(figures["loader"]) > 0
+    )
     row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
     assert row[3] == f"{2 / sorted(figures['step'])[1]:.2f}" and row[4] == f"{sorted(figures['step'])[1]:.2f} s"
 

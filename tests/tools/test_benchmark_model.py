@@ -10,7 +10,9 @@ from detectron2.modeling import Backbone
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-spec = importlib.util.spec_from_file_location("benchmark_model", Path(__file__).parents[2] / "tools" / "benchmark_model.py")
+spec = importlib.util.spec_from_file_location(
+    "benchmark_model", Path(__file__).parents[2] / "tools" / "benchmark_model.py"
+)
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
@@ -47,7 +49,17 @@ def run(tmp_path):
     """Run the tool on small models; returns the results and the table."""
 
     def call(*argv):
-        rest = ["--what", "backbone", "--size", "40x70", "--device", "cpu", "--memory", "--output", str(tmp_path / "new" / "folder")]
+        rest = [
+            "--what",
+            "backbone",
+            "--size",
+            "40x70",
+            "--device",
+            "cpu",
+            "--memory",
+            "--output",
+            str(tmp_path / "new" / "folder"),
+        ]
         assert tool.main([*argv, *rest]) == 0
         saved = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
         return saved["results"]["backbone"], (tmp_path / "new" / "folder" / "table.md").read_text()
@@ -67,7 +79,13 @@ def test_files_and_failures(contenders, run, monkeypatch, tmp_path, capsys):
     assert results["unbuildable"] == {"failed": "No module named 'elsewhere'", "memory": {}}
     assert results[OTHER]["memory"] == {"peak_mib": 7}
     assert peaks == [(SMALL, "backbone", "training"), (OTHER, "backbone", "training")]
-    for text in ("1×3×40×70, float32", "GN", "7 MiB", "broken, training: no kernel for this", "unbuildable: No module named 'elsewhere'"):
+    for text in (
+        "1×3×40×70, float32",
+        "GN",
+        "7 MiB",
+        "broken, training: no kernel for this",
+        "unbuildable: No module named 'elsewhere'",
+    ):
         assert text in table
     assert (tmp_path / "new" / "folder" / "ratios.png").stat().st_size > 1000
     out = capsys.readouterr().out
@@ -98,7 +116,9 @@ def test_memory_that_cannot_be_measured_is_a_failure_of_that_figure_only(run, mo
 
     monkeypatch.setattr(tool, "peak_memory", killed)
     results, table = run("--config-file", SMALL, "--contenders", "Swin-T-FPN", "--rounds", "1")
-    assert results[SMALL]["memory"]["failed"] == "the process ended with code -9" and results[SMALL]["training"]["ms"] > 0
+    assert (
+        results[SMALL]["memory"]["failed"] == "the process ended with code -9" and results[SMALL]["training"]["ms"] > 0
+    )
     assert f"{SMALL}, memory: the process ended with code -9" in table
 
 

@@ -6,8 +6,8 @@ import pickle
 from pathlib import Path
 
 from halodet.backbones import VARIANTS, HaloNet
+from halodet.checkpoint import Checkpointer, read_checkpoint
 from halodet.engine import load_config
-from halodet.weights import Checkpointer, read_checkpoint
 
 import numpy as np
 import pytest
@@ -15,7 +15,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
-spec = importlib.util.spec_from_file_location("convert_weights", Path(__file__).parents[2] / "tools" / "convert_weights.py")
+spec = importlib.util.spec_from_file_location(
+    "convert_weights", Path(__file__).parents[2] / "tools" / "convert_weights.py"
+)
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
@@ -79,7 +81,7 @@ def test_round_trips_are_bit_equal(trained, tmp_path, capsys):
 
 def test_a_network_that_timm_trained_goes_into_the_detector_and_back(trained, tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    pytest.importorskip("halodet.backbones.timm_models")
+    pytest.importorskip("halodet.models.timm_models")
     made = timm.create_model("halodet_halonet_h3", **KWARGS)
     torch.save({"state_dict": made.state_dict(), "epoch": 1}, tmp_path / "last.pth.tar")
     assert run("--input", tmp_path / "last.pth.tar", "--output", tmp_path / "detector.pth", "--to", "detector") == 0
@@ -90,14 +92,19 @@ def test_a_network_that_timm_trained_goes_into_the_detector_and_back(trained, tm
         inside = name.removeprefix("backbone.bottom_up.")
         assert torch.equal(tensor, before[name] if inside == name else made.state_dict()[inside])
     # classifier -> timm strictly -> classifier
-    assert run("--input", tmp_path / "last.pth.tar", "--output", tmp_path / "classifier.safetensors", "--to", "classifier") == 0
+    assert (
+        run("--input", tmp_path / "last.pth.tar", "--output", tmp_path / "classifier.safetensors", "--to", "classifier")
+        == 0
+    )
     loaded = timm.create_model("halodet_halonet_h3", checkpoint_path=str(tmp_path / "classifier.safetensors"), **KWARGS)
     torch.save(loaded.state_dict(), tmp_path / "again.pth")
     assert_same_file(tmp_path / "again.pth", tmp_path / "classifier.safetensors")
     # a detector's backbone as the start of a classifier: timm's --pretrained-path
     assert run("--input", trained, "--output", tmp_path / "timm.safetensors", "--to", "timm") == 0
     start = {"file": str(tmp_path / "timm.safetensors"), "num_classes": -1}
-    begun = timm.create_model("halodet_halonet_h3", pretrained=True, pretrained_cfg_overlay=start, **KWARGS).state_dict()
+    begun = timm.create_model(
+        "halodet_halonet_h3", pretrained=True, pretrained_cfg_overlay=start, **KWARGS
+    ).state_dict()
     held = read_checkpoint(trained)["model"]
     assert all(torch.equal(t, held[f"backbone.bottom_up.{n}"]) for n, t in begun.items() if not n.startswith("head."))
 
@@ -119,14 +126,16 @@ def test_refusals_are_one_sentence_and_write_nothing(trained, tmp_path, capsys):
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
 
-    (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"model": {"stem.w": np.ones(1, np.float32), "res2.w": np.ones(1)}, "x": Bad()}))
+    (tmp_path / "bad.pkl").write_bytes(
+        pickle.dumps({"model": {"stem.w": np.ones(1, np.float32), "res2.w": np.ones(1)}, "x": Bad()})
+    )
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"conv1_w": np.ones(1, np.float32)}))
     (tmp_path / "cut.pth").write_bytes(trained.read_bytes()[:5000])
     output = tmp_path / "out.pth"
     for source, more, reason in (
         (tmp_path / "none.pth", [], "does not exist"),
         (tmp_path / "cut.pth", [], "truncated or damaged"),
-        (tmp_path / "bad.pkl", [], "--trust-pickle"),
+        (tmp_path / "bad.pkl", [], "--allow-pickle"),
         (tmp_path / "R-50.pkl", [], "Caffe2's names"),
         ("timm://no/name", [], "no name of a timm model"),
         (trained, ["--into", tmp_path / "none.pth"], "does not exist"),
@@ -138,7 +147,7 @@ def test_refusals_are_one_sentence_and_write_nothing(trained, tmp_path, capsys):
         assert error.startswith("error: ") and reason in error and error.count("\n") == 1, error
     assert run("--input", trained, "--output", tmp_path / "out.txt", "--to", "detector") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["R-50.pkl", "bad.pkl", "cut.pth"]
-    assert run("--input", tmp_path / "bad.pkl", "--output", output, "--to", "backbone", "--trust-pickle") == 0
+    assert run("--input", tmp_path / "bad.pkl", "--output", output, "--to", "backbone", "--allow-pickle") == 0
     assert (tmp_path / "ran").exists() and sorted(read_checkpoint(output)["model"]) == ["res2.w", "stem.w"]
 
 
@@ -149,7 +158,9 @@ def test_a_converted_classifier_says_which_pixels_it_takes(to, trained, tmp_path
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     into = ["--into", trained] if to == "into" else []
     output = tmp_path / "converted.safetensors"
-    assert run("--input", tmp_path / "classifier.pth", "--output", output, "--to", "detector" if into else to, *into) == 0
+    assert (
+        run("--input", tmp_path / "classifier.pth", "--output", output, "--to", "detector" if into else to, *into) == 0
+    )
     assert "trained on RGB over 58.395 57.12 57.375" in capsys.readouterr().out
     model = build_model(load_config("mask_rcnn_halo_h3", SMALL))  # its images are BGR
     Checkpointer(model).load(str(output))

@@ -51,7 +51,9 @@ class HandMade:
     def __call__(self, image):
         height, width = image.shape[:2]
         boxes = torch.tensor([[2.0, 1.0, 6.0, 4.0], [0.0, 0.0, 3.0, 3.0]])
-        found = Instances((height, width), pred_boxes=Boxes(boxes), scores=torch.tensor([0.9, 0.4]), pred_classes=torch.tensor([1, 0]))
+        found = Instances(
+            (height, width), pred_boxes=Boxes(boxes), scores=torch.tensor([0.9, 0.4]), pred_classes=torch.tensor([1, 0])
+        )
         found.pred_masks = torch.zeros(2, height, width, dtype=torch.bool)
         found.pred_masks[0, 1:4, 2:6] = True
         return found
@@ -60,7 +62,15 @@ class HandMade:
 @pytest.fixture
 def photos(tmp_path):
     """Two folders with images of the same names, a broken image and files that are no images."""
-    for name in ("a/x.jpg", "b/x.jpg", "c/X.JPG", "a/scan.tif", "a/with space & ünï 猫.png", "a/deep/x.png", "a/no_suffix"):
+    for name in (
+        "a/x.jpg",
+        "b/x.jpg",
+        "c/X.JPG",
+        "a/scan.tif",
+        "a/with space & ünï 猫.png",
+        "a/deep/x.png",
+        "a/no_suffix",
+    ):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 8), "red").save(path, format={".tif": "tiff", ".png": "png"}.get(path.suffix, "jpeg"))
@@ -75,7 +85,14 @@ def found_in(demo, inputs, output="nowhere"):
 
 
 def test_folders_are_searched_and_leave_out_what_is_no_image(demo, photos):
-    assert found_in(demo, [photos / "a"]) == ["broken.jpg", "no_suffix", "scan.tif", "with space & ünï 猫.png", "x.jpg", "x.png"]
+    assert found_in(demo, [photos / "a"]) == [
+        "broken.jpg",
+        "no_suffix",
+        "scan.tif",
+        "with space & ünï 猫.png",
+        "x.jpg",
+        "x.png",
+    ]
 
 
 def test_named_files_are_always_taken_and_each_once(demo, photos):
@@ -127,7 +144,10 @@ def test_detections_are_coco_and_those_above_the_threshold(demo, photos, tmp_pat
     coco = json.loads((tmp_path / "detections.json").read_text())
     assert coco["categories"] == HandMade.classes
     assert [image["id"] for image in coco["images"]] == [1, 2]
-    assert [(a["id"], a["image_id"], a["category_id"], a["iscrowd"]) for a in coco["annotations"]] == [(1, 1, 18, 0), (2, 2, 18, 0)]
+    assert [(a["id"], a["image_id"], a["category_id"], a["iscrowd"]) for a in coco["annotations"]] == [
+        (1, 1, 18, 0),
+        (2, 2, 18, 0),
+    ]
     annotation = coco["annotations"][0]
     assert annotation["bbox"] == [2, 1, 4, 3] and annotation["area"] == 12 and annotation["score"] == pytest.approx(0.9)
     assert mask_util.decode(annotation["segmentation"]).sum() == 12
@@ -137,7 +157,12 @@ def test_detections_are_coco_and_those_above_the_threshold(demo, photos, tmp_pat
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 1), (PredictorError("No."), 2), (ZeroDivisionError(), None)],
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left"), 1),
+        (PredictorError("No."), 2),
+        (ZeroDivisionError(), None),
+    ],
 )
 def test_what_was_found_is_kept_whatever_stops_the_run(demo, photos, tmp_path, capsys, error, code):
     class Stops(HandMade):
@@ -162,7 +187,9 @@ def test_what_was_found_is_kept_whatever_stops_the_run(demo, photos, tmp_path, c
 
 def run_tool(*words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(TOOL), *map(str, words)], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, words)], capture_output=True, text=True, env=environment, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,15 +210,28 @@ def run_folder(tmp_path_factory):
 def test_the_tool_from_end_to_end(run_folder, photos, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(photos / "a" / "noise.png")
-    options = ["--config-file", run_folder / "config.yaml", "--output", tmp_path / "out" / "deep", "--confidence-threshold", "0.2"]
+    options = [
+        "--config-file",
+        run_folder / "config.yaml",
+        "--output",
+        tmp_path / "out" / "deep",
+        "--confidence-threshold",
+        "0.2",
+    ]
     weights = ["--opts", "MODEL.WEIGHTS", run_folder / "model_final.pth"]
     done = run_tool(*options, "--input", photos / "a" / "noise.png", photos / "a" / "broken.jpg", *weights)
     assert done.returncode == 1, done.stderr
-    assert "1 drawn, 1 refused" in done.stdout and "broken.jpg cannot be read" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "1 drawn, 1 refused" in done.stdout
+        and "broken.jpg cannot be read" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert "2/2" in done.stderr  # the progress bar
     coco = json.loads((tmp_path / "out" / "deep" / "detections.json").read_text())
     assert coco["categories"] == HandMade.classes and len(coco["images"]) == 1
-    assert coco["annotations"] and all(a["score"] >= 0.2 and a["category_id"] in (17, 18) and a["area"] > 0 for a in coco["annotations"])
+    assert coco["annotations"] and all(
+        a["score"] >= 0.2 and a["category_id"] in (17, 18) and a["area"] > 0 for a in coco["annotations"]
+    )
     assert (tmp_path / "out" / "deep" / "noise.png").is_file()
 
 

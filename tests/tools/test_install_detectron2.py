@@ -98,9 +98,13 @@ def test_an_installed_detectron2_is_left_alone():
 
 def test_a_broken_detectron2_is_not_replaced(tmp_path):
     (tmp_path / "detectron2.py").write_text("import a_module_that_is_not_there\n")
-    run = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path), "PATH": ""})
+    run = subprocess.run(
+        [sys.executable, str(TOOL)], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path), "PATH": ""}
+    )
     assert run.returncode == 1
-    assert "does not import" in run.stderr and "a_module_that_is_not_there" in run.stderr and "Traceback" not in run.stderr
+    assert (
+        "does not import" in run.stderr and "a_module_that_is_not_there" in run.stderr and "Traceback" not in run.stderr
+    )
 
 
 def test_operators_that_need_compiling_say_so():

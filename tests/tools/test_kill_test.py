@@ -25,7 +25,9 @@ def test_what_differs_is_named():
     specification.loader.exec_module(tool)
     left = {"model": {"w": torch.zeros(2)}, "started": 1.0, "state": [1, {"a": 2.0}]}
     assert tool.differing(left, {"model": {"w": torch.zeros(2)}, "started": 2.0, "state": [1, {"a": 2.0}]}) == []
-    assert tool.differing(left, {"model": {"w": torch.tensor([0.0, 1e-45])}, "started": 1.0, "state": [1, {"a": 3.0}]}) == [
+    assert tool.differing(
+        left, {"model": {"w": torch.tensor([0.0, 1e-45])}, "started": 1.0, "state": [1, {"a": 3.0}]}
+    ) == [
         ".model.w",
         ".state.1.a",
     ]

@@ -26,7 +26,9 @@ def write(folder, values, start=0):
             storage.iter = start + step
             storage.put_scalar("total_loss", 4.0 + values[0] - 0.01 * (start + step))
             if step % 10 == 9:
-                storage.put_scalars(**{"bbox/AP": values[step // 10], "segm/AP": values[step // 10] / 2}, smoothing_hint=False)
+                storage.put_scalars(
+                    **{"bbox/AP": values[step // 10], "segm/AP": values[step // 10] / 2}, smoothing_hint=False
+                )
             if step % 5 == 4:
                 writer.write()
     writer.close()
@@ -59,7 +61,9 @@ def test_a_cut_line_is_left_out_and_what_a_resumed_run_wrote_on_it_is_kept(tmp_p
     assert json.loads(first[first.rfind("{") :])["iteration"] == 24, "the resumed run writes on the line that was cut"
     losses = read_metrics(folder)["total_loss"]
     assert list(losses) == [4, 9, 14, 19, 24, 29, 34, 39]
-    assert losses[19] == pytest.approx(5 - 0.19) and losses[24] == pytest.approx(12 - 0.24), "iteration 24 is the resumed run's"
+    assert losses[19] == pytest.approx(5 - 0.19) and losses[24] == pytest.approx(12 - 0.24), (
+        "iteration 24 is the resumed run's"
+    )
 
 
 def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
@@ -71,9 +75,13 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
 
 
 def test_a_file_without_metrics_is_told(tmp_path):
-    with pytest.raises(MetricsError, match=r"metrics.json cannot be read \(No such file or directory\): give the OUTPUT_DIR"):
+    with pytest.raises(
+        MetricsError, match=r"metrics.json cannot be read \(No such file or directory\): give the OUTPUT_DIR"
+    ):
         read_metrics(tmp_path)
-    (tmp_path / "metrics.json").write_text('[1, 2]\n7\n{"iteration": 3}\n{"loss": 3.0}\nhello\n\n{"iteration": null, "a": 3}\n')
+    (tmp_path / "metrics.json").write_text(
+        '[1, 2]\n7\n{"iteration": 3}\n{"loss": 3.0}\nhello\n\n{"iteration": null, "a": 3}\n'
+    )
     with pytest.raises(MetricsError, match="has 7 lines, and none of them"):
         read_metrics(tmp_path)
 
@@ -103,10 +111,17 @@ def test_a_fourth_panel_starts_another_row(tmp_path):
 
 def test_the_curves_are_those_of_the_runs(tmp_path):
     """The lines that matplotlib is given, in an SVG: one for each run and metric, each run in one colour."""
-    runs = [f"{name}={write(tmp_path / name, values)}" for name, values in (("rising", [1.0, 2.0, 9.0]), ("falling", [9.0, 2.0, 1.0]))]
+    runs = [
+        f"{name}={write(tmp_path / name, values)}"
+        for name, values in (("rising", [1.0, 2.0, 9.0]), ("falling", [9.0, 2.0, 1.0]))
+    ]
     assert tool.main(["--runs", *runs, "--metric", "bbox/AP", "segm/AP", "--output", str(tmp_path / "ap.svg")]) == 0
-    paths = re.findall(r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: (#\w+)', (tmp_path / "ap.svg").read_text())
-    curves = [([float(n) for n in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], colour) for d, colour in paths if d.count("L") == 2]
+    paths = re.findall(
+        r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: (#\w+)', (tmp_path / "ap.svg").read_text()
+    )
+    curves = [
+        ([float(n) for n in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], colour) for d, colour in paths if d.count("L") == 2
+    ]
     assert len(curves) == 4
     assert [colour for _, colour in curves[:2]] == [colour for _, colour in curves[2:]] and curves[0][1] != curves[1][1]
     for heights, _ in curves[::2]:
@@ -118,8 +133,16 @@ def test_the_curves_are_those_of_the_runs(tmp_path):
 def strokes(file):
     """(heights, colour, dashed) of each curve of at least two points in an SVG."""
     found = re.findall(r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; ([^"]*)"', file.read_text())
-    curves = [([float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], style) for d, style in found if "#b0b0b0" not in style]
-    return [(heights, re.search(r"stroke: (#\w+)", style)[1], "dasharray" in style) for heights, style in curves if len(heights) > 1]
+    curves = [
+        ([float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], style)
+        for d, style in found
+        if "#b0b0b0" not in style
+    ]
+    return [
+        (heights, re.search(r"stroke: (#\w+)", style)[1], "dasharray" in style)
+        for heights, style in curves
+        if len(heights) > 1
+    ]
 
 
 def write_rows(folder, rows):
@@ -129,9 +152,20 @@ def write_rows(folder, rows):
 
 
 def test_without_a_metric_losses_rate_and_ap_are_drawn(tmp_path, capsys):
-    row = {"loss_cls": 1.0, "loss_mask": 2.0, "total_loss": 3.0, "lr": 0.1, "time": 1.0, "eta_seconds": 7, "data_time": 0.1}
+    row = {
+        "loss_cls": 1.0,
+        "loss_mask": 2.0,
+        "total_loss": 3.0,
+        "lr": 0.1,
+        "time": 1.0,
+        "eta_seconds": 7,
+        "data_time": 0.1,
+    }
     plain = write_rows(tmp_path / "a", [{**row, "iteration": i, "bbox/AP": 10.0 + i, "bbox/APs": 1.0} for i in (0, 9)])
-    rows = [{**row, "iteration": i, "bbox/AP": 20.0 + i, "ema/bbox/AP": 30.0 + i, "ema/segm/AP": 5.0, "segm/AP": 4.0} for i in (0, 9)]
+    rows = [
+        {**row, "iteration": i, "bbox/AP": 20.0 + i, "ema/bbox/AP": 30.0 + i, "ema/segm/AP": 5.0, "segm/AP": 4.0}
+        for i in (0, 9)
+    ]
     average = write_rows(tmp_path / "b", rows)
     code, out, _ = run(capsys, "--runs", f"A={plain}", f"B={average}", "--output", tmp_path / "all.svg")
     assert code == 0
@@ -171,7 +205,10 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, capsys):
         (["--runs", f"={a}"], "expected NAME=OUTPUT_DIR"),
         (["--runs", f"A={a}", f"A={a}"], "a name twice: A, A"),
         (["--runs", f"A={tmp_path / 'gone'}"], "gone/metrics.json cannot be read"),
-        (["--runs", f"A={a}", "--metric", "bbox/AP", "bbox/AP99"], "run A has no metric bbox/AP99: it has bbox/AP, segm/AP, total_loss"),
+        (
+            ["--runs", f"A={a}", "--metric", "bbox/AP", "bbox/AP99"],
+            "run A has no metric bbox/AP99: it has bbox/AP, segm/AP, total_loss",
+        ),
         (["--runs", f"A={a}", "--output", "ap.bmp"], "ap.bmp ends in no known format: these are"),
         (["--runs", f"A={a}", "--output", a / "metrics.json" / "ap.png"], "cannot be written"),
     ):
@@ -183,13 +220,19 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, capsys):
 def test_of_two_noisy_runs_each_can_be_seen(tmp_path):
     """Of many points the running median is drawn in full: the runs' lines do not cross, although their points lie among each other."""
     noise = [(7919 * i) % 1000 / 1000 for i in range(1000)]
-    panels = {"loss": {name: {i: base + value for i, value in enumerate(noise)} for name, base in (("low", 0.0), ("high", 0.5))}}
+    panels = {
+        "loss": {
+            name: {i: base + value for i, value in enumerate(noise)} for name, base in (("low", 0.0), ("high", 0.5))
+        }
+    }
     draw_curves(panels, "", tmp_path / "noisy.svg")
     found = re.findall(
         r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: #(?:1f77b4|ff7f0e)([^"]*)"',
         tmp_path.joinpath("noisy.svg").read_text(),
     )
-    heights = [[float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)] for d, style in found if "opacity" not in style]
+    heights = [
+        [float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)] for d, style in found if "opacity" not in style
+    ]
     pale = [[float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)] for d, style in found if "opacity" in style]
     low, high = (h for h in heights if len(h) > 100)
     assert len(pale) == 2 and min(low) > max(high), "SVG counts from the top"
@@ -199,14 +242,21 @@ def test_of_two_noisy_runs_each_can_be_seen(tmp_path):
 def test_a_step_in_a_long_curve_stays_one(tmp_path):
     draw_curves({"lr": {"a": {i: 1.0 if i < 500 else 0.1 for i in range(1000)}}}, "", tmp_path / "step.svg")
     paths = re.findall(
-        r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: #1f77b4; stroke-width: 1.5', (tmp_path / "step.svg").read_text()
+        r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: #1f77b4; stroke-width: 1.5',
+        (tmp_path / "step.svg").read_text(),
     )
     assert len({y for d in paths for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)}) == 2
 
 
 @pytest.mark.parametrize(
     ("metric", "expected"),
-    [("ema/bbox_TTA/AP50", "percent"), ("segm/AP-person", "percent"), ("data_time", "seconds"), ("memory_mib", "MiB"), ("total_loss", "")],
+    [
+        ("ema/bbox_TTA/AP50", "percent"),
+        ("segm/AP-person", "percent"),
+        ("data_time", "seconds"),
+        ("memory_mib", "MiB"),
+        ("total_loss", ""),
+    ],
 )
 def test_the_units_of_metrics(metric, expected):
     assert tool.unit(metric) == expected

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from halodet.weights import read_checkpoint
+from halodet.checkpoint import read_checkpoint
 
 import pytest
 

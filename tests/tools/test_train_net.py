@@ -23,7 +23,9 @@ TINY = [
 def train_net(*arguments, timeout=300, **environment):
     """Run the tool as a user does; returns (exit code, everything it printed)."""
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, cwd=ROOT)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, cwd=ROOT
+    )
     return run.returncode, run.stdout + run.stderr
 
 
@@ -57,7 +59,15 @@ def metrics(output):
 
 def test_training_leaves_what_detectron2_users_expect(trained):
     output, log = trained
-    for name in ("config.yaml", "last_checkpoint", "log.txt", "model_0000029.pth", "model_final.pth", "metrics.json", "classes.json"):
+    for name in (
+        "config.yaml",
+        "last_checkpoint",
+        "log.txt",
+        "model_0000029.pth",
+        "model_final.pth",
+        "metrics.json",
+        "classes.json",
+    ):
         assert (output / name).is_file(), name
     assert list(output.glob("events.out.tfevents.*"))
     assert "eta:" in log and "6 classes: circle, square, triangle, star, ring, cross" in log
@@ -74,7 +84,9 @@ def test_it_learns(trained):
 def test_eval_only_repeats_the_evaluation_exactly(trained, data, tmp_path):
     output, _ = trained
     expected = json.loads((output / "inference/coco_instances_results.json").read_text())
-    assert len(expected) > 10 and all(min(r["bbox"][2:]) > 0 for r in expected), "degenerate detections would compare as equal"
+    assert len(expected) > 10 and all(min(r["bbox"][2:]) > 0 for r in expected), (
+        "degenerate detections would compare as equal"
+    )
     config = ["--config-file", output / "config.yaml", "--eval-only"]
     code, log = train_net(*config, *data[4:], "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", output / "model_final.pth")
     assert code == 0, log
@@ -85,7 +97,9 @@ def test_eval_only_repeats_the_evaluation_exactly(trained, data, tmp_path):
 
 def test_resume_goes_on_from_the_last_checkpoint(trained, data):
     output, _ = trained
-    code, log = train_net("--config-file", output / "config.yaml", "--resume", *data, "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 62)
+    code, log = train_net(
+        "--config-file", output / "config.yaml", "--resume", *data, "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 62
+    )
     assert code == 0, log
     assert "Starting training from iteration 60" in log
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
@@ -96,16 +110,24 @@ def test_resume_goes_on_from_the_last_checkpoint(trained, data):
     ("arguments", "message"),
     [
         ([], "no config given"),
-        (["--config-file", "mask_rcnn_halo_h4"], "coco_2017_train was looked for at .* which does not exist: put COCO there"),
+        (
+            ["--config-file", "mask_rcnn_halo_h4"],
+            "coco_2017_train was looked for at .* which does not exist: put COCO there",
+        ),
         (["--config-file", "mask_rcnn_halo_h4", "--num-gpus", "64"], "--num-gpus is 64"),
-        (["--config-file", "mask_rcnn_halo_h4", "DATASETS.TRAIN", "('coco_2017_tran',)"], "no dataset 'coco_2017_tran': the nearest"),
+        (
+            ["--config-file", "mask_rcnn_halo_h4", "DATASETS.TRAIN", "('coco_2017_tran',)"],
+            "no dataset 'coco_2017_tran': the nearest",
+        ),
         (["--config-file", "quick/mask_rcnn_halo_shapes", "--eval-only"], "--eval-only needs trained weights"),
         (["--config-file", "mask_rcnn_halo_h4", "--train-json", "gone.json"], "belong together"),
         (["--config-file", "mask_rcnn_halo_h4", "--train-json", "gone.json", "--train-images", "."], "gone.json"),
     ],
 )
 def test_usage_errors_are_one_sentence_and_exit_code_2(arguments, message, tmp_path):
-    code, log = train_net(*arguments, *(["OUTPUT_DIR", tmp_path] if arguments else []), DETECTRON2_DATASETS=str(tmp_path))
+    code, log = train_net(
+        *arguments, *(["OUTPUT_DIR", tmp_path] if arguments else []), DETECTRON2_DATASETS=str(tmp_path)
+    )
     assert code == 2, log
     assert "Traceback" not in log and re.search(message, log.replace("\n", " ")), log
 
@@ -125,10 +147,20 @@ def test_weights_that_do_not_fit_or_bring_code_are_not_trained(name, data, tmp_p
     torch.save({"model": {"encoder.weight": torch.ones(3, 3)}}, tmp_path / "strange.pth")
     (tmp_path / "code.pkl").write_bytes(pickle.dumps({"model": {"a": _Payload(str(tmp_path / "marker"))}}))
     code, log = train_net(
-        "--config-file", "quick/mask_rcnn_halo_small", *data[:4], "OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", tmp_path / name
+        "--config-file",
+        "quick/mask_rcnn_halo_small",
+        *data[:4],
+        "OUTPUT_DIR",
+        tmp_path / "out",
+        "MODEL.WEIGHTS",
+        tmp_path / name,
     )
     assert code == 2 and "Traceback" not in log and name in log, log
-    assert not (tmp_path / "marker").exists() and not list((tmp_path / "out").glob("*.pth")) and "Starting training" not in log
+    assert (
+        not (tmp_path / "marker").exists()
+        and not list((tmp_path / "out").glob("*.pth"))
+        and "Starting training" not in log
+    )
 
 
 def test_real_photos_train_and_evaluate(tmp_path):

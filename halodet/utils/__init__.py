@@ -1,0 +1,1 @@
+"""File writing, random number states and the environment report."""

@@ -1,0 +1,188 @@
+"""timm's networks as backbones: the same maps where timm works, any size elsewhere, and what is replaced stays what it was."""
+
+import re
+
+from halodet.backbones import TimmBackbone
+from halodet.backbones.timm_backbone import expected_input
+from halodet.engine import load_config
+from halodet.errors import ConfigError
+
+import pytest
+import torch
+from torch import nn
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
+
+NETWORKS = (
+    "eca_halonext26ts.c1_in1k", "halo2botnet50ts_256.a1h_in1k", "halonet26t.a1h_in1k", "halonet50ts.a1h_in1k", "haloregnetz_b.ra3_in1k",
+    "lamhalobotnet50ts_256.a1h_in1k", "sehalonet33ts.ra2_in1k",
+)  # fmt: skip
+STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+
+
+def randomise(net, size):
+    """Weights as training could leave them: norms that differ from channel to channel, statistics near those of what passes."""
+    generator = torch.Generator().manual_seed(1)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.weight.data = 0.5 + torch.rand(m.weight.shape, generator=generator)
+        m.bias.data = 0.2 * torch.randn(m.bias.shape, generator=generator)
+        m.momentum = None
+    with torch.no_grad():
+        net.train()(torch.randn(2, 3, size, size, generator=generator))
+    for m in norms:
+        m.momentum = 0.1
+        # With random weights attention is nearly the mean of its window: a variance as small as that of its output would magnify rounding.
+        m.running_var += m.running_mean.square().mean()
+        m.running_mean += 0.1 * m.running_var.sqrt() * torch.randn(m.running_mean.shape, generator=generator)
+        m.running_var *= 0.8 + 0.4 * torch.rand(m.running_var.shape, generator=generator)
+    return net.eval()
+
+
+def timms(name):
+    net = timm.create_model(name)
+    return randomise(net, net.default_cfg["input_size"][-1])
+
+
+def timms_maps(net, x):
+    maps, x = {}, net.stem(x)
+    for feature, stage in zip(STRIDES, net.stages, strict=True):
+        maps[feature] = x = stage(x)
+    return {**maps, "res5": net.final_conv(x)}
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_maps_are_timms_where_timm_works(name):
+    net = timms(name).double()
+    size = net.default_cfg["input_size"][-1]
+    ours = TimmBackbone(name, norm="BN").double().eval()
+    loaded = ours.load_state_dict(net.state_dict(), strict=False)
+    assert (
+        not loaded.missing_keys
+        and loaded.unexpected_keys
+        and all(key.startswith("head.") for key in loaded.unexpected_keys)
+    )
+    assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in ours.state_dict().items())
+
+    features = timm.create_model(name, features_only=True).double().eval()
+    flat = {re.sub(r"^(stages|stem(?=\.conv\d))\.", r"\1_", key): tensor for key, tensor in net.state_dict().items()}
+    assert not features.load_state_dict(flat, strict=False).missing_keys
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = dict(zip(STRIDES, features(x)[1:], strict=True))
+        maps = ours(x)
+        for feature, wanted in expected.items():
+            assert relative(maps[feature], wanted) < 1e-12, feature
+            assert (
+                ours.output_shape()[feature].channels == wanted.shape[1]
+                and ours.output_shape()[feature].stride == STRIDES[feature]
+            )
+        # attention has a say in it
+        for key, parameter in ours.named_parameters():
+            if key.endswith("_rel"):
+                parameter.zero_()
+        assert relative(ours(x)["res5"], expected["res5"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_size_has_the_right_strides_and_gradients(name, one_thread):
+    ours = TimmBackbone(name, norm="BN")
+    for height, width in [(70, 103), (33, 32)]:
+        maps = ours(torch.randn(2, 3, height, width))
+        assert {f: x.shape[-2:] for f, x in maps.items()} == {
+            f: (-(-height // s), -(-width // s)) for f, s in STRIDES.items()
+        }
+    sum(x.square().mean() for x in maps.values()).backward()
+    for key, parameter in ours.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+
+
+@pytest.mark.parametrize(("name", "last"), [("halonet26t", "res4"), ("sehalonet33ts", "res3"), ("halonet50ts", "res3")])
+def test_what_lies_outside_an_image_of_any_size_is_zeros(name, last, one_thread):
+    """Far enough from its end, an image gives what timm gives for it on a larger black ground.
+
+    Far enough: where timm's maps do not change when the ground is noise. Squeeze-excitation, which looks at the whole map, is left out.
+    """
+    net, ours = timm.create_model(name), TimmBackbone(name, norm="BN").double().eval()
+    for model in (net, ours):
+        for path, module in list(model.named_modules()):
+            if type(module).__name__ == "SEModule":
+                parent, _, child = path.rpartition(".")
+                setattr(model.get_submodule(parent), child, nn.Identity())
+    size = net.default_cfg["input_size"][-1]
+    net = randomise(net, size).double()
+    ours.load_state_dict(net.state_dict(), strict=False)
+    height, width = size - 19, 2 * size - 53
+    ground = torch.zeros(1, 3, size, 2 * size, dtype=torch.float64)
+    ground[..., :height, :width] = torch.randn(height, width)
+    noise = torch.randn_like(ground)
+    noise[..., :height, :width] = ground[..., :height, :width]
+    with torch.no_grad():
+        wanted, disturbed, maps = timms_maps(net, ground), timms_maps(net, noise), ours(ground[..., :height, :width])
+    for feature in list(STRIDES)[: list(STRIDES).index(last) + 1]:
+        h, w = maps[feature].shape[-2:]
+        a, b, c = maps[feature], wanted[feature][..., :h, :w], disturbed[feature][..., :h, :w]
+        inside = ((b - c).abs().amax(1) < 1e-13 * b.abs().max())[0]
+        assert inside.float().mean() > 0.2, feature
+        assert relative(a[..., inside], b[..., inside]) < 1e-12, feature
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "SyncBN"])
+def test_other_norms_hold_the_same_weights(norm):
+    net = timms("halonet26t")
+    ours = TimmBackbone("halonet26t", norm=norm).eval()
+    assert not ours.load_state_dict(net.state_dict(), strict=False).missing_keys
+    kinds = {type(m).__name__ for m in ours.modules() if "BatchNorm" in type(m).__name__}
+    assert kinds and all(kind.startswith({"FrozenBN": "Frozen", "SyncBN": "Sync"}[norm]) for kind in kinds)
+    x = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        assert relative(ours(x)["res5"], timms_maps(net, x)["res5"]) < 1e-5
+
+
+def test_frozen_stages_do_not_learn():
+    ours = TimmBackbone("halonet26t", norm="BN", freeze_at=3)
+    learning = {key.split(".")[0] + "." + key.split(".")[1] for key, p in ours.named_parameters() if p.requires_grad}
+    assert learning == {"stages.2", "stages.3"}
+    before = {key: t.clone() for key, t in ours.state_dict().items() if "running" in key}
+    ours.train()(torch.randn(2, 3, 64, 64))
+    moved = {key for key, t in ours.state_dict().items() if "running" in key and not torch.equal(t, before[key])}
+    assert moved and all(key.startswith(("stages.2", "stages.3")) for key in moved)
+
+
+def test_stages_that_are_not_asked_for_are_not_built():
+    ours = TimmBackbone("sehalonet33ts", out_features=["res3", "res4"])
+    assert (
+        set(ours.output_shape()) == {"res3", "res4"}
+        and len(ours.stages) == 3
+        and not list(ours.final_conv.parameters())
+    )
+    assert set(ours(torch.randn(1, 3, 40, 40))) == {"res3", "res4"}
+
+
+def test_bad_names_and_values_say_what_there_is():
+    with pytest.raises(ValueError, match=r"no 'halonet5ts'.*halonet50ts"):
+        TimmBackbone("halonet5ts")
+    with pytest.raises(ValueError, match=r"no 'halonet50ts.a2_in1k'.*the nearest are halonet50ts.a1h_in1k"):
+        TimmBackbone("halonet50ts.a2_in1k")
+    with pytest.raises(ValueError, match=r"norm is 'GN', expected one of .*FrozenBN"):
+        TimmBackbone("halonet26t", norm="GN")
+    with pytest.raises(ValueError, match=r"out_features are \['stem'\]"):
+        TimmBackbone("halonet26t", out_features=["stem"])
+    with pytest.raises(ValueError, match=r"window -1 "):
+        TimmBackbone("halo2botnet50ts_256", window=-1)
+
+
+def test_configs_take_channel_order_and_normalisation_from_timm():
+    assert expected_input("haloregnetz_b") == ("RGB", [127.5] * 3, [127.5] * 3)
+    backbone = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "haloregnetz_b.ra3_in1k"]
+    cfg = load_config("mask_rcnn_halo_h0", backbone)
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == ("RGB", [127.5] * 3, [127.5] * 3)
+    wrong = [*backbone, "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]"]
+    with pytest.raises(ConfigError, match=r"haloregnetz_b.*PIXEL_MEAN \[127.5.*config has BGR.*58.395"):
+        load_config("mask_rcnn_halo_h0", wrong)
+    kept = load_config("mask_rcnn_halo_h0", [*wrong, "MODEL.TIMM.CHECK_PREPROCESSING", "False"])
+    assert kept.INPUT.FORMAT == "BGR" and kept.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]

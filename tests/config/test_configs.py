@@ -1,0 +1,92 @@
+"""Every config file loads, builds, and gives the maps its heads read."""
+
+from halodet.config.defaults import config_dir
+from halodet.engine import Trainer, load_config
+
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_backbone, build_model
+
+NAMES = sorted(
+    str(path.relative_to(config_dir())) for path in config_dir().rglob("*.yaml") if not path.name.startswith("Base")
+)
+
+
+def test_the_promised_configs_are_there():
+    promised = {
+        "mask_rcnn_halo_h4",
+        "cascade_mask_rcnn_halo_h4",
+        "faster_rcnn_halo_h4",
+        "retinanet_halo_h4",
+        "mask_rcnn_halo_h4_3x",
+        "mask_rcnn_halo_h4_lsj_100ep",
+    }
+    promised |= {f"mask_rcnn_halo_h{i}" for i in range(8)} | {
+        f"mask_rcnn_r{d}{kind}" for d in (50, 101) for kind in ("", "_se")
+    }
+    promised |= {f"mask_rcnn_r{d}_se_halo_{bh}" for d in (50, 101) for bh in ("b8h3", "b32h3")}
+    assert {f"{name}.yaml" for name in promised} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(333, 517), (800, 1333)])
+def test_backbone_gives_what_the_heads_read(name, size):
+    cfg = load_config(name)
+    with torch.device("meta"):
+        backbone = build_backbone(cfg).eval()
+        # the detector pads its images to a multiple of this before they reach the backbone
+        height, width = (-(-s // backbone.size_divisibility) * backbone.size_divisibility for s in size)
+        maps = backbone(torch.empty(2, 3, height, width))
+    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    strides = {f"p{level}": 2**level for level in (range(3, 8) if retina else range(2, 7))}
+    assert {n: s.stride for n, s in backbone.output_shape().items()} == strides
+    for n, x in maps.items():
+        assert x.shape == (2, cfg.MODEL.FPN.OUT_CHANNELS, -(-height // strides[n]), -(-width // strides[n]))
+    heads = (
+        cfg.MODEL.RETINANET.IN_FEATURES if retina else [*cfg.MODEL.RPN.IN_FEATURES, *cfg.MODEL.ROI_HEADS.IN_FEATURES]
+    )
+    assert set(heads) <= set(maps)
+    assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(strides)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_are_plain_yaml_and_short(name):
+    text = (config_dir() / name).read_text(encoding="utf-8")
+    yaml.safe_load(text)
+    assert "_BASE_" in text and len(text.splitlines()) < 80
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "/" not in n])
+def test_configs_default_to_coco_and_their_own_output(name):
+    cfg = load_config(name)
+    assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
+    assert cfg.OUTPUT_DIR == f"./output/{name.removesuffix('.yaml')}"
+
+
+@pytest.mark.parametrize(
+    ("name", "decay"), [("mask_rcnn_halonet50ts", 0.05), ("mask_rcnn_halo_h4", 0.0001), ("retinanet_halo_h4", 0.0001)]
+)
+def test_recipes_decay_matrices_and_kernels_only(name, decay):
+    cfg = load_config(name, ["MODEL.DEVICE", "cpu"]).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    decays = {
+        id(p): group["weight_decay"]
+        for group in Trainer.build_optimizer(cfg, model).param_groups
+        for p in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim == 1 or name.endswith(("height_rel", "width_rel"))
+        assert decays[id(parameter)] == (0.0 if spared else decay), name
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs"), [("mask_rcnn_halo_h4", 12), ("mask_rcnn_halo_h4_3x", 36), ("mask_rcnn_halo_h4_lsj_100ep", 100)]
+)
+def test_schedules_are_as_long_as_they_are_called(name, epochs):
+    solver = load_config(name).SOLVER
+    assert solver.MAX_ITER * solver.IMS_PER_BATCH / 118_287 == pytest.approx(epochs, rel=0.02)
+    assert solver.STEPS[-1] < solver.MAX_ITER

@@ -1,0 +1,96 @@
+"""What was left out is counted, named once, and written whole."""
+
+import json
+import logging
+
+from halodet.data.bad_images import SKIPPED_KEY, BadImageReport, Skipped, SkipTrackingLoader, TooManyBadImages, too_many
+from halodet.errors import DatasetError
+
+import pytest
+
+BAD, WORSE = Skipped("a.jpg", "is an empty file (0 bytes)"), Skipped("b.jpg", "does not exist")
+PART = Skipped("c.jpg", "its box has width 0 and height 3", annotation=2)
+
+
+def test_counts_add_up_and_each_file_is_named_once(tmp_path, caplog):
+    report = BadImageReport(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        report.add(20, [BAD, PART, BAD])
+        BadImageReport(tmp_path).add(20, [WORSE, BAD, PART])  # as a resumed run does
+        BadImageReport(tmp_path).add(0, [BAD], evaluation=True)
+    assert json.loads((tmp_path / "skipped.json").read_text()) == {
+        "images_seen": 40,
+        "images_skipped": 4,
+        "files": [
+            {"file": "a.jpg", "reason": "is an empty file (0 bytes)", "count": 3},
+            {"file": "b.jpg", "reason": "does not exist", "count": 1},
+        ],
+        "annotations": [{"file": "c.jpg", "annotation": 2, "reason": "its box has width 0 and height 3", "count": 2}],
+        "evaluation": [{"file": "a.jpg", "reason": "is an empty file (0 bytes)", "count": 1}],
+    }
+    assert [record.message for record in caplog.records] == [
+        "Left out: a.jpg: is an empty file (0 bytes)",
+        "Left out: c.jpg, annotation 2: its box has width 0 and height 3",
+        "Left out: b.jpg: does not exist",
+        "Left out of the evaluation: a.jpg: is an empty file (0 bytes)",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["skipped.json"]
+
+
+def test_a_checkpoint_puts_back_what_was_of_training_only(tmp_path):
+    report = BadImageReport(tmp_path)
+    report.add(20, [BAD, PART])
+    held = report.training()
+    report.add(20, [WORSE, BAD])
+    report.add(0, [WORSE], evaluation=True)
+    evaluated = report.read()["evaluation"]
+    report.seek(held)
+    assert report.training() == held and report.read()["evaluation"] == evaluated != []
+
+
+def test_a_broken_report_is_begun_anew_with_a_warning(tmp_path, caplog):
+    (tmp_path / "skipped.json").write_text('{"images_seen": 3')
+    assert BadImageReport(tmp_path).add(1, [BAD])["images_seen"] == 1
+    assert "cannot be read and is begun anew" in caplog.text
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    report = BadImageReport(tmp_path)
+    report.add(5, [BAD])
+    before = report.path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        report.add(5, [WORSE])
+    assert report.path.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["skipped.json"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "skipped", "stops"), [(100, 9, False), (200, 10, False), (199, 10, True), (0, 0, False), (20, 20, True)]
+)
+def test_more_than_a_share_and_at_least_ten_are_too_many(tmp_path, seen, skipped, stops):
+    content = BadImageReport(tmp_path).add(seen, [Skipped(f"{n}.jpg", "does not exist") for n in range(skipped)])
+    problem = too_many(content, 0.05)
+    assert (problem is not None) == stops
+    if stops:
+        assert (
+            problem.startswith(f"{skipped} of {seen} images could not be used") and "0.jpg: does not exist" in problem
+        )
+
+
+def test_a_share_of_one_never_stops(tmp_path):
+    assert too_many(BadImageReport(tmp_path).add(50, [WORSE] * 50), 1.0) is None
+
+
+def test_the_loader_counts_what_came_and_cleans_the_samples():
+    batches = [[{"x": 1, SKIPPED_KEY: [BAD, PART, WORSE]}, {"x": 2}], [{"x": 3}, {"x": 4}]]
+    loader = SkipTrackingLoader(batches)
+    seen = []
+    for batch in loader:
+        seen.append((batch, loader.take()))
+    assert seen == [([{"x": 1}, {"x": 2}], (4, [BAD, PART, WORSE])), ([{"x": 3}, {"x": 4}], (2, []))]
+
+
+def test_the_sentence_survives_a_data_loaders_traceback():
+    wrapped = "Caught TooManyBadImages in DataLoader worker process 0.\nOriginal Traceback:\n  ...\nhalodet.data.skipped.TooManyBadImages: 4 bad.\n"
+    assert str(TooManyBadImages(wrapped)) == str(TooManyBadImages("4 bad.")) == "4 bad."
+    assert issubclass(TooManyBadImages, DatasetError)

@@ -1,0 +1,275 @@
+"""Training and evaluation go on past files and annotations that cannot be used, and say which these are."""
+
+import functools
+import os
+import re
+import signal
+import struct
+import zlib
+from pathlib import Path
+
+from halodet.data.bad_images import SKIPPED_KEY, TooManyBadImages
+from halodet.data.build import build_test_loader, build_train_loader
+from halodet.data.dataset_mapper import RobustDatasetMapper
+from halodet.engine import load_config
+from halodet.errors import ImageError
+from halodet.inference import read_image
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.structures import BoxMode
+from PIL import Image
+
+WIDTH, HEIGHT = 60, 40
+SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
+BAD_IMAGES = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "bad_inputs" / "images"
+
+
+@functools.cache
+def config(*opts):
+    return load_config(
+        "quick/mask_rcnn_halo_shapes", ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", *map(str, opts)]
+    )
+
+
+def annotation(**changes):
+    common = {
+        "bbox": [10, 10, 20, 20],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": 1,
+        "iscrowd": 0,
+        "segmentation": [SQUARE],
+    }
+    return {**common, **changes}
+
+
+def entry(path, width=WIDTH, height=HEIGHT, annotations=None):
+    annotations = [annotation()] if annotations is None else annotations
+    return {"file_name": str(path), "image_id": 7, "width": width, "height": height, "annotations": annotations}
+
+
+def noise(width=WIDTH, height=HEIGHT):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.fixture
+def good(tmp_path):
+    noise().save(tmp_path / "good.png")
+    return entry(tmp_path / "good.png")
+
+
+def bomb(path):
+    """A PNG of 10 kB whose header promises 400 million pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 0, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def cut(path):
+    noise().save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise().save(path, exif=exif)
+
+
+BAD = {
+    "cut.png": (cut, "truncated|broken data stream"),
+    "cut.jpg": (cut, "truncated"),
+    "text.jpg": (lambda path: path.write_text("not an image"), "not an image that Pillow can read"),
+    "empty.png": (lambda path: path.write_bytes(b""), "is an empty file"),
+    "gone.png": (lambda path: None, "does not exist"),
+    "folder.png": (lambda path: path.mkdir(), "is a folder"),
+    "small.png": (lambda path: noise(30, 20).save(path), "is 30 x 20 pixels .upright., and 60 x 40 in the dataset"),
+    "turned.jpg": (turned, "is 40 x 60 pixels .upright., and 60 x 40 in the dataset"),
+    "bomb.png": (bomb, "decompression bomb"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_left_out_and_named_with_the_next_sample(name, tmp_path, good):
+    make, reason = BAD[name]
+    make(tmp_path / name)
+    mapper = RobustDatasetMapper(config(), is_train=True)
+    assert mapper(entry(tmp_path / name)) is None
+    sample = mapper(good)
+    (record,) = sample[SKIPPED_KEY]
+    assert record.file == str(tmp_path / name) and record.annotation is None
+    assert str(record).count(str(tmp_path)) == 1 and "\n" not in str(record)
+    assert re.search(reason, record.reason), record
+    assert SKIPPED_KEY not in mapper(good)
+
+
+def test_a_turned_image_of_the_right_size_is_read_upright(tmp_path):
+    turned(tmp_path / "turned.png")
+    cfg = config(
+        "INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", "(60,)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"
+    )
+    mapper = RobustDatasetMapper(cfg, is_train=True)
+    sample = mapper(entry(tmp_path / "turned.png", HEIGHT, WIDTH, [annotation(bbox=[1, 2, 30, 40])]))
+    assert sample["image"].shape == (3, 90, 60)  # 40 x 60 pixels scaled by 1.5
+
+
+@pytest.mark.parametrize("form", ["BGR", "RGB"])
+def test_a_good_image_is_mapped_as_detectron2_maps_it(good, form):
+    cfg = config("INPUT.FORMAT", form)
+    samples = []
+    for mapper in (RobustDatasetMapper(cfg, is_train=True), DatasetMapper(cfg, is_train=True)):
+        np.random.seed(3)
+        samples.append(mapper(good))
+    ours, detectron2s = samples
+    assert ours.keys() == detectron2s.keys()
+    assert torch.equal(ours["image"], detectron2s["image"])
+    assert torch.equal(ours["instances"].gt_boxes.tensor, detectron2s["instances"].gt_boxes.tensor)
+    assert torch.equal(ours["instances"].gt_masks.tensor, detectron2s["instances"].gt_masks.tensor)
+
+
+def test_training_reads_an_image_as_inference_does(tmp_path):
+    values = np.random.default_rng(1).integers(0, 65536, (HEIGHT, WIDTH)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "16bit.png")
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (HEIGHT, WIDTH, 4), np.uint8), "CMYK").save(
+        tmp_path / "cmyk.jpg"
+    )
+    mapper = RobustDatasetMapper(config("INPUT.MIN_SIZE_TEST", HEIGHT), is_train=False)
+    for path in (tmp_path / "16bit.png", tmp_path / "cmyk.jpg"):
+        assert np.array_equal(mapper(entry(path))["image"].permute(1, 2, 0).numpy(), read_image(path))
+
+
+RLE = mask_util.encode(np.asfortranarray(np.pad(np.ones((20, 20), np.uint8), ((10, 10), (10, 30)))))
+DEGENERATE = {
+    "no area": ({"bbox": [10, 10, 0, 20]}, "its box has width 0 and height 20"),
+    "backwards": ({"bbox": [30, 30, 10, 10], "bbox_mode": BoxMode.XYXY_ABS}, "its box has width -20 and height -20"),
+    "outside": ({"bbox": [500, 500, 10, 10]}, "lies outside the image of 60 x 40"),
+    "not a number": ({"bbox": [10, float("nan"), 20, 20]}, "not four finite numbers"),
+    "short": ({"bbox": [10, 20]}, "not four finite numbers"),
+    "no mask": ({"segmentation": None}, "'segmentation' is missing"),
+    "empty mask": ({"segmentation": []}, "'segmentation' is []"),
+    "line": ({"segmentation": [[1, 2, 3, 4]]}, "has 4 numbers"),
+    "nan in mask": ({"segmentation": [[1, 2, float("nan"), 4, 5, 6]]}, "has nan among its coordinates"),
+    "other size": ({"segmentation": {**RLE, "size": [3, 4]}}, "RLE 'size' is [3, 4]"),
+    "broken": ({"segmentation": {**RLE, "counts": RLE["counts"][:3]}}, "RLE"),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_a_degenerate_annotation_is_left_out_and_the_others_are_kept(name, good):
+    changes, reason = DEGENERATE[name]
+    mapper = RobustDatasetMapper(config(), is_train=True)
+    sample = mapper(
+        {**good, "annotations": [annotation(), annotation(**changes), annotation(segmentation=RLE, category_id=2)]}
+    )
+    assert sample["instances"].gt_classes.tolist() == [1, 2]
+    (record,) = sample[SKIPPED_KEY]
+    assert (record.file, record.annotation) == (good["file_name"], 1) and reason in record.reason
+
+
+def test_an_image_without_any_usable_annotation_is_left_out(good):
+    mapper = RobustDatasetMapper(config(), is_train=True)
+    assert mapper({**good, "annotations": [annotation(bbox=[0, 0, 0, 0]), annotation(iscrowd=1)]}) is None
+    records = mapper(good)[SKIPPED_KEY]
+    assert [record.annotation for record in records] == [0, None] and "none of its 1 annotations" in records[1].reason
+
+
+def test_an_image_without_objects_is_learned_from(good):
+    sample = RobustDatasetMapper(config("INPUT.CROP.ENABLED", "True"), is_train=True)(
+        {**good, "annotations": [annotation(iscrowd=1)]}
+    )
+    assert len(sample["instances"]) == 0 and SKIPPED_KEY not in sample
+
+
+def test_an_object_cropped_away_is_dropped_without_a_word(good):
+    cfg = config("INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", "[2, 2]")
+    mapper = RobustDatasetMapper(cfg, is_train=True)
+    np.random.seed(0)
+    counts = set()
+    for _ in range(30):
+        sample = mapper(good)
+        counts.add(len(sample["instances"]))
+        assert SKIPPED_KEY not in sample and torch.isfinite(sample["instances"].gt_boxes.tensor).all()
+    assert counts == {0, 1}
+
+
+def test_very_long_images_keep_a_pixel(tmp_path):
+    noise(8000, 3).save(tmp_path / "long.png")
+    sample = RobustDatasetMapper(config(), is_train=True)(entry(tmp_path / "long.png", 8000, 3, []))
+    assert sample["image"].shape == (3, 1, 1333)
+
+
+def test_nothing_but_bad_files_ends_with_one_sentence(tmp_path):
+    mapper = RobustDatasetMapper(config(), is_train=True)
+    with pytest.raises(
+        TooManyBadImages, match="^20 images in a row could not be used, the last one .*gone.png .does not exist.: check"
+    ) as error:
+        for _ in range(50):
+            mapper(entry(tmp_path / "gone.png"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def registered():
+    names = []
+
+    def register(entries):
+        names.append(f"test_mapper_{len(names)}")
+        DatasetCatalog.register(names[-1], lambda: entries)
+        return names[-1]
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_wrong_folder_ends_training_at_once_in_any_process(registered, tmp_path, workers):
+    name = registered([entry(tmp_path / f"{n}.png") for n in range(4)])
+    loader = build_train_loader(config("DATASETS.TRAIN", f"('{name}',)", "DATALOADER.NUM_WORKERS", workers))
+    with pytest.raises(TooManyBadImages) as error:
+        next(iter(loader))
+    assert str(error.value).startswith("4 images in a row could not be used") and "\n" not in str(error.value)
+
+
+def test_evaluation_gets_a_blank_image_that_says_so(registered, tmp_path, good):
+    cut(tmp_path / "cut.jpg")
+    name = registered([entry(tmp_path / "cut.jpg"), good])
+    bad, fine = (batch[0] for batch in build_test_loader(config(), name))
+    assert bad["image_id"] == 7 and bad["image"].shape[0] == 3 and not bad["image"].any()
+    assert [record.file for record in bad[SKIPPED_KEY]] == [str(tmp_path / "cut.jpg")]
+    assert SKIPPED_KEY not in fine and "annotations" not in fine and fine["image"].any()
+
+
+def test_a_worker_that_is_told_to_end_loads_on(registered, good):
+    name = registered([good] * 40)
+    batches = iter(build_test_loader(config("DATALOADER.NUM_WORKERS", 1), name))
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGTERM)
+    assert len(list(batches)) == 39
+
+
+@pytest.mark.skipif(
+    not BAD_IMAGES.is_dir(), reason=f"no folder {BAD_IMAGES}; set DETECTRON2_DATASETS to one with bad_inputs"
+)
+def test_of_real_odd_files_exactly_those_that_inference_refuses_are_left_out(good):
+    mapper = RobustDatasetMapper(config(), is_train=True)
+    for path in (path for path in sorted(BAD_IMAGES.rglob("*")) if path.is_file() and path.suffix != ".json"):
+        try:
+            height, width = read_image(path).shape[:2]
+            readable = True
+        except ImageError:
+            width, height, readable = 10, 10, False
+        assert (mapper(entry(path, width, height, [])) is not None) == readable, path
+        records = mapper(good).get(SKIPPED_KEY, [])
+        assert [record.file for record in records] == ([] if readable else [str(path)]), path

@@ -1,0 +1,221 @@
+"""Predictor, to_coco and the class list, on a small Mask R-CNN whose weights are made here."""
+
+import json
+
+from halodet.errors import CheckpointError
+from halodet.inference import ClassesError, Predictor, PredictorError, read_classes, to_coco, write_classes
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+
+def small_config():
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p4", "p5", "p6"]
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 7
+    cfg.INPUT.MIN_SIZE_TEST = 96
+    cfg.INPUT.MAX_SIZE_TEST = 160
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A config whose weights find something."""
+    cfg = small_config()
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
+    folder = tmp_path_factory.mktemp("run")
+    DetectionCheckpointer(model, str(folder)).save("model_final")
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    return cfg
+
+
+def noise(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_predictions_are_detectron2s_in_pixels_of_the_image(trained):
+    image = noise(60, 90)
+    found = Predictor(trained)(image)
+    assert len(found) > 0 and (found.pred_boxes.area() > 1).any()
+    assert found.image_size == (60, 90) and found.pred_masks.shape[1:] == (60, 90) and found.scores.device.type == "cpu"
+    expected = DefaultPredictor(trained)(image)["instances"]
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor) and torch.equal(
+        found.scores, expected.scores
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 8000), (8000, 3)])
+def test_tiny_and_narrow_images_are_predicted(trained, size):
+    assert Predictor(trained)(noise(*size)).image_size == size
+
+
+def test_a_large_enough_image_is_resized_as_detectron2_does(trained):
+    predictor = Predictor(trained)
+    for size in ((60, 90), (500, 100)):
+        expected = DefaultPredictor(trained).aug.get_transform(noise(*size)).apply_image(noise(*size))
+        assert np.array_equal(predictor.aug.get_transform(noise(*size)).apply_image(noise(*size)), expected)
+
+
+def test_weights_that_are_not_there_are_refused(trained, tmp_path):
+    cfg = trained.clone()
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    for weights, reason in {
+        "": "is empty",
+        str(tmp_path / "none.pth"): "not a file",
+        str(tmp_path / "text.pth"): "is a text file",
+    }.items():
+        cfg.MODEL.WEIGHTS = weights
+        with pytest.raises((PredictorError, CheckpointError), match=reason) as caught:
+            Predictor(cfg)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_that_leave_parameters_at_random_are_refused(trained, tmp_path):
+    cfg = trained.clone()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 5  # 3 predictors, each with weight and bias, change their shape
+    with pytest.raises(CheckpointError, match=r"does not fit the config: 6 of the model's \d+ tensors"):
+        Predictor(cfg)
+    model = build_model(trained)
+    torch.save(
+        {"model": {"backbone." + key: value for key, value in model.backbone.state_dict().items()}},
+        tmp_path / "backbone.pth",
+    )
+    cfg = trained.clone()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match="proposal_generator"):
+        Predictor(cfg)
+
+
+class _Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_weights_that_bring_code_are_refused_and_do_not_run_it(trained, tmp_path):
+    cfg = trained.clone()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "code.pth")
+    torch.save({"model": {}, "payload": _Payload(str(tmp_path / "made"))}, cfg.MODEL.WEIGHTS)
+    with pytest.raises(CheckpointError, match="would call io.open"):
+        Predictor(cfg)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_model_without_instances_is_refused(trained, tmp_path):
+    cfg = trained.clone()
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    DetectionCheckpointer(build_model(cfg), str(tmp_path)).save("rpn")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "rpn.pth")
+    with pytest.raises(PredictorError, match="ProposalNetwork"):
+        Predictor(cfg)(noise(60, 90))
+
+
+def test_to_coco_maps_classes_and_keeps_boxes_and_masks():
+    found = Instances((20, 30), pred_boxes=Boxes(torch.tensor([[2.0, 3.0, 12.0, 8.0], [0.0, 0.0, 30.0, 20.0]])))
+    found.scores, found.pred_classes = torch.tensor([0.75, 0.5]), torch.tensor([1, 0])
+    found.pred_masks = torch.zeros(2, 20, 30, dtype=torch.bool)
+    found.pred_masks[0, 3:8, 2:12] = True
+    first, second = json.loads(json.dumps(to_coco(found, 7, [10, 20])))
+    assert (first["image_id"], first["category_id"], second["category_id"]) == (7, 20, 10)
+    assert first["bbox"] == [2, 3, 10, 5] and first["score"] == 0.75
+    assert isinstance(first["segmentation"]["counts"], str) and first["segmentation"]["size"] == [20, 30]
+    assert np.array_equal(mask_util.decode(first["segmentation"]), found.pred_masks[0].numpy())
+    found.remove("pred_masks")
+    assert "segmentation" not in to_coco(found, 7, [10, 20])[0]
+    assert to_coco(found[:0], 7, [10, 20]) == []
+
+
+def test_classes_come_from_the_run_then_the_metadata_then_numbers(tmp_path):
+    cfg = small_config()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    cfg.DATASETS.TEST = ("halodet_classes_test",)
+    assert read_classes(cfg) == [{"id": 0, "name": "class 0"}, {"id": 1, "name": "class 1"}]
+    assert "halodet_classes_test" not in MetadataCatalog.list()
+    metadata = MetadataCatalog.get("halodet_classes_test")
+    metadata.set(thing_classes=["cat", "dog"], thing_dataset_id_to_contiguous_id={90: 1, 17: 0})
+    try:
+        assert read_classes(cfg) == [{"id": 17, "name": "cat"}, {"id": 90, "name": "dog"}]
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+        assert read_classes(cfg)[2] == {"id": 2, "name": "class 2"}
+    finally:
+        MetadataCatalog.remove("halodet_classes_test")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    classes = [{"id": 5, "name": "Nüsse"}, {"id": 3, "name": "猫"}]
+    write_classes(tmp_path / "classes.json", classes)
+    assert read_classes(cfg) == classes
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.json"]
+
+
+def test_builtin_coco_names_need_no_files():
+    cfg = small_config()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    cfg.DATASETS.TEST = ("coco_2017_val",)
+    assert read_classes(cfg)[79] == {"id": 90, "name": "toothbrush"}
+
+
+def test_retinanet_has_its_own_number_of_classes(tmp_path):
+    cfg = small_config()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    assert len(read_classes(cfg)) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('[{"id": 1, "name": "a"}]', "names 1 classes but the model has 2"),
+        ('[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]', "same id"),
+        ('[{"id": "1", "name": "a"}, {"id": 2, "name": "b"}]', "not a list"),
+        ('{"id": 1}', "not a list"),
+        ('[{"id": 1,', "cannot be read"),
+    ],
+)
+def test_a_class_list_that_does_not_fit_is_refused(tmp_path, content, reason):
+    (tmp_path / "classes.json").write_text(content)
+    cfg = small_config()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    with pytest.raises(ClassesError, match=reason):
+        read_classes(cfg)
+
+
+def test_classes_that_cannot_be_written_leave_the_old_file(tmp_path):
+    path = tmp_path / "classes.json"
+    write_classes(path, [{"id": 1, "name": "a"}])
+    with pytest.raises(TypeError):
+        write_classes(path, [{"id": None, "name": "b"}])
+    with pytest.raises(OSError):
+        write_classes(tmp_path / "none" / "classes.json", [])
+    assert json.loads(path.read_text()) == [{"id": 1, "name": "a"}]

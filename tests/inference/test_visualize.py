@@ -1,0 +1,112 @@
+"""draw on hand-made instances: what is drawn, where, in which colour, and on images of awkward sizes."""
+
+from halodet.inference import draw
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+
+NAMES = ["cat", "dog"]
+
+
+def instances(height, width, boxes, scores, classes, masks=False):
+    result = Instances((height, width), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
+    result.scores, result.pred_classes = torch.tensor(scores), torch.tensor(classes)
+    if masks:
+        result.pred_masks = torch.zeros(len(scores), height, width, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(result.pred_masks, torch.tensor(boxes).round().int().tolist(), strict=True):
+            mask[y0:y1, x0:x1] = True
+    return result
+
+
+def changed(drawing, level=40):
+    return (np.abs(drawing.astype(int) - level) > 12).any(axis=2)
+
+
+def grey(height, width):
+    return np.full((height, width, 3), 40, np.uint8)
+
+
+def test_the_box_is_drawn_where_it_is():
+    drawing = draw(grey(400, 500), instances(400, 500, [[100, 50, 300, 350]], [0.9], [0]), NAMES, threshold=0.5)
+    assert drawing.shape == (400, 500, 3) and drawing.dtype == np.uint8
+    assert changed(drawing)[100:340, 97:104].any(axis=1).all() and changed(drawing)[100:340, 297:304].any(axis=1).all()
+    assert (
+        not changed(drawing)[100:340, 110:290].any()
+        and not changed(drawing)[:45].any()
+        and not changed(drawing)[:, 310:].any()
+    )
+
+
+def test_the_mask_is_filled():
+    boxes = [[100, 50, 300, 350]]
+    drawing = draw(grey(400, 500), instances(400, 500, boxes, [0.9], [0], masks=True), NAMES, threshold=0.5)
+    assert changed(drawing)[100:340, 110:290].mean() > 0.95
+
+
+def test_below_the_threshold_nothing_is_drawn_and_at_it_is():
+    found = instances(400, 500, [[100, 50, 300, 350]], [0.5], [0], masks=True)
+    assert not changed(draw(grey(400, 500), found, NAMES, threshold=0.51)).any()
+    assert changed(draw(grey(400, 500), found, NAMES, threshold=0.5)).any()
+
+
+def test_no_instances_leave_the_image_as_it_is():
+    image = np.random.default_rng(0).integers(0, 256, (400, 500, 3), dtype=np.uint8)
+    drawing = draw(image, instances(400, 500, np.zeros((0, 4)), [], []), NAMES, threshold=0.5)
+    assert np.array_equal(drawing, image)  # in BGR order as well
+
+
+def test_a_class_keeps_its_colour_and_classes_differ():
+    boxes = [[50, 50, 200, 350], [250, 50, 450, 350]]
+
+    def colours(classes):
+        drawing = draw(
+            grey(400, 500), instances(400, 500, boxes, [0.9, 0.8], classes, masks=True), NAMES, threshold=0.5
+        )
+        return drawing[250, 125].tolist(), drawing[250, 350].tolist()
+
+    cat, dog = colours([0, 1])
+    assert cat != dog
+    assert colours([1, 0]) == (dog, cat) and colours([0, 0]) == (cat, cat)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1, 1), (4, 4)),
+        ((64, 100), (256, 400)),
+        ((160, 200), (320, 400)),
+        ((3, 8000), (2, 4096)),
+        ((1, 9000), (1, 4096)),
+        ((5000, 1000), (4096, 819)),
+    ],
+)
+def test_awkward_sizes_are_drawn_at_a_readable_one(size, expected, masks):
+    height, width = size
+    found = instances(
+        height,
+        width,
+        [[0, 0, width, height], [width / 4, height / 4, width / 2, height / 2]],
+        [0.9, 0.8],
+        [0, 1],
+        masks,
+    )
+    drawing = draw(grey(height, width), found, NAMES, threshold=0.5)
+    assert drawing.shape == (*expected, 3)
+    assert changed(drawing).any()
+
+
+def test_boxes_and_masks_shrink_with_a_large_image():
+    found = instances(5120, 3000, [[750, 1280, 2250, 3840]], [0.9], [0], masks=True)
+    drawing = draw(grey(5120, 3000), found, NAMES, threshold=0.5)  # to 4096 x 2400
+    rows, columns = np.nonzero(changed(drawing))
+    assert (abs(rows.min() - 1024) < 25) and abs(rows.max() - 3072) < 25
+    assert (abs(columns.min() - 600) < 25) and abs(columns.max() - 1800) < 25
+
+
+def test_a_degenerate_box_and_an_empty_mask_do_not_stop_the_drawing():
+    boxes = [[10, 10, 10, 10], [100, 50, 300, 350]]
+    drawing = draw(grey(400, 500), instances(400, 500, boxes, [0.9, 0.9], [0, 1], masks=True), NAMES, threshold=0.5)
+    assert changed(drawing)[200, 200]

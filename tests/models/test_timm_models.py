@@ -1,0 +1,207 @@
+"""halodet's networks as models of timm: names, timm's interface, and a training with timm's own parts."""
+
+import argparse
+import copy
+
+from halodet.backbones import VARIANTS, HaloNet
+from halodet.checkpoint import read_checkpoint, write_weights
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
+timm_models = pytest.importorskip("halodet.models.timm_models")
+
+from timm.optim import create_optimizer_v2, param_groups_layer_decay  # noqa: E402
+from timm.scheduler import create_scheduler_v2  # noqa: E402
+from timm.utils import CheckpointSaver, ModelEmaV3  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# As timm's --model-kwargs gives them.
+TINY = {
+    "base_width": 8,
+    "stem_channels": 8,
+    "depths": [1, 1, 2, 1],
+    "num_heads": [1, 1, 2, 2],
+    "block_size": 4,
+    "halo_size": 1,
+}
+
+
+def tiny(**options):
+    return timm.create_model("halodet_halonet_h3", **(TINY | options))
+
+
+def randomise(model):
+    """Weights and statistics under which every tensor counts."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.2 + 0.05)
+    return model
+
+
+def test_every_variant_is_there_with_the_detectors_form():
+    assert sorted(timm.list_models("halodet_*")) == sorted(timm_models.TIMM_MODELS)
+    assert sorted(timm_models.TIMM_MODELS.values()) == sorted(VARIANTS)
+    assert {"halodet_halonet_h0", "halodet_halonet_h7", "halodet_r50_se", "halodet_r101_se_halo_b32h3"} <= set(
+        timm_models.TIMM_MODELS
+    )
+    assert not timm.list_pretrained("halodet_*")
+    for name, variant in timm_models.TIMM_MODELS.items():
+        with torch.device("meta"):
+            model, ours = timm.create_model(name), HaloNet(variant, num_classes=1000)
+        assert model.variant == VARIANTS[variant]
+        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
+        assert model.get_classifier() is model.get_submodule(model.default_cfg["classifier"])
+        assert model.get_submodule(model.default_cfg["first_conv"]).in_channels == 3
+
+
+def test_logits_are_those_of_the_classifier_at_any_size():
+    theirs = randomise(tiny(num_classes=5, in_chans=4)).eval()
+    ours = HaloNet(theirs.variant, in_channels=4, num_classes=5, out_features=["res5", "linear"]).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    for size in ((64, 64), (51, 83)):
+        x = torch.rand(2, 4, *size)
+        with torch.no_grad():
+            maps, features = ours(x), theirs.forward_features(x)
+            assert torch.equal(theirs(x), maps["linear"]) and maps["linear"].std() > 0
+            assert torch.equal(features, maps["res5"]) and features.shape[1] == theirs.num_features
+            pooled = theirs.forward_head(features, pre_logits=True)
+            assert pooled.shape == (2, theirs.head_hidden_size)
+            assert torch.equal(theirs.get_classifier()(pooled), maps["linear"])
+
+
+def test_arguments_of_timms_training_script():
+    model = timm.create_model(
+        "halodet_r50_se_halo_b8h3", pretrained=False, in_chans=1, num_classes=10, drop_rate=0.3, drop_path_rate=0.2, drop_block_rate=None,
+        global_pool=None, bn_momentum=0.3, bn_eps=1e-3, scriptable=False, checkpoint_path="", mixers=["conv", "conv", "conv", "conv"],
+        base_width=8, num_heads=(1, 1, 1, 1), se_ratio=0.25,
+    )  # fmt: skip
+    assert model.variant.mixers == ("conv",) * 4 and model.variant.se_ratio == 0.25 and model.num_classes == 10
+    assert model.stem.conv1.conv.in_channels == 1 and model.drop_rate == 0.3
+    assert model.res5[-1].drop_path.p == 0.2 and model.res2[0].drop_path.p == 0
+    assert {(m.momentum, m.eps) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {(0.3, 1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"global_pool": "max"}, "global_pool is 'max', but these networks have only 'avg'"),
+        ({"drop_block_rate": 0.1}, "has no argument 'drop_block_rate'"),
+        ({"depth": 3}, "has no argument 'depth'"),
+        ({"drop_rate": 1.0}, "drop_rate is 1.0"),
+        ({"mixers": ["halo"]}, "mixers is"),
+        ({"features_only": True}, "no features_only form"),
+    ],
+)
+def test_arguments_that_cannot_be(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        tiny(**options)
+
+
+def test_dropout_works_while_training_only():
+    model = tiny(drop_rate=0.5, num_classes=3).train()
+    features = torch.rand(1, model.num_features, 2, 2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    assert not torch.equal(model.forward_head(features), model.forward_head(features))
+    assert torch.equal(model.forward_head(features, pre_logits=True), model.forward_head(features, pre_logits=True))
+    assert torch.equal(model.eval().forward_head(features), model.forward_head(features))
+
+
+def test_another_last_layer_and_none():
+    model = tiny(num_classes=0).eval()
+    x = torch.rand(1, 3, 64, 64)
+    assert model(x).shape == (1, model.head_hidden_size) and model.num_classes == 0
+    assert not any(name.startswith("head.linear") for name in model.state_dict())
+    model.reset_classifier(7)
+    assert model(x).shape == (1, 7) and model.num_classes == 7
+    with pytest.raises(ValueError, match="only 'avg'"):
+        model.reset_classifier(7, "max")
+
+
+def test_recomputing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model, x = tiny(num_classes=3).double().train(), torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    torch.nn.init.ones_(model.res5[0].conv3.norm.weight)
+    again = copy.deepcopy(model)
+    again.set_grad_checkpointing()
+    for network in (model, again):
+        network(x).square().sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_groups_of_parameters():
+    model = tiny()
+    decays = {}
+    for group in param_groups_layer_decay(
+        model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5
+    ):
+        decays |= {id(parameter): (group["weight_decay"], group["lr_scale"]) for parameter in group["params"]}
+    decays = {name: decays[id(parameter)] for name, parameter in model.named_parameters()}
+    tables = [name for name in decays if "pos_embed" in name]
+    assert tables and all(decays[name][0] == 0 for name in tables)
+    assert decays["res4.0.mixer.q.weight"][0] == 0.05 and decays["res4.0.conv1.norm.weight"][0] == 0
+    # stem, 1 + 1 + 2 + 1 blocks, final 1×1 and what remains: each half the rate of the next
+    order = [
+        "stem.conv1.conv",
+        "res2.0.conv1.conv",
+        "res3.0.conv1.conv",
+        "res4.0.conv1.conv",
+        "res4.1.conv1.conv",
+        "res5.0.conv1.conv",
+    ]
+    scales = [decays[f"{name}.weight"][1] for name in order]
+    assert [b / a for a, b in zip(scales, scales[1:], strict=False)] == [2] * 5
+    assert decays["head.linear.weight"][1] == 1 > scales[-1]
+
+
+def test_loads_a_file_of_ours_strictly(tmp_path):
+    ours = randomise(HaloNet(tiny().variant, num_classes=1000))
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
+        write_weights(path, ours.state_dict())
+        loaded = tiny(checkpoint_path=str(path)).state_dict()
+        assert loaded.keys() == ours.state_dict().keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+def test_a_training_with_timms_own_parts(tmp_path):
+    torch.manual_seed(0)
+    args = argparse.Namespace(
+        model="halodet_halonet_h3", opt="adamw", lr=3e-3, epochs=4, model_kwargs=TINY, input_size=None
+    )
+    model = tiny(num_classes=2)
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=0.05)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=1, warmup_lr=1e-4
+    )
+    average = ModelEmaV3(model, decay=0.9)
+    saver = CheckpointSaver(model, optimizer, args=args, model_ema=average, checkpoint_dir=str(tmp_path), max_history=1)
+    # two classes: stripes along one axis or the other
+    stripes = (torch.arange(32) // 4 % 2).float().expand(3, 32, 32)
+    images = torch.stack([stripes, stripes.transpose(1, 2)] * 4) + 0.1 * torch.randn(8, 3, 32, 32)
+    labels = torch.tensor([0, 1] * 4)
+    losses = []
+    for epoch in range(args.epochs):
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model.train()(images), labels)
+            loss.backward()
+            optimizer.step()
+            average.update(model)
+            losses.append(loss.item())
+        scheduler.step(epoch + 1)
+        saver.save_checkpoint(epoch, metric=-losses[-1])
+    assert losses[-1] < 0.5 * losses[0]
+
+    checkpoint = read_checkpoint(tmp_path / "last.pth.tar")
+    assert checkpoint["args"] == args and checkpoint["epoch"] == epochs - 1
+    averaged, last = average.module.state_dict(), model.state_dict()
+    assert checkpoint["model"].keys() == last.keys()
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in checkpoint["model"].items())
+    assert all(torch.equal(tensor, last[name]) for name, tensor in checkpoint["state_dict"].items())
+    assert not torch.equal(last["head.linear.weight"], averaged["head.linear.weight"])
