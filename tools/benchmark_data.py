@@ -23,7 +23,7 @@ from typing import Any
 
 from halodet.engine import Trainer, load_config, prepare_datasets
 from halodet.errors import ConfigError, DatasetError
-from halodet.inference import write_json
+from halodet.utils.io import write_json
 
 import torch
 from detectron2.config import CfgNode

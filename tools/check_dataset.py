@@ -16,7 +16,7 @@ from halodet.data import validate_coco
 from halodet.data.check_images import CheckStopped, check_images
 from halodet.data.coco import LEFT_OUT
 from halodet.errors import DatasetError
-from halodet.inference import write_json
+from halodet.utils.io import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

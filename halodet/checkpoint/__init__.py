@@ -1,14 +1,12 @@
 """Reading and writing weights, and loading them with proof that they arrived; importing this package makes Detectron2 know ``timm://``."""
 
-from halodet.checkpoint.checkpointer import Checkpointer, check_fit, with_query
-from halodet.checkpoint.io import read_checkpoint
+from halodet.checkpoint.checkpointer import Checkpointer, check_fit, load_weights, with_query
+from halodet.checkpoint.io import read_checkpoint, write_weights
 from halodet.checkpoint.latest import Found, latest_checkpoint, numbered
-from halodet.checkpoint.load import load_weights
 from halodet.checkpoint.matching import match
 from halodet.checkpoint.model_spec import ModelSpec
 from halodet.checkpoint.report import LoadReport
 from halodet.checkpoint.timm_hub import TimmHandler
-from halodet.checkpoint.write import atomic_write, remove_leftovers, write_weights
 from halodet.errors import CheckpointError, CheckpointWriteError
 
 __all__ = [
@@ -25,8 +23,6 @@ __all__ = [
     "latest_checkpoint",
     "numbered",
     "read_checkpoint",
-    "remove_leftovers",
     "with_query",
-    "atomic_write",
     "write_weights",
 ]

@@ -10,13 +10,12 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from halodet.checkpoint.identify import identify
-from halodet.checkpoint.io import read_checkpoint
+from halodet.checkpoint.io import read_checkpoint, save_torch, write_file
 from halodet.checkpoint.latest import TAG, Found, latest_checkpoint
 from halodet.checkpoint.matching import match, some
 from halodet.checkpoint.model_spec import ModelSpec
 from halodet.checkpoint.preprocessing import preprocessing_of
 from halodet.checkpoint.report import LoadReport, percent
-from halodet.checkpoint.write import atomic_write, save_torch
 from halodet.errors import CheckpointError
 
 import torch
@@ -95,7 +94,7 @@ class Checkpointer(DetectionCheckpointer):
         data |= ({"metadata": metadata} if metadata else {}) | kwargs
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
-        atomic_write(path, lambda file: self.write(data, file))
+        write_file(path, lambda file: self.write(data, file))
         self.tag_last_checkpoint(os.path.basename(path))
 
     def write(self, data: dict[str, Any], file: str) -> None:
@@ -104,7 +103,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """As Detectron2's; the tag names the old checkpoint or the new one, and is never half written."""
-        atomic_write(os.path.join(self.save_dir, TAG), lambda file: Path(file).write_text(last_filename_basename))
+        write_file(os.path.join(self.save_dir, TAG), lambda file: Path(file).write_text(last_filename_basename))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """TensorSource the model from ``path``, a file or a name that Detectron2's PathManager knows; return what else the file holds."""
@@ -165,6 +164,25 @@ class Checkpointer(DetectionCheckpointer):
         self.model.load_state_dict(filled, strict=False)
         if comm.is_main_process():
             logger.info(str(self.report))
+
+
+def load_weights(model: nn.Module, weights: str, *, allow_pickle: bool = False, min_loaded: float = 1.0) -> LoadReport:
+    """TensorSource ``model`` from the checkpoint ``weights``, a path or a name that Detectron2's PathManager knows, and tell what was filled.
+
+    Args:
+        model: to be filled.
+        weights: of this very model, when all of it must be filled; else of anything that :class:`Checkpointer` understands.
+        allow_pickle: read pickle files that may run code.
+        min_loaded: share, 0 to 1, of what the file should fill, in tensors as in parameters.
+
+    Raises:
+        CheckpointError: the file cannot be read as a checkpoint, or leaves more of the model as it was; nothing is filled then.
+    """
+    if not weights:
+        raise CheckpointError("MODEL.WEIGHTS is empty: give the path of trained weights")
+    checkpointer = Checkpointer(model, min_loaded=min_loaded, exact=min_loaded >= 1.0, allow_pickle=allow_pickle)
+    checkpointer.load(weights, checkpointables=[])
+    return checkpointer.report
 
 
 def _check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, file: str) -> None:

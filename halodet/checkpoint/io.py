@@ -9,11 +9,13 @@ import pickle
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from halodet.checkpoint.safe_pickle import UnsafePickleError, load_pickle, load_torch
-from halodet.errors import CheckpointError
+from halodet.errors import CheckpointError, CheckpointWriteError
+from halodet.utils.io import atomic_write
 
 import numpy as np
 import safetensors
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 # Where programs put the state dict; timm's averaged weights go before the ones they average, as in timm.
+SUFFIXES = (".safetensors", ".pth")
 WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema", "model_state")
 _LEGACY_TORCH = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save pickled first, before PyTorch 1.6
@@ -251,3 +254,47 @@ def _no_checkpoint(path: str, size: int, start: bytes) -> str:
 
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0].rstrip(".")[:120] or type(error).__name__
+
+
+def write_weights(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors`` to a ``.safetensors`` file, or to a ``.pth`` file as ``{"model": tensors, "metadata": metadata}``.
+
+    Raises:
+        CheckpointError: the suffix is another one, or an entry of ``metadata`` is not a string.
+        CheckpointWriteError: the file cannot be written; its previous version is unchanged.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path} cannot be written: expected a suffix {' or '.join(SUFFIXES)}.")
+    metadata = dict(metadata or {})
+    wrong = next((key for key, value in metadata.items() if not isinstance(value, str)), None)
+    if wrong is not None:
+        raise CheckpointError(f"metadata of {path} is invalid: expected strings, got {wrong!r}: {metadata[wrong]!r}.")
+    # safetensors takes no views or shared memory, and a view in a .pth file brings along the whole storage.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if path.suffix == ".safetensors":
+        header = {"format": "pt", **metadata}  # readers of the hub expect "format"
+        write_file(path, lambda file: safetensors.torch.save_file(tensors, file, metadata=header))
+    else:
+        data = {"model": tensors, **({"metadata": metadata} if metadata else {})}
+        write_file(path, lambda file: save_torch(data, file))
+
+
+def save_torch(data: Any, file: str) -> None:
+    """Call ``torch.save`` on an open file: Python's errors name the reason, those of PyTorch's own writer do not."""
+    with open(file, "wb") as opened:
+        torch.save(data, opened)
+
+
+def write_file(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Call :func:`halodet.utils.io.atomic_write`.
+
+    Raises:
+        CheckpointWriteError: the file cannot be written; its previous version is unchanged.
+    """
+    try:
+        atomic_write(path, write)
+    except OSError as error:
+        raise CheckpointWriteError(f"{path} cannot be written ({error.strerror or error}).") from error

@@ -7,8 +7,7 @@ import os
 import re
 from typing import IO, Any
 
-from halodet.checkpoint.io import read_checkpoint
-from halodet.checkpoint.write import atomic_write, save_torch
+from halodet.checkpoint.io import read_checkpoint, save_torch, write_file
 from halodet.errors import CheckpointError
 
 from detectron2.utils.file_io import PathHandler, PathManager
@@ -90,7 +89,7 @@ def _convert(config: Any, local: str) -> None:
         "metadata": config.to_dict(remove_source=True) | {"repository": config.hf_hub_id},
     }
     os.makedirs(os.path.dirname(local), exist_ok=True)
-    atomic_write(local, lambda file: save_torch(checkpoint, file))
+    write_file(local, lambda file: save_torch(checkpoint, file))
 
 
 def _fetch(config: Any) -> str:

@@ -6,10 +6,11 @@ import logging
 import os
 import shutil
 
-from halodet.checkpoint import Checkpointer, numbered, remove_leftovers
+from halodet.checkpoint import Checkpointer, numbered
 from halodet.engine.resume_state import RunState
 from halodet.engine.skipped import BadImageHook
 from halodet.errors import CheckpointWriteError
+from halodet.utils.io import remove_leftovers
 
 import torch
 from detectron2.engine.hooks import PeriodicCheckpointer

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import halodet
-from halodet.checkpoint.write import atomic_write
+from halodet.errors import CheckpointWriteError
+from halodet.utils.io import write_json
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -49,7 +50,7 @@ def add_start(path: Path, entry: dict[str, Any]) -> None:
     """Add ``entry`` to the list in ``path``, with the time, the command line, and everything that computes.
 
     Raises:
-        CheckpointError: the folder takes no file.
+        CheckpointWriteError: the file cannot be written.
     """
     starts = _starts(path)
     if starts is None:
@@ -57,7 +58,10 @@ def add_start(path: Path, entry: dict[str, Any]) -> None:
         os.replace(path, damaged)
         logger.warning(f"{path} is no list of starts: it is now {damaged}, and a new one begins.")
     starts = [*(starts or []), _described(entry)]
-    atomic_write(path, lambda file: Path(file).write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8"))
+    try:
+        write_json(path, starts, indent=1)
+    except OSError as error:
+        raise CheckpointWriteError(f"{path} cannot be written ({error.strerror or error}).") from error
     commit = (starts[-1]["git"] or {}).get("commit", "none")
     logger.info(
         f"Start {len(starts)} is recorded in {path}: halodet {halodet.__version__}, commit {commit}, seed {entry['seed']}."

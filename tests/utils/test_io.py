@@ -3,8 +3,9 @@ import stat
 import subprocess
 import sys
 
-from halodet.checkpoint import read_checkpoint, remove_leftovers, write_weights
+from halodet.checkpoint import read_checkpoint, write_weights
 from halodet.errors import CheckpointError
+from halodet.utils.io import remove_leftovers
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_round_trip_is_bit_equal(tmp_path, suffix):
 def test_nothing_is_left_behind_by_a_failure(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     write_weights(path, {"w": torch.ones(2)})
-    with pytest.raises(CheckpointError, match="metadata .* strings, but 'epoch' is 3"):
+    with pytest.raises(CheckpointError, match="'epoch': 3"):
         write_weights(path, {"w": torch.zeros(2)}, metadata={"epoch": 3})
     with pytest.raises(Exception):  # noqa: B017 - whatever the library says of something that is no tensor
         write_weights(path, {"w": "no tensor"})
@@ -65,7 +66,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"), [("a.pkl", "ends with .safetensors or .pth"), ("none/a.pth", "No such file or directory")]
+    ("path", "reason"), [("a.pkl", ".safetensors or .pth"), ("none/a.pth", "No such file or directory")]
 )
 def test_places_that_cannot_be_written(tmp_path, path, reason):
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -95,7 +96,9 @@ def test_a_file_that_the_system_cuts_short_is_told_and_leaves_the_old_one(tmp_pa
 
 
 def test_what_a_killed_process_leaves_is_removed(tmp_path):
-    killed = "import os, sys; from halodet.checkpoint import atomic_write; atomic_write(sys.argv[1], lambda file: os._exit(9))"
+    killed = (
+        "import os, sys; from halodet.utils.io import atomic_write; atomic_write(sys.argv[1], lambda file: os._exit(9))"
+    )
     subprocess.run([sys.executable, "-c", killed, tmp_path / "a.pth"], check=False)
     (left,) = os.listdir(tmp_path)
     (tmp_path / ".b.pth.part").touch()
