@@ -24,7 +24,7 @@ demo: $(READY)  ## train a small halo Mask R-CNN on drawn shapes (CPU, minutes),
 test: $(READY)  ## run all tests
 	@echo "== Running the tests"
 	@$(BIN)/ruff check halodet tools tests setup.py
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 
 lint: $(READY)  ## check the style
 	@$(BIN)/ruff check halodet tools tests setup.py

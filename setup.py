@@ -44,6 +44,7 @@ setup(
         "benchmark": ["timm>=1.0.31,<1.1", "halonet-pytorch>=0.0.5,<0.1"],
         "test": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
             "timm>=1.0.31,<1.1",
             "halonet-pytorch>=0.0.5,<0.1",

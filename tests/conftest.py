@@ -1,6 +1,5 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and how they are divided over the workers of pytest-xdist."""
 
-import json
 import logging
 import os
 import subprocess
@@ -8,19 +7,22 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-import torch
+# One thread per process, also in the processes that tests start: workers share the cores. Read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-# Without a GPU the Triton kernels are interpreted. Triton reads this when it is first imported, so it comes before everything else.
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+# Without a GPU the Triton kernels are interpreted. Triton reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from halodet.data import write_shapes  # noqa: E402
 from halodet.data.user_datasets import USER_DATASETS  # noqa: E402
 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
-from helpers import ROOT, load_tool  # noqa: E402
+from helpers import ROOT, dataset_flags, load_tool, read_metrics  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))  # for small_run, which scripts of other processes import too
 
@@ -31,26 +33,27 @@ TINY = [
 ]  # fmt: skip
 
 
+def pytest_collection_modifyitems(items):
+    """Keep each file on one worker, because its fixtures are made once; files of one group stay together.
+
+    Files with slow tests and those of processes come first, so that no worker is left with one of them in the end.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(Path(__file__).parent))))
+    items.sort(key=lambda item: (item.get_closest_marker("distributed") is None, item.path not in slow))
+
+
 @pytest.fixture
 def one_thread():
-    """Threads that wait for each other on a busy machine make small models and maps take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """Every test has one thread by now; kept for the files that ask for it."""
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """What names four scenes to train on, which are evaluated on as well."""
-    root = tmp_path_factory.mktemp("scenes")
-    write_shapes(root, "train", 4)
-    files = root / "annotations/train.json", root / "train"
-    return [
-        f"--{split}-{kind}={file}"
-        for split in ("train", "val")
-        for kind, file in zip(("json", "images"), files, strict=True)
-    ]
+    return dataset_flags(tmp_path_factory.mktemp("scenes"), 4)
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def as_before():
 @pytest.fixture(scope="session")
 def metrics():
     """The lines of a run's metrics.json."""
-    return lambda output: [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return read_metrics
 
 
 @pytest.fixture(scope="session")

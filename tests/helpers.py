@@ -1,17 +1,136 @@
-"""Shared helpers of the tests."""
+"""Helpers that several test files share. Everything heavy is imported where it is used."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def load_tool(name: str) -> ModuleType:
     """Import ``tools/<name>.py`` as a module, so that its ``main`` can be called in process."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def _load_config(name: str, opts: tuple[str, ...]) -> Any:
+    from halodet.config.load import load_config
+
+    return load_config(name, opts)
+
+
+def cached_config(name: str, *opts: object) -> Any:
+    """``load_config(name, opts)``, parsed once per process; returns a clone that the test may change."""
+    return _load_config(name, tuple(map(str, opts))).clone()
+
+
+def run_python(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with ``arguments`` from the repository's root: one thread, no GPU, output captured as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
+
+
+@contextmanager
+def registered(name: str, json_file: str | os.PathLike, images: str | os.PathLike) -> Iterator[str]:
+    """Register a COCO dataset with Detectron2 for the duration of the block."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    register_coco_instances(name, {}, str(json_file), str(images))
+    try:
+        yield name
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def dataset_flags(root: Path, count: int) -> list[str]:
+    """Draw ``count`` scenes below ``root``; returns the flags that train and evaluate on them."""
+    from halodet.data import write_shapes
+
+    json_file = write_shapes(root, "train", count)
+    return [
+        f"--{split}-{k}={v}" for split in ("train", "val") for k, v in (("json", json_file), ("images", root / "train"))
+    ]
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's metrics.json."""
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def assert_same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    """Assert that two state dicts have the same names, types and bits."""
+    assert sorted(one) == sorted(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """Paths of the entries in which two nested checkpoints differ."""
+    if isinstance(left, torch.Tensor):
+        same = left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+        return [] if same else [path]
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        return [found for key in left for found in differences(left[key], right[key], f"{path}.{key}")]
+    if isinstance(left, list | tuple):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [found for i, (a, b) in pairs for found in differences(a, b, f"{path}.{i}")]
+    return [] if left == right else [path]
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """An image (height, width, 3) of uniform noise, uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def truncate(path: Path, share: float = 0.5) -> None:
+    """Cut a file to the first ``share`` of its bytes."""
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def png(width: int, height: int, data: bytes, bit_depth: int = 8, colour_type: int = 0) -> bytes:
+    """A PNG file with the given header and uncompressed ``data``, which need not fit together."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+class CreatesFile:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
