@@ -5,7 +5,7 @@ import sys
 
 from halodet.checkpoint import read_checkpoint, write_weights
 from halodet.errors import CheckpointError
-from halodet.utils.io import remove_leftovers
+from halodet.utils.io import remove_leftovers, write_json
 
 import pytest
 import torch
@@ -103,3 +103,11 @@ def test_what_a_killed_process_leaves_is_removed(tmp_path):
     (left,) = os.listdir(tmp_path)
     (tmp_path / ".b.pth.part").touch()
     assert remove_leftovers(tmp_path, "a*.pth") == [left] and os.listdir(tmp_path) == [".b.pth.part"]
+
+
+def test_data_reach_the_disk_before_the_rename_and_the_name_after_it(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: order.append(os.fstat(handle).st_ino) or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda source, target: order.append("rename") or replace(source, target))
+    write_json(tmp_path / "a.json", {})
+    assert order == [(tmp_path / "a.json").stat().st_ino, "rename", tmp_path.stat().st_ino]
