@@ -1,109 +1,151 @@
-"""The config keys halodet adds to Detectron2's, and where its config files are."""
+"""Config keys that halodet adds to Detectron2's defaults, and the directory of its config files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode as CN
 
 
-def add_halodet_config(cfg: CfgNode) -> None:
-    """Add halodet's keys, with their defaults, to a Detectron2 config."""
-    node = cfg.MODEL.HALONET = CfgNode()
-    node.VARIANT = "H4"  # a row of halodet/backbones/variants.py: H0 … H7, R50-SE, R50-SE-halo-b8h3, R50-SE-halo-b32h3, R101-SE, ...
-    node.NORM = "BN"  # BN, FrozenBN, SyncBN or GN
-    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # maps the backbone returns; also stem
-    node.DROP_PATH_RATE = 0.0  # probability of dropping the last block's branch while training, rising linearly from 0
-    node.BACKEND = "auto"  # what computes attention: auto, or triton, blocked, unfolded, reference (halodet/attention)
-    node.USE_ACT_CHECKPOINT = []  # stages (["res2", "res3"]) computed again in the backward pass: less memory, more time
-    # Each key below overrides one column of the variant's row; None keeps the row's value.
-    node.DEPTHS = None  # blocks in each of the four stages
-    node.MIXERS = None  # per stage "conv" or "halo", or a list with one name for each block
-    node.BLOCK_SIZE = None  # pixels along a side of an attention block
-    node.HALO_SIZE = None  # pixels around it that are also attended to
-    node.VALUE_RATIO = None  # channels of attention's values over the stage's width
-    node.BOTTLENECK_RATIO = None  # channels of a block's output over the stage's width
-    node.NUM_HEADS = None  # attention heads in each of the four stages
-    node.BASE_WIDTH = None  # width of the first stage; each further one doubles it
-    node.STEM_CHANNELS = None  # channels of the stem
-    node.SE_RATIO = None  # squeeze-excitation: hidden over output channels of a block; 0 for none
-    node.ACTIVATION = None  # relu or silu
-    node.BORDER = (
-        None  # mask: attention leaves out what lies outside the map; zero: it sees zeros there (as timm's weights want)
-    )
+def add_halodet_config(cfg: CN) -> None:
+    """Add halodet's keys and their default values to a Detectron2 config.
 
-    node = cfg.MODEL.TIMM = CfgNode()  # of build_timm_backbone and its FPN forms
-    node.NAME = "halonet50ts.a1h_in1k"  # timm's name of a network with attention, with the tag of its weights
-    node.NORM = "FrozenBN"  # FrozenBN, BN or SyncBN
-    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # maps the backbone returns
-    node.DROP_PATH_RATE = 0.0  # probability of dropping the last block's branch while training, rising linearly from 0
-    node.WINDOW_SIZE = 0  # bottleneck (global) attention: pixels of its map along a side of the windows it stays in; 0 for the whole map
-    node.REL_POS_MODE = (
-        "interpolate"  # how bottleneck attention reads its tables at other sizes: interpolate, or offset (in pixels)
-    )
-    node.BACKEND = "auto"  # as MODEL.HALONET.BACKEND
-    node.USE_ACT_CHECKPOINT = []  # as MODEL.HALONET.USE_ACT_CHECKPOINT
-    node.CHECK_PREPROCESSING = True  # INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD must be those the weights were trained with; False: as they are given
+    The comment above a key is its entry in docs/config.md, which `python tools/config_reference.py` generates.
+    """
+    # HaloNet, built by build_halonet_backbone and its FPN variants.
+    cfg.MODEL.HALONET = CN()
+    # Network, a row of halodet/models/variants.py: H0 to H7, R50-SE, R50-SE-halo-b8h3, R101-SE and others.
+    cfg.MODEL.HALONET.VARIANT = "H4"
+    # Normalization layer: BN, FrozenBN, SyncBN or GN.
+    cfg.MODEL.HALONET.NORM = "BN"
+    # Feature maps to return: any of stem, res2, res3, res4, res5. Stages after the last one are not built.
+    cfg.MODEL.HALONET.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Drop path rate of the last block, 0 to below 1. It increases linearly from 0 at the first block.
+    cfg.MODEL.HALONET.DROP_PATH_RATE = 0.0
+    # Attention backend: auto, triton (GPU), blocked (plain PyTorch), unfold (for export) or reference.
+    cfg.MODEL.HALONET.BACKEND = "auto"
+    # Stages with activation checkpointing, for example ["res2", "res3"]: less memory, more computation.
+    cfg.MODEL.HALONET.USE_ACT_CHECKPOINT = []
+    # Number of blocks in each of the four stages. None: the variant's.
+    cfg.MODEL.HALONET.DEPTHS = None
+    # Mixer of each stage (conv, halo or another registered one), or a list with one per block. None: the variant's.
+    cfg.MODEL.HALONET.MIXERS = None
+    # Side of an attention block in pixels. None: the variant's.
+    cfg.MODEL.HALONET.BLOCK_SIZE = None
+    # Width of the halo around a block in pixels. None: the variant's.
+    cfg.MODEL.HALONET.HALO_SIZE = None
+    # Value channels of attention as a multiple of the stage's width. None: the variant's.
+    cfg.MODEL.HALONET.VALUE_RATIO = None
+    # Output channels of a block as a multiple of the stage's width. None: the variant's.
+    cfg.MODEL.HALONET.BOTTLENECK_RATIO = None
+    # Number of attention heads in each of the four stages. None: the variant's.
+    cfg.MODEL.HALONET.NUM_HEADS = None
+    # Width of the first stage in channels; it doubles with every stage. None: the variant's.
+    cfg.MODEL.HALONET.BASE_WIDTH = None
+    # Number of stem channels. None: the variant's.
+    cfg.MODEL.HALONET.STEM_CHANNELS = None
+    # Hidden channels of squeeze-excitation as a fraction of a block's output channels; 0: none. None: the variant's.
+    cfg.MODEL.HALONET.SE_RATIO = None
+    # Activation function: relu or silu. None: the variant's.
+    cfg.MODEL.HALONET.ACTIVATION = None
+    # Keys outside the feature map: mask (excluded) or zero (zeros that take part, as in timm). None: the variant's.
+    cfg.MODEL.HALONET.BORDER = None
 
-    cfg.MODEL.WEIGHTS_MIN_LOADED = (
-        0.95  # share of what MODEL.WEIGHTS should fill (its kind decides) below which training does not start
-    )
+    # Attention networks of timm, built by build_timm_backbone and its FPN variants.
+    cfg.MODEL.TIMM = CN()
+    # timm's model name, with the tag of its pretrained weights.
+    cfg.MODEL.TIMM.NAME = "halonet50ts.a1h_in1k"
+    # Normalization layer: FrozenBN, BN or SyncBN.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # Feature maps to return: any of res2, res3, res4, res5.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Drop path rate of the last block, 0 to below 1. It increases linearly from 0 at the first block.
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
+    # Window of bottleneck (global) attention in pixels of its feature map; 0: the whole map.
+    cfg.MODEL.TIMM.WINDOW_SIZE = 0
+    # Relative position tables of bottleneck attention at other map sizes: interpolate, or offset (true pixel offsets).
+    cfg.MODEL.TIMM.REL_POS_MODE = "interpolate"
+    # Attention backend, as MODEL.HALONET.BACKEND.
+    cfg.MODEL.TIMM.BACKEND = "auto"
+    # Stages with activation checkpointing, as MODEL.HALONET.USE_ACT_CHECKPOINT.
+    cfg.MODEL.TIMM.USE_ACT_CHECKPOINT = []
+    # Require INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD to be those of the pretrained weights.
+    cfg.MODEL.TIMM.CHECK_PREPROCESSING = True
 
-    node = cfg.INPUT.LSJ = CfgNode()  # large-scale jitter instead of INPUT.MIN_SIZE_TRAIN and its like
-    node.ENABLED = False
-    node.MIN_SCALE = 0.1  # of the square an image is scaled into
-    node.MAX_SCALE = 2.0
-    node.SIZE = 1024  # pixels along a side of the square that is cut out or padded to
+    # Minimum fraction, 0 to 1, of the expected tensors and parameters that MODEL.WEIGHTS must load.
+    cfg.MODEL.WEIGHTS_MIN_LOADED = 0.95
 
-    node = cfg.INPUT.COPY_PASTE = CfgNode()  # objects of another image of the dataset laid on an image; needs masks
-    node.ENABLED = False
-    node.PROBABILITY = 1.0  # share of images that get objects pasted
+    # Exponential moving average of the weights.
+    cfg.MODEL.EMA = CN()
+    # Keep the average, evaluate it as ema/bbox/AP and save it as model_final_ema.pth.
+    cfg.MODEL.EMA.ENABLED = False
+    # Decay per iteration, 0 to below 1; warmed up as (1 + t) / (10 + t).
+    cfg.MODEL.EMA.DECAY = 0.9999
 
-    cfg.DATALOADER.MAX_BAD_IMAGES = (
-        0.05  # share of images seen that may be unusable before training stops; from 10 of them on
-    )
+    # TF32 for float32 matrix products and convolutions on GPUs: True, False, or None for PyTorch's default.
+    cfg.MODEL.TF32 = None
+    # Keep the backbone's weights and feature maps in channels-last memory format.
+    cfg.MODEL.CHANNELS_LAST = False
+    # Compile the backbone with torch.compile.
+    cfg.MODEL.COMPILE = False
 
-    node = cfg.MODEL.EMA = CfgNode()
-    node.ENABLED = False  # keep a moving average of the weights: evaluated as ema/bbox/AP, saved as model_final_ema.pth
-    node.DECAY = 0.9999  # share of the average that stays at each iteration; less in the first ones: (1 + t) / (10 + t)
+    # Large-scale jitter; replaces the resizing of INPUT.MIN_SIZE_TRAIN.
+    cfg.INPUT.LSJ = CN()
+    # Use large-scale jitter.
+    cfg.INPUT.LSJ.ENABLED = False
+    # Minimum scale, relative to the square of INPUT.LSJ.SIZE.
+    cfg.INPUT.LSJ.MIN_SCALE = 0.1
+    # Maximum scale, relative to the square of INPUT.LSJ.SIZE.
+    cfg.INPUT.LSJ.MAX_SCALE = 2.0
+    # Side in pixels of the square that is cropped or padded to.
+    cfg.INPUT.LSJ.SIZE = 1024
 
-    cfg.MODEL.TF32 = (
-        None  # whether GPUs may multiply float32 in TF32: True, False, or None for PyTorch's own (convolutions only)
-    )
-    cfg.MODEL.CHANNELS_LAST = (
-        False  # the backbone's weights and maps with channels last, which tensor cores like; maps on the CPU have it
-    )
-    cfg.MODEL.COMPILE = False  # torch.compile of the backbone
+    # Copy-paste augmentation: objects of another image of the dataset are pasted. Requires masks.
+    cfg.INPUT.COPY_PASTE = CN()
+    # Use copy-paste.
+    cfg.INPUT.COPY_PASTE.ENABLED = False
+    # Probability, 0 to 1, that an image receives objects.
+    cfg.INPUT.COPY_PASTE.PROBABILITY = 1.0
 
-    cfg.SOLVER.AMP.PRECISION = "bf16"  # what SOLVER.AMP.ENABLED computes in: bf16, or fp16 with scaled gradients
-    cfg.SOLVER.GRAD_ACCUM_STEPS = (
-        1  # batches of IMS_PER_BATCH images whose losses and gradients are averaged for one iteration
-    )
-    cfg.SOLVER.NON_FINITE_POLICY = (
-        "stop"  # on NaN or infinite losses or gradients: stop, skip (drop the step), or rollback (last checkpoint)
-    )
-    cfg.SOLVER.NON_FINITE_MAX_STEPS = 3  # how often a step is dropped, or the run goes back, before it stops
-    cfg.SOLVER.OPTIMIZER = "SGD"  # SGD or AdamW
-    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = (
-        0  # images in a batch that BASE_LR and the schedule are for: both are scaled to IMS_PER_BATCH; 0: as given
-    )
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0  # rate of the bottom-up network over BASE_LR, which the FPN and the heads have
-    cfg.SOLVER.LR_LAYER_DECAY = (
-        1.0  # a further factor for each block, from the last one back to the stem, as in timm and ViTDet; 1.0: none
-    )
-    cfg.SOLVER.WEIGHT_DECAY_REL_POS = 0.0  # weight decay of tables of relative positions (height_rel, width_rel)
-    cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0  # how many checkpoints stay, the newest ones, model_final.pth besides; 0: all
+    # Maximum fraction, 0 to 1, of unusable images among the images seen; checked from 10 unusable images on.
+    cfg.DATALOADER.MAX_BAD_IMAGES = 0.05
 
-    cfg.TEST.VIS_PERIOD = 0  # iterations between drawings of predictions for TensorBoard; 0: none
-    cfg.TEST.VIS_IMAGES = 4  # how many images of the first dataset of DATASETS.TEST are drawn
+    # Optimizer: SGD or AdamW.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Precision of SOLVER.AMP.ENABLED: bf16, or fp16 with gradient scaling.
+    cfg.SOLVER.AMP.PRECISION = "bf16"
+    # Number of batches of SOLVER.IMS_PER_BATCH images whose gradients are averaged for one optimizer step.
+    cfg.SOLVER.GRAD_ACCUM_STEPS = 1
+    # Action on non-finite losses or gradients: stop, or skip (drop the step).
+    cfg.SOLVER.NON_FINITE_POLICY = "stop"
+    # Maximum number of dropped steps before training stops.
+    cfg.SOLVER.NON_FINITE_MAX_STEPS = 3
+    # Batch size that BASE_LR and the schedule are defined for; both are scaled to IMS_PER_BATCH. 0: no scaling.
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+    # Learning rate multiplier of the bottom-up network; FPN and heads use BASE_LR.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # Layer-wise learning rate decay from the last block back to the stem, as in timm and ViTDet; 1: none.
+    cfg.SOLVER.LR_LAYER_DECAY = 1.0
+    # Weight decay of relative position tables.
+    cfg.SOLVER.WEIGHT_DECAY_REL_POS = 0.0
+    # Number of recent checkpoints to keep, besides model_final.pth; 0: all.
+    cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
 
-    cfg.WANDB = CfgNode()
-    cfg.WANDB.ENABLED = False  # send what TensorBoard gets to Weights & Biases too; needs wandb
+    # Period in iterations of prediction images in TensorBoard; 0: none.
+    cfg.TEST.VIS_PERIOD = 0
+    # Number of images of the first dataset of DATASETS.TEST to draw.
+    cfg.TEST.VIS_IMAGES = 4
+
+    # Weights & Biases.
+    cfg.WANDB = CN()
+    # Send what is written to TensorBoard to Weights & Biases too. Requires wandb.
+    cfg.WANDB.ENABLED = False
+    # Project name.
     cfg.WANDB.PROJECT = "halodet"
 
 
 def config_dir() -> Path:
-    """The folder of halodet's config files, in an installed package or in a checkout."""
-    here = Path(__file__).resolve().parent.parent
-    installed = here / "configs"
-    return installed if installed.is_dir() else here.parent / "configs"
+    """Return the directory of halodet's config files, in an installed package or in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
