@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := output/demo
 
-.PHONY: help demo test lint doctor install clean
+.PHONY: help demo test lint docs doctor install clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,11 @@ test: $(READY)  ## run all tests
 lint: $(READY)  ## check the style
 	@$(BIN)/ruff check halodet tools tests setup.py
 
+docs: $(READY)  ## build the documentation into site/
+	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || \
+		$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 doctor: $(READY)  ## print versions, device, what is missing and the mend for it
 	@$(BIN)/python -m halodet.utils.collect_env
 
@@ -50,4 +55,4 @@ $(READY): setup.py pyproject.toml tools/install_detectron2.py
 	@touch $(READY)
 
 clean:  ## remove the environment and what demo and tests wrote
-	rm -rf $(VENV) output datasets/shapes .pytest_cache .ruff_cache
+	rm -rf $(VENV) output site datasets/shapes .pytest_cache .ruff_cache

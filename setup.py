@@ -42,6 +42,7 @@ setup(
         # timm itself asks for any huggingface_hub.
         "timm": ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"],
         "benchmark": ["timm>=1.0.31,<1.1", "halonet-pytorch>=0.0.5,<0.1"],
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

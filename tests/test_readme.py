@@ -1,39 +1,78 @@
-"""What the README says works, works."""
+"""README.md and docs/: code blocks run, files and configs that they name exist, the variant table is current."""
 
 import re
-from pathlib import Path
 
-from halodet.config.defaults import config_dir
+from halodet.config import config_dir
+from halodet.models import VARIANTS
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+import pytest
+import torch
+from helpers import ROOT
 
-
-def test_its_python_runs():
-    names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(code, names)  # noqa: S102
-    assert sum(p.numel() for p in names["model"].parameters()) > 10e6
-    assert names["out"].shape == (1, 8, 64, 50, 67)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+CODE = [name for name, text in TEXTS.items() if "```python" in text]
 
 
-def test_files_it_names_are_there():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+def anchors(text: str) -> set[str]:
+    """Anchors of a page's headings, as Python-Markdown makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_python_blocks_run(name, one_thread):
+    variables: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", TEXTS[name], re.DOTALL):
+        exec(code, variables)  # noqa: S102
+    if "model" in variables:
+        assert sum(p.numel() for p in variables["model"].parameters()) > 10e6
+    if "out" in variables:
+        assert variables["out"].shape == (1, 8, 64, 50, 67)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_to_files_and_headings(name):
+    page = ROOT / name
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", TEXTS[name]):
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_name_existing_configs_tools_flags_and_targets(name):
+    text = TEXTS[name]
+    for config in re.findall(r"(?:--config-file |`)(?:configs/)?((?:mask|cascade|faster|retinanet|quick)[\w/]+)", text):
+        assert config in ("quick/", "mask_rcnn_r101_se_halo_") or (config_dir() / config).with_suffix(".yaml").is_file(), config
+    for tool in re.findall(r"tools/(\w+)\.py", text):
+        assert (ROOT / f"tools/{tool}.py").is_file(), tool
+    for path in re.findall(r"`((?:halodet|docs|tests|configs)/[\w/.-]+)`", text):
         assert (ROOT / path).exists(), path
-    for name in re.findall(r"--config-file (?:configs/)?([\w./]+)", README):
-        if name.startswith(("mask", "cascade", "quick")):
-            assert (config_dir() / name).with_suffix(".yaml").is_file(), name
-    for verb in re.findall(r"`?make (\w+)", README):
-        assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), re.MULTILINE) or verb == "demo", verb
+    sources = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tools/*.py"))
+    sources += "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("halodet/*/*.py"))
+    for flag in re.findall(r"tools/(?!timm_train)[^\n]*? (--[a-z][\w-]+)", text):
+        known = ("--config-file", "--resume", "--eval-only", "--num-gpus")  # Detectron2's
+        assert flag in known or f'"{flag}"' in sources, flag
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= targets
 
 
-def test_the_variant_table_is_that_of_the_code():
-    from halodet.backbones import VARIANTS, HaloNet
+def test_variant_table_is_current():
+    from halodet.backbones import HaloNet
 
-    import torch
-
-    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d.]+) \| [\d.]+ \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d.]+) \| [\d.]+ \|", TEXTS["docs/models.md"], re.MULTILINE)
     assert [name for name, _ in rows] == list(VARIANTS)
     for name, parameters in rows:
         with torch.device("meta"):
             assert f"{sum(p.numel() for p in HaloNet(name).parameters()) / 1e6:.2f}" == parameters, name
+
+
+def test_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
+def test_every_page_is_in_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert str(page.relative_to(ROOT / "docs")) in navigation
