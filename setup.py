@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["halodet", "halodet.*"]), "halodet.configs", "halodet.configs.quick"],
     package_dir={"halodet.configs": "configs"},
-    package_data={"halodet.configs": ["*.yaml"], "halodet.configs.quick": ["*.yaml"]},
+    package_data={"halodet": ["py.typed"], "halodet.configs": ["*.yaml"], "halodet.configs.quick": ["*.yaml"]},
     # Detectron2 is not here: it is not on the package index under its own name (tools/install_detectron2.py gets it), and a user's own
     # build must never be replaced.
     install_requires=[

@@ -1,23 +1,91 @@
-"""halodet: HaloNet backbones for Detectron2. Importing it registers the backbones, the built-in dataset and ``timm://`` with Detectron2."""
+"""HaloNet backbones for Detectron2.
 
+``import halodet`` registers the backbones, the ``shapes`` dataset and ``timm://`` paths with Detectron2 where it is installed. The names in
+``__all__`` and all submodules are imported on first use; :mod:`halodet.attention`, :mod:`halodet.mixers` and :mod:`halodet.models` need
+only torch and torchvision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halodet.attention import halo_attention
+    from halodet.backbones import TimmBackbone
+    from halodet.checkpoint import load_weights
+    from halodet.config.defaults import add_halodet_config
+    from halodet.config.load import load_config
+    from halodet.engine import Trainer
+    from halodet.inference import Predictor
+    from halodet.mixers import build_mixer, register_mixer
+    from halodet.models import HaloNet
 
 __version__ = "0.1.0"
-__all__ = ["HaloNet", "add_halodet_config", "data"]
+__all__ = [
+    "HaloNet",
+    "Predictor",
+    "TimmBackbone",
+    "Trainer",
+    "add_halodet_config",
+    "build_mixer",
+    "halo_attention",
+    "load_config",
+    "load_weights",
+    "register_mixer",
+]
 
-try:
-    with warnings.catch_warnings():
-        # Detectron2 uses torch.jit.script at import; PyTorch's remark on that is nothing a user could act on.
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-        from halodet import data, weights  # noqa: F401
-        from halodet.backbones import HaloNet
-        from halodet.config.defaults import add_halodet_config
-except Exception as error:  # a PyTorch and a torchvision of different builds raise RuntimeError
-    # `python -m halodet.utils.collect_env` must run, and say what is missing, where PyTorch or Detectron2 is not there or does not import.
-    _problem = f"halodet is not usable ({type(error).__name__}: {error}): run 'python -m halodet.utils.collect_env' for the mend"
-    warnings.warn(_problem, stacklevel=2)
+_MODULES = {
+    "HaloNet": "models",
+    "Predictor": "inference",
+    "TimmBackbone": "backbones",
+    "Trainer": "engine",
+    "add_halodet_config": "config.defaults",
+    "build_mixer": "mixers",
+    "halo_attention": "attention",
+    "load_config": "config.load",
+    "load_weights": "checkpoint",
+    "register_mixer": "mixers",
+}
 
-    def __getattr__(name: str) -> object:
-        if name in __all__:
-            raise ImportError(_problem)
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module 'halodet' has no attribute {name!r}")
+    with _explain_import_errors():
+        value = getattr(importlib.import_module(f"halodet.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+@contextlib.contextmanager
+def _explain_import_errors() -> Iterator[None]:
+    """Add the fix to an error raised while a dependency is imported."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note("halodet: a dependency is missing or broken. Fix: run python -m halodet.utils.collect_env")
+        raise
+
+
+def _register_with_detectron2() -> None:
+    with _explain_import_errors(), warnings.catch_warnings():
+        # Detectron2 uses the deprecated torch.jit.script at import
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        for room in ("backbones", "checkpoint", "data"):
+            importlib.import_module(f"halodet.{room}")
+
+
+# collect_env reports a broken Detectron2, so it must be able to start with one.
+if importlib.util.find_spec("detectron2") is not None and "halodet.utils.collect_env" not in sys.orig_argv:
+    _register_with_detectron2()

@@ -70,7 +70,7 @@ def test_commands_name_existing_configs_tools_flags_and_targets(name):
 
 
 def test_variant_table_is_current():
-    from halodet.backbones import HaloNet
+    from halodet.models import HaloNet
 
     rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d.]+) \| [\d.]+ \|", TEXTS["docs/models.md"], re.MULTILINE)
     assert [name for name, _ in rows] == list(VARIANTS)

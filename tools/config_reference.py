@@ -42,16 +42,20 @@ def render() -> str:
         value = cfg
         for part in key.split("."):
             value = value[part]
-        if isinstance(value, CfgNode):
+        if isinstance(value, CfgNode) and value:
             headings[key] = comment
             continue
         section = next((name for name in headings if key.startswith(f"{name}.")), key.partition(".")[0])
-        sections.setdefault(section, []).append(f"| `{key.removeprefix(f'{section}.')}` | `{value!r}` | {comment} |")
+        sections.setdefault(section, []).append(f"| `{key.removeprefix(f'{section}.')}` | `{_default(value)}` | {comment} |")
     text = HEADER
     for section, rows in sections.items():
         text += f"\n## {section}\n\n" + (f"{headings[section]}\n\n" if section in headings else "")
         text += "\n".join(["| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
     return text
+
+
+def _default(value: object) -> str:
+    return "{}" if isinstance(value, CfgNode) else repr(value)
 
 
 def main(argv: list[str] | None = None) -> int:

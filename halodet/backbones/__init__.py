@@ -1,4 +1,4 @@
-"""Backbones for Detectron2; importing this package registers them."""
+"""Detectron2 backbones; importing this package registers them in ``BACKBONE_REGISTRY``."""
 
 from halodet.backbones.build import (
     build_halonet_backbone,
@@ -8,14 +8,11 @@ from halodet.backbones.build import (
     build_timm_backbone,
     build_timm_fpn_backbone,
 )
-from halodet.backbones.halonet import HaloNet
+from halodet.backbones.halonet import HaloNetBackbone
 from halodet.backbones.timm_backbone import TimmBackbone
-from halodet.models.variants import VARIANTS, HaloNetVariant
 
 __all__ = [
-    "VARIANTS",
-    "HaloNet",
-    "HaloNetVariant",
+    "HaloNetBackbone",
     "TimmBackbone",
     "build_halonet_backbone",
     "build_halonet_fpn_backbone",

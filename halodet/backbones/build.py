@@ -1,8 +1,8 @@
-"""The backbones under the names a config can give in MODEL.BACKBONE.NAME."""
+"""Builders of the backbones, registered under the names used in MODEL.BACKBONE.NAME."""
 
 from __future__ import annotations
 
-from halodet.backbones.halonet import HaloNet
+from halodet.backbones.halonet import HaloNetBackbone
 from halodet.backbones.timm_backbone import TimmBackbone
 
 from detectron2.config import CfgNode
@@ -15,38 +15,38 @@ TIMM_BACKBONES = ("build_timm_backbone", "build_timm_fpn_backbone", "build_retin
 
 
 @BACKBONE_REGISTRY.register()
-def build_halonet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HaloNet:
-    """A HaloNet as MODEL.HALONET describes it."""
-    return HaloNet(cfg, input_shape)
+def build_halonet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HaloNetBackbone:
+    """Build a HaloNet from MODEL.HALONET."""
+    return HaloNetBackbone(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_halonet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A HaloNet under an FPN with p2 … p6, for the R-CNN family."""
+    """Build a HaloNet with an FPN of levels p2 to p6, for the R-CNN family."""
     return _fpn(cfg, build_halonet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_halonet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A HaloNet under an FPN with p3 … p7, for RetinaNet."""
+    """Build a HaloNet with an FPN of levels p3 to p7, for RetinaNet."""
     return _retinanet_fpn(cfg, build_halonet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """One of timm's networks with attention, as MODEL.TIMM describes it."""
+    """Build a timm network with attention from MODEL.TIMM."""
     return TimmBackbone(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """One of timm's networks with attention under an FPN with p2 … p6, for the R-CNN family."""
+    """Build a timm network with attention and an FPN of levels p2 to p6, for the R-CNN family."""
     return _fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """One of timm's networks with attention under an FPN with p3 … p7, for RetinaNet."""
+    """Build a timm network with attention and an FPN of levels p3 to p7, for RetinaNet."""
     return _retinanet_fpn(cfg, build_timm_backbone(cfg, input_shape))
 
 

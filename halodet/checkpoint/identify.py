@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 
-from halodet.backbones import VARIANTS, HaloNet
 from halodet.checkpoint.key_mapping import CLASSIFIER, TORCHVISION, shared_prefixes, substitute
 from halodet.checkpoint.model_spec import BACKBONE, NOT_WEIGHTS
+from halodet.models import VARIANTS, HaloNet
 
 import torch
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from halodet.backbones import VARIANTS
+from halodet.models import VARIANTS
 
 import torch
 from torch import Tensor

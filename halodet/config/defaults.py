@@ -34,6 +34,8 @@ def add_halodet_config(cfg: CN) -> None:
     cfg.MODEL.HALONET.BLOCK_SIZE = None
     # Width of the halo around a block in pixels. None: the variant's.
     cfg.MODEL.HALONET.HALO_SIZE = None
+    # Options of mixers, a mapping by mixer name, for example {botnet: {window: 16}}. Each mixer checks its own.
+    cfg.MODEL.HALONET.MIXER_OPTIONS = CN(new_allowed=True)
     # Value channels of attention as a multiple of the stage's width. None: the variant's.
     cfg.MODEL.HALONET.VALUE_RATIO = None
     # Output channels of a block as a multiple of the stage's width. None: the variant's.

@@ -1,15 +1,12 @@
-"""What may stand between the two 1×1 convolutions of a bottleneck.
+"""Mixers: the operators between the two 1x1 convolutions of a bottleneck block.
 
-A mixer is a module that turns (B, channels, H, W) into (B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉) for any H and W. A new one is one file
-here: a class with an ``out_channels`` and a ``from_spec``, registered under a name. Every file of this package is imported below.
+A mixer maps (B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)) for any H and W. To add one, subclass
+:class:`Mixer` and decorate the class with :func:`register_mixer`; nothing else has to be changed.
 """
 
-import importlib
-import pkgutil
+from halodet.mixers.botnet import BoTNetMixer
+from halodet.mixers.conv import ConvMixer
+from halodet.mixers.halo import HaloMixer
+from halodet.mixers.registry import MIXERS, Mixer, MixerSpec, build_mixer, register_mixer
 
-from halodet.mixers.registry import MIXERS, MixerSpec, build_mixer
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-
-__all__ = ["MIXERS", "MixerSpec", "build_mixer"]
+__all__ = ["MIXERS", "BoTNetMixer", "ConvMixer", "HaloMixer", "Mixer", "MixerSpec", "build_mixer", "register_mixer"]

@@ -1,8 +1,10 @@
+"""Global self-attention of a bottleneck transformer."""
+
 from __future__ import annotations
 
 from halodet.attention import halo_attention
-from halodet.mixers.halo import check_attention
-from halodet.mixers.registry import MixerSpec, register_mixer
+from halodet.mixers.halo import RelativePosition, average_2x2, check_backend, check_heads
+from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
 import torch
 import torch.nn.functional as F
@@ -11,44 +13,40 @@ from torch import Tensor, nn
 POSITIONS = ("interpolate", "offset")
 
 
-class RelativePosition(nn.Module):
-    """The tables of a (height, width) map: (2 * height - 1, d_qk) and (2 * width - 1, d_qk), shared by the heads."""
+@register_mixer("botnet")
+class BoTNetMixer(Mixer):
+    """Global self-attention of a bottleneck transformer, for feature maps of any size.
 
-    def __init__(self, height: int, width: int, depth: int) -> None:
-        super().__init__()
-        self.height_rel = nn.Parameter(torch.empty(2 * height - 1, depth))
-        self.width_rel = nn.Parameter(torch.empty(2 * width - 1, depth))
+    The relative position tables have the size of the feature map they were trained on. On a map of another size they are read by linear
+    interpolation: with ``"interpolate"`` the ends of a table correspond to the ends of the map, with ``"offset"`` a row corresponds to an
+    offset in pixels and offsets beyond the table use its last row. On a map of the table's own size both return the table itself.
 
-
-@register_mixer("bottleneck")
-class BoTNetMixer(nn.Module):
-    """Global self-attention of a bottleneck transformer, for maps of any size: every pixel attends to every other one.
-
-    Its two relative position tables are those of the map it was trained on. On another map a table is read at other places: stretched over
-    the map's offsets (``"interpolate"``: the ends of the table stand for the map's ends, entries between are linear), or at the true offset
-    in pixels (``"offset"``: offsets beyond the table take its end). On a map of the table's own size both are the table itself.
-
-    Time and memory for scores go with the square of the map's pixels, and zeros that pad a batch are attended to like any other pixel. With
-    ``window``, the map is cut into windows of that many pixels a side, each of which attends to itself only.
+    Time and memory grow with the square of the number of pixels, and padding of a batch takes part in attention. With ``window > 0`` the
+    map is split into windows of that size, and attention stays within a window.
 
     Parameter names and the order of channels in ``qkv`` (queries of all heads, keys, values) are those of timm's ``BottleneckAttn``.
 
     Args:
-        channels: of the input.
-        value_channels: of the values over all heads, and so of the output.
-        table_size: (height, width) in pixels of the map that the tables are made for.
-        stride: 1, or 2: the output is then averaged over 2×2 pixels.
-        num_heads: heads; divides the channels of queries and of values.
-        window: pixels along a side of a window; 0 for the whole map.
+        channels: number of input channels.
+        value_channels: number of channels of the values over all heads, which is the number of output channels.
+        table_size: (height, width) in pixels of the feature map that the tables are made for.
+        stride: 1, or 2 to average the output over 2x2 pixels.
+        num_heads: number of heads; divides the channels of queries and of values.
+        window: side of a window in pixels; 0 for the whole map.
         position: ``"interpolate"`` or ``"offset"``.
-        qk_channels: of queries and keys over all heads, by default those of the input.
-        backend: of attention, see :func:`halodet.attention.halo_attention`.
+        qk_channels: number of channels of queries and keys over all heads; defaults to ``channels``.
+        backend: attention backend, see :func:`halodet.attention.halo_attention`.
+
+    Options (``MODEL.HALONET.MIXER_OPTIONS.botnet``): ``table_size`` (defaults to the block size), ``window``, ``position``.
 
     Raises:
-        ValueError: the heads do not divide the channels, or table size, window, position or backend are not usable.
+        ValueError: the heads do not divide the channels, or a size, position or backend is invalid.
 
     Source: Srinivas et al., Bottleneck Transformers for Visual Recognition, CVPR 2021 (arXiv 2101.11605); layout as in timm.
     """
+
+    is_attention = True
+    rel_pos_tables = ("pos_embed.height_rel", "pos_embed.width_rel")
 
     def __init__(
         self,
@@ -65,12 +63,14 @@ class BoTNetMixer(nn.Module):
     ) -> None:
         super().__init__()
         qk_channels = channels if qk_channels is None else qk_channels
-        check_attention(num_heads, qk_channels, value_channels, backend)
-        if min(table_size) < 1 or window < 0 or position not in POSITIONS:
-            raise ValueError(
-                f"table_size is {table_size}, window {window} and position {position!r}, expected a table for a map of 1 pixel or more, "
-                f"a window of 1 pixel or more (0 for the whole map) and a position of {POSITIONS}"
-            )
+        check_heads(num_heads, qk_channels, value_channels)
+        check_backend(backend)
+        if len(table_size) != 2 or min(table_size) < 1:
+            raise ValueError(f"table_size={table_size} is invalid: expected a height and width of at least 1 pixel")
+        if window < 0:
+            raise ValueError(f"window={window} is invalid: expected at least 1 pixel, or 0 for the whole map")
+        if position not in POSITIONS:
+            raise ValueError(f"position={position!r} is invalid: expected one of {', '.join(POSITIONS)}")
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.window, self.position, self.backend = window, position, backend
         self.qk_channels, self.depth = qk_channels, qk_channels // num_heads
@@ -80,58 +80,66 @@ class BoTNetMixer(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: MixerSpec) -> BoTNetMixer:
+        options = spec.read_options(table_size=(spec.block_size,) * 2, window=0, position="interpolate")
         return cls(
             spec.channels,
             spec.value_channels,
-            table_size=(spec.block_size, spec.block_size),
             stride=spec.stride,
             num_heads=spec.num_heads,
             backend=spec.backend,
+            **options,
         )
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=self.qkv.in_channels**-0.5)
-        nn.init.trunc_normal_(self.pos_embed.height_rel, std=self.depth**-0.5)
-        nn.init.trunc_normal_(self.pos_embed.width_rel, std=self.depth**-0.5)
+        self.pos_embed.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, value_channels, ⌈H/stride⌉, ⌈W/stride⌉), with channels last in memory."""
+        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), with channels last in memory."""
         x = x.contiguous(memory_format=torch.channels_last)
-        maps = [
-            F.conv2d(x, weight)
-            for weight in self.qkv.weight.split((self.qk_channels, self.qk_channels, self.out_channels))
-        ]
         height, width = x.shape[-2:]
-        # Attention over a block without a halo is attention over the whole of it.
+        weights = self.qkv.weight.split((self.qk_channels, self.qk_channels, self.out_channels))
+        q, k, v = (F.conv2d(x, w).view(x.shape[0], self.num_heads, -1, height, width) for w in weights)
+        # A block as large as the map and without a halo makes blocked attention global.
         block = self.window or max(height, width)
         if x.is_cuda and not self.window:
-            block = -(-block // 16) * 16  # kernels are compiled for a block size: not for each size of image anew
-        sides = (block, block) if self.window else (height, width)
-        tables = (self.pos_embed.height_rel, self.pos_embed.width_rel)
+            block = -(-block // 16) * 16  # kernels are compiled per block size: round up so that image sizes share them
+        rel_h, rel_w = (
+            interpolate_rel_pos(table, self.window or size, block, self.position)
+            for table, size in ((self.pos_embed.height_rel, height), (self.pos_embed.width_rel, width))
+        )
         out = halo_attention(
-            *(y.view(y.shape[0], self.num_heads, -1, height, width) for y in maps),
-            *(interpolate_rel_pos(table, side, block, self.position) for table, side in zip(tables, sides, strict=True)),
-            block_size=block, halo_size=0, border="mask", backend=self.backend,
-        ).flatten(1, 2)  # fmt: skip
-        # ceil_mode averages only the pixels there are, so that an odd map gives ⌈H/2⌉ like every other mixer.
-        return F.avg_pool2d(out, 2, 2, ceil_mode=True) if self.stride == 2 else out
+            q, k, v, rel_h, rel_w, block_size=block, halo_size=0, border="mask", backend=self.backend
+        ).flatten(1, 2)
+        return average_2x2(out) if self.stride == 2 else out
 
     def extra_repr(self) -> str:
-        return f"heads={self.num_heads}, window={self.window or 'whole map'}, position={self.position!r}, stride={self.stride}"
+        window = self.window or "whole map"
+        return f"heads={self.num_heads}, window={window}, position={self.position!r}, stride={self.stride}"
 
 
-def interpolate_rel_pos(table: Tensor, side: int, block: int, position: str) -> Tensor:
-    """A relative position table (2 * trained - 1, d), read for a map ``side`` pixels long, as rows for offsets -(block - 1) … block - 1."""
-    last = (table.shape[0] - 1) // 2  # the offset of the table's end
-    if side == block == last + 1:
+def interpolate_rel_pos(table: Tensor, size: int, block: int, position: str) -> Tensor:
+    """Read a relative position table for a feature map of another size.
+
+    Args:
+        table: table (2 * trained size - 1, d).
+        size: height or width of the map in pixels.
+        block: number of pixels that the result covers.
+        position: ``"interpolate"`` or ``"offset"``, see :class:`BoTNetMixer`.
+
+    Returns:
+        Tensor (2 * block - 1, d) with a row for each offset from -(block - 1) to block - 1.
+    """
+    last = (table.shape[0] - 1) // 2
+    if size == block == last + 1:
         return table
-    # places in half precision would be off by whole rows
+    # half precision cannot hold row indices exactly
     dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
     offsets = torch.arange(1 - block, block, device=table.device, dtype=dtype)
-    if position == "interpolate" and side > 1:
-        offsets = offsets * (last / (side - 1))
-    place = (offsets + last).clamp(0, 2 * last)
-    below = place.floor()
-    share = (place - below).to(table.dtype)[:, None]
-    below = below.long()
-    return table[below] * (1 - share) + table[(below + 1).clamp(max=2 * last)] * share
+    if position == "interpolate" and size > 1:
+        offsets = offsets * (last / (size - 1))
+    rows = (offsets + last).clamp(0, 2 * last)
+    lower = rows.floor()
+    fraction = (rows - lower).to(table.dtype)[:, None]
+    index = lower.long()
+    return table[index] * (1 - fraction) + table[(index + 1).clamp(max=2 * last)] * fraction

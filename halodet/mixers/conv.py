@@ -1,16 +1,18 @@
+"""The 3x3 convolution of a ResNet bottleneck."""
+
 from __future__ import annotations
 
-from halodet.mixers.registry import MixerSpec, register_mixer
+from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
 from torch import Tensor, nn
 
 
 @register_mixer("conv")
-class ConvMixer(nn.Module):
-    """A 3×3 convolution that keeps the number of channels: the mixer of a ResNet bottleneck.
+class ConvMixer(Mixer):
+    """A 3x3 convolution without bias that keeps the number of channels.
 
     Args:
-        channels: of input and output.
+        channels: number of input and output channels.
         stride: 1 or 2.
     """
 
@@ -22,11 +24,11 @@ class ConvMixer(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: MixerSpec) -> ConvMixer:
-        return cls(spec.channels, stride=spec.stride)
+        return cls(spec.channels, stride=spec.stride, **spec.read_options())
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, channels, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        """(B, channels, H, W) -> (B, channels, ceil(H / stride), ceil(W / stride))."""
         return self.conv(x)

@@ -1,7 +1,9 @@
+"""Blocked local self-attention with a halo."""
+
 from __future__ import annotations
 
 from halodet.attention import BACKENDS, BORDERS, halo_attention
-from halodet.mixers.registry import MixerSpec, register_mixer
+from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
 import torch
 import torch.nn.functional as F
@@ -9,38 +11,45 @@ from torch import Tensor, nn
 
 
 class RelativePosition(nn.Module):
-    """The two relative position tables of a halo attention layer, (2 * window - 1, d_qk) each, shared by its heads."""
+    """Relative position tables of a window, shared by all heads: ``height_rel`` (2 * height - 1, d_qk), ``width_rel`` (2 * width - 1, d_qk)."""
 
-    def __init__(self, window: int, depth: int) -> None:
+    def __init__(self, height: int, width: int, depth: int) -> None:
         super().__init__()
-        self.height_rel = nn.Parameter(torch.empty(2 * window - 1, depth))
-        self.width_rel = nn.Parameter(torch.empty(2 * window - 1, depth))
+        self.height_rel = nn.Parameter(torch.empty(2 * height - 1, depth))
+        self.width_rel = nn.Parameter(torch.empty(2 * width - 1, depth))
+
+    def reset_parameters(self) -> None:
+        for table in (self.height_rel, self.width_rel):
+            nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
 
 
 @register_mixer("halo")
-class HaloMixer(nn.Module):
+class HaloMixer(Mixer):
     """Blocked local self-attention with a halo, without bias and without an output projection.
 
     Parameter names, and the order of channels in ``kv`` (keys, then values, inside each head), are those of timm's ``HaloAttn``, so that
     its weights load unchanged.
 
     Args:
-        channels: of the input.
-        value_channels: of the values over all heads, and so of the output.
-        stride: 1 or 2. With 2, every second query in each direction is kept; where no block of even size allows that, the output of
-            stride 1 is averaged over 2×2 pixels.
-        num_heads: heads; divides the channels of queries and of values.
-        block_size: pixels along a side of a block.
-        halo_size: pixels around a block.
+        channels: number of input channels.
+        value_channels: number of channels of the values over all heads, which is the number of output channels.
+        stride: 1 or 2. With 2, every second query in each direction is kept; if ``block_size`` is odd, the output of stride 1 is
+            averaged over 2x2 pixels instead.
+        num_heads: number of heads; divides the channels of queries and of values.
+        block_size: side of a block in pixels.
+        halo_size: width of the halo around a block in pixels.
         border: ``"zero"`` or ``"mask"``, see :func:`halodet.attention.halo_attention`.
-        qk_channels: of queries and keys over all heads, by default those of the input.
-        backend: of attention, see there.
+        qk_channels: number of channels of queries and keys over all heads; defaults to ``channels``.
+        backend: attention backend, see :func:`halodet.attention.halo_attention`.
 
     Raises:
-        ValueError: the heads do not divide the channels, or block, halo, border or backend are not usable.
+        ValueError: the heads do not divide the channels, or a size, border or backend is invalid.
 
-    Source: Vaswani et al., CVPR 2021 (arXiv 2103.12731); initialisation and layout as in timm.
+    Source: Vaswani et al., CVPR 2021 (arXiv 2103.12731); initialization and layout as in timm.
     """
+
+    is_attention = True
+    rel_pos_tables = ("pos_embed.height_rel", "pos_embed.width_rel")
 
     def __init__(
         self,
@@ -57,26 +66,24 @@ class HaloMixer(nn.Module):
     ) -> None:
         super().__init__()
         qk_channels = channels if qk_channels is None else qk_channels
-        if block_size < 1 or halo_size < 0 or border not in BORDERS:
+        if block_size < 1 or halo_size < 0:
             raise ValueError(
-                f"block_size is {block_size}, halo_size {halo_size} and border {border!r}, "
-                f"expected a block of 1 pixel or more, a halo of 0 or more and a border of {BORDERS}"
+                f"block_size={block_size} with halo_size={halo_size} is invalid: expected a block of at least 1 pixel and a halo of "
+                "at least 0"
             )
-        check_attention(num_heads, qk_channels, value_channels, backend)
-        self.out_channels = value_channels
-        self.num_heads, self.block_size, self.halo_size, self.border, self.backend = (
-            num_heads,
-            block_size,
-            halo_size,
-            border,
-            backend,
-        )
+        if border not in BORDERS:
+            raise ValueError(f"border={border!r} is invalid: expected one of {', '.join(BORDERS)}")
+        check_heads(num_heads, qk_channels, value_channels)
+        check_backend(backend)
+        self.out_channels, self.num_heads = value_channels, num_heads
+        self.block_size, self.halo_size, self.border, self.backend = block_size, halo_size, border, backend
         self.pool = stride > 1 and block_size % stride != 0
         self.query_stride = 1 if self.pool else stride
         self.depth, self.value_depth = qk_channels // num_heads, value_channels // num_heads
         self.q = nn.Conv2d(channels, qk_channels, 1, stride=self.query_stride, bias=False)
         self.kv = nn.Conv2d(channels, qk_channels + value_channels, 1, bias=False)
-        self.pos_embed = RelativePosition(block_size + 2 * halo_size, self.depth)
+        window = block_size + 2 * halo_size
+        self.pos_embed = RelativePosition(window, window, self.depth)
         self.reset_parameters()
 
     @classmethod
@@ -90,40 +97,58 @@ class HaloMixer(nn.Module):
             halo_size=spec.halo_size,
             border=spec.border,
             backend=spec.backend,
+            **spec.read_options(),
         )
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.q.weight, std=self.q.in_channels**-0.5)
         nn.init.trunc_normal_(self.kv.weight, std=self.kv.in_channels**-0.5)
-        nn.init.trunc_normal_(self.pos_embed.height_rel, std=self.depth**-0.5)
-        nn.init.trunc_normal_(self.pos_embed.width_rel, std=self.depth**-0.5)
+        self.pos_embed.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, value_channels, ⌈H/stride⌉, ⌈W/stride⌉), with channels last in memory."""
-        # Attention wants channels last, and so do 1×1 convolutions. Keys and values are projected apart because cutting one map of both in
-        # two would copy their gradients into one again.
+        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), with channels last in memory."""
+        # Attention and 1x1 convolutions both prefer channels last. Keys and values are projected separately because splitting one map
+        # would copy their gradients into one again.
         x = x.contiguous(memory_format=torch.channels_last)
         weights = self.kv.weight.unflatten(0, (self.num_heads, -1)).split((self.depth, self.value_depth), dim=1)
         maps = (self.q(x), *(F.conv2d(x, weight.flatten(0, 1)) for weight in weights))
+        q, k, v = (y.view(y.shape[0], self.num_heads, -1, *y.shape[2:]) for y in maps)
         out = halo_attention(
-            *(y.view(y.shape[0], self.num_heads, -1, *y.shape[2:]) for y in maps), self.pos_embed.height_rel, self.pos_embed.width_rel,
-            block_size=self.block_size, halo_size=self.halo_size, border=self.border, stride=self.query_stride, backend=self.backend,
-        ).flatten(1, 2)  # fmt: skip
-        if self.pool:
-            # ceil_mode averages only the pixels there are, so that an odd map gives ⌈H/2⌉ like every other mixer.
-            out = F.avg_pool2d(out, 2, 2, ceil_mode=True)
-        return out
+            q,
+            k,
+            v,
+            self.pos_embed.height_rel,
+            self.pos_embed.width_rel,
+            block_size=self.block_size,
+            halo_size=self.halo_size,
+            border=self.border,
+            stride=self.query_stride,
+            backend=self.backend,
+        ).flatten(1, 2)
+        return average_2x2(out) if self.pool else out
 
     def extra_repr(self) -> str:
         stride = 2 if self.pool else self.query_stride
         return f"heads={self.num_heads}, block={self.block_size}, halo={self.halo_size}, border={self.border!r}, stride={stride}"
 
+    def rel_pos_layout(self) -> dict[str, int]:
+        return {"block_size": self.block_size, "halo_size": self.halo_size}
 
-def check_attention(num_heads: int, qk_channels: int, value_channels: int, backend: str) -> None:
-    """ValueError where heads do not divide the channels, or there is no such backend."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"the attention backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
+
+def check_heads(num_heads: int, qk_channels: int, value_channels: int) -> None:
+    """Raise ValueError if the heads do not divide the channels."""
     if num_heads < 1 or qk_channels % num_heads or value_channels % num_heads:
         raise ValueError(
-            f"{num_heads} heads do not divide {qk_channels} channels of queries and {value_channels} of values"
+            f"num_heads={num_heads} is invalid: expected a divisor of the {qk_channels} channels of queries and the {value_channels} of values"
         )
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError if there is no such attention backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is invalid: expected auto or one of {', '.join(sorted(BACKENDS))}")
+
+
+def average_2x2(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)); at an odd border the mean covers only the pixels inside the map."""
+    return F.avg_pool2d(x, 2, 2, ceil_mode=True)

@@ -1,8 +1,8 @@
-"""Every row of VARIANTS as a model of timm, so that timm's own training script pretrains it on ImageNet.
+"""Registration of every row of VARIANTS with timm, so that timm's training script can pretrain it on ImageNet.
 
-Importing this module registers them: ``halodet_halonet_h0`` … ``halodet_halonet_h7``, ``halodet_r50_se``, ``halodet_r50_se_halo_b8h3`` and
-so on. They are the networks that the detectors use, with convolutions in stages 1 and 2 and ``border="mask"``, because what timm trains is
-to be loaded into a detector; the all-attention form is ``mixers=["halo", "halo", "halo", "halo"]``. There are no pretrained weights yet.
+Importing this module registers ``halodet_halonet_h0`` to ``halodet_halonet_h7``, ``halodet_r50_se``, ``halodet_r50_se_halo_b8h3`` and so
+on. They are the networks of the detectors (convolutions in stages 1 and 2, ``border="mask"``), so that the weights fit a detector;
+``mixers=["halo", "halo", "halo", "halo"]`` gives the all-attention form. There are no pretrained weights.
 """
 
 from __future__ import annotations
@@ -11,41 +11,39 @@ import dataclasses
 import functools
 from typing import Any
 
-from halodet.backbones.halonet import HaloNet, _tupled, get_variant
-from halodet.models.variants import VARIANTS, HaloNetVariant
+from halodet.mixers import Mixer
+from halodet.models.halonet import HaloNet
+from halodet.models.variants import VARIANTS, HaloNetVariant, get_variant
 
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(HaloNetVariant))
-_SIZES = {
-    "H3": 320,
-    "H4": 384,
-    "H5": 448,
-    "H6": 512,
-    "H7": 600,
-}  # as keras_cv_attention_models has them; 256 for the others
+# training image sizes of keras_cv_attention_models; 256 for the others
+_IMAGE_SIZES = {"H3": 320, "H4": 384, "H5": 448, "H6": 512, "H7": 600}
 
 
 class HaloNetClassifier(HaloNet):
-    """The classifier form of :class:`HaloNet` as timm wants it: images (B, in_chans, H, W) of any size -> logits (B, num_classes).
+    """The classifier form of :class:`HaloNet` with timm's interface: images (B, in_chans, H, W) of any size -> logits (B, num_classes).
 
     Its parameters have the names of ``HaloNet(num_classes=...)``.
 
     Args:
         variant: name of a row of VARIANTS.
-        num_classes: of the logits; 0 gives the pooled features (B, head_hidden_size) instead.
-        in_chans: channels of the images.
+        num_classes: number of classes; 0 returns the pooled features (B, head_hidden_size) instead of logits.
+        in_chans: number of image channels.
         global_pool: only ``"avg"``.
-        drop_rate: of the features before the last layer, while training.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
-        norm, backend: as in :class:`HaloNet`.
-        bn_momentum, bn_eps: of the batch norms, where not PyTorch's.
-        **overrides: fields of :class:`HaloNetVariant` in place of the row's, for example ``block_size=10``.
+        drop_rate: dropout probability before the last layer.
+        drop_path_rate: drop path probability of the last block, rising linearly from 0 at the first.
+        norm: as in :class:`HaloNet`.
+        backend: as in :class:`HaloNet`.
+        bn_momentum: momentum of the batch norms; None for PyTorch's default.
+        bn_eps: epsilon of the batch norms; None for PyTorch's default.
+        **overrides: fields of :class:`HaloNetVariant` that replace those of the row, for example ``block_size=10``.
 
     Raises:
-        ValueError: an argument that this network does not have, or values that do not fit together.
+        ValueError: an argument is unknown or invalid.
     """
 
     def __init__(
@@ -66,13 +64,12 @@ class HaloNetClassifier(HaloNet):
         unknown = sorted(set(overrides) - set(_FIELDS))
         if unknown:
             raise ValueError(
-                f"halodet's {variant} has no argument {unknown[0]!r}: beside timm's own it takes {', '.join(_FIELDS)}"
+                f"{unknown[0]}={overrides[unknown[0]]!r} is invalid: expected an argument of timm or one of {', '.join(_FIELDS)}"
             )
         if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate is {drop_rate}, expected 0 or more and below 1")
-        shape = dataclasses.replace(get_variant(variant), **{name: _tupled(value) for name, value in overrides.items()})
+            raise ValueError(f"drop_rate={drop_rate} is invalid: expected at least 0 and less than 1")
         super().__init__(
-            shape,
+            get_variant(variant, **overrides),
             in_channels=in_chans,
             norm=norm,
             out_features=["res5"],
@@ -81,7 +78,7 @@ class HaloNetClassifier(HaloNet):
             backend=backend,
         )
         self.in_chans, self.drop_rate, self.grad_checkpointing = in_chans, drop_rate, False
-        self.num_features = self._out_feature_channels["res5"]  # of forward_features
+        self.num_features = self.feature_channels["res5"]  # of forward_features
         self.head_hidden_size = self.head.linear.in_features  # of forward_head(pre_logits=True)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -93,7 +90,7 @@ class HaloNetClassifier(HaloNet):
         self.num_classes = num_classes
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> (B, num_features, ⌈H/32⌉, ⌈W/32⌉)."""
+        """Map images (B, in_chans, H, W) to features (B, num_features, ceil(H / 32), ceil(W / 32))."""
         if not (self.grad_checkpointing and self.training):
             return HaloNet.forward(self, x)["res5"]
         x = self.stem(x)
@@ -102,47 +99,49 @@ class HaloNetClassifier(HaloNet):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, num_features, h, w) -> (B, num_classes), or (B, head_hidden_size) with ``pre_logits``."""
+        """Map features (B, num_features, h, w) to (B, num_classes), or to (B, head_hidden_size) with ``pre_logits``."""
         x = self.head.final(x).mean((-2, -1))
         if pre_logits:
             return x
         return self.head.linear(F.dropout(x, self.drop_rate, self.training))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """Return the last layer."""
         return self.head.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer for ``num_classes`` classes; none for 0."""
+        """Replace the last layer by a new one for ``num_classes`` classes, or remove it for 0."""
         self._check_pool("avg" if global_pool is None else global_pool)
         self.num_classes = num_classes
         old = next(self.parameters())
         self.head.linear = nn.Identity()
         if num_classes > 0:
-            self.head.linear = nn.Linear(self.head_hidden_size, num_classes, device=old.device, dtype=old.dtype)
-            nn.init.normal_(self.head.linear.weight, std=0.01)
-            nn.init.zeros_(self.head.linear.bias)
+            linear = nn.Linear(self.head_hidden_size, num_classes, device=old.device, dtype=old.dtype)
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+            self.head.linear = linear
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the relative position tables, which are no weights to be kept small."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("height_rel", "width_rel"))}
+        """Return the names of parameters without weight decay, as the mixers declare them."""
+        mixers = [(name, module) for name, module in self.named_modules() if isinstance(module, Mixer)]
+        return {f"{name}.{parameter}" for name, mixer in mixers for parameter in mixer.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """What timm's layer-wise rates count as one layer: the stem, a block (``coarse``: a stage), the head."""
+        """Return the layers of timm's layer-wise learning rate decay: the stem, each block (``coarse``: each stage), the head."""
         block = r"^res(\d+)" if coarse else r"^res(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(block, None), (r"^head\.final", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
+        """Keep only the inputs of blocks for the backward pass and recompute the rest."""
         self.grad_checkpointing = enable
 
     def _check_pool(self, global_pool: str) -> None:
         if global_pool != "avg":
-            raise ValueError(f"global_pool is {global_pool!r}, but these networks have only 'avg'")
+            raise ValueError(f"global_pool={global_pool!r} is invalid: expected 'avg'")
 
 
 def _model_name(variant: str) -> str:
@@ -151,7 +150,7 @@ def _model_name(variant: str) -> str:
 
 
 def _cfg(variant: str) -> dict[str, Any]:
-    size = _SIZES.get(variant, 256)
+    size = _IMAGE_SIZES.get(variant, 256)
     return {
         "url": "",
         "num_classes": 1000,
@@ -175,12 +174,12 @@ def _register(name: str, variant: str) -> None:
     def model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if kwargs.get("features_only"):
             raise ValueError(
-                f"{name} has no features_only form: halodet.HaloNet({variant!r}) is the backbone, for maps of any size"
+                f"features_only=True is invalid for {name}: expected False. Fix: use halodet.HaloNet({variant!r}), which returns feature maps"
             )
         return build_model_with_cfg(functools.partial(HaloNetClassifier, variant), name, pretrained, **kwargs)
 
     model.__name__ = model.__qualname__ = name
-    model.__doc__ = f"{variant} of VARIANTS, in the form that the detectors use."
+    model.__doc__ = f"Build {variant} of VARIANTS as a classifier."
     globals()[name] = register_model(model)
 
 

@@ -1,40 +1,52 @@
-"""The networks as data: H0…H7, detection hybrids (ResNet-SE with attention in the last stage) and their baselines.
+"""Variants of HaloNet as data: H0 to H7, detection hybrids (ResNet-SE with attention in the last stage) and their baselines.
 
-H0…H7: block size b, halo h, value ratio r_v, bottleneck ratio r_b, blocks in stage 3 (l3) and final width d_f are the columns of the
-H family as keras_cv_attention_models lists it; the parameter counts it gives come out of them. For detection they stand here with
-convolutions in stages 1 and 2 and attention in stages 3 and 4; the all-attention form is ``mixers=("halo",) * 4``. Where the sources
-disagree or are silent (activation, border, squeeze-excitation inside attention blocks) the value here is this project's choice.
+The columns of H0 to H7 (block size b, halo size h, value ratio r_v, bottleneck ratio r_b, blocks in stage 3 l3, final width d_f) are
+those of keras_cv_attention_models and give its parameter counts. The rows here are the detection form, with convolutions in stages 1 and
+2 and attention in stages 3 and 4; ``mixers=("halo",) * 4`` is the all-attention form. Where sources disagree or say nothing (activation,
+border, squeeze-excitation in attention blocks) the value is this project's choice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class HaloNetVariant:
-    """The shape of a HaloNet.
+    """Architecture of a HaloNet.
 
-    Stage s (0 to 3) has width ``w = base_width * 2**s``: its blocks are 1×1 to w, mixer (attention: values of ``w * value_ratio``),
-    1×1 to ``w * bottleneck_ratio``.
+    Stage s (0 to 3) has width ``w = base_width * 2**s``. Its blocks are a 1x1 convolution to w channels, a mixer (attention values have
+    ``w * value_ratio`` channels) and a 1x1 convolution to ``w * bottleneck_ratio`` channels.
+
+    Args:
+        depths: number of blocks in each stage.
+        mixers: mixer of each stage: a name, or one name for each block.
+        block_size: side of an attention block in pixels.
+        halo_size: width of the halo around a block in pixels.
+        value_ratio: number of value channels over the width of the stage.
+        bottleneck_ratio: number of output channels of a block over the width of the stage.
+        num_heads: number of attention heads in each stage.
+        final_channels: number of channels of the 1x1 convolution before the pooling of a classifier; None for none.
+        base_width: width of the first stage.
+        stem_channels: number of output channels of the stem.
+        se_ratio: squeeze-excitation: hidden over output channels of a block; 0 for none.
+        activation: ``"relu"`` or ``"silu"``.
+        border: border of halo attention, ``"mask"`` or ``"zero"``.
     """
 
-    depths: tuple[int, int, int, int]  # blocks per stage
-    mixers: tuple[str | tuple[str, ...], ...] = (
-        "conv",
-        "conv",
-        "halo",
-        "halo",
-    )  # per stage: a name, or a name for each block
+    depths: tuple[int, int, int, int]
+    mixers: tuple[str | tuple[str, ...], ...] = ("conv", "conv", "halo", "halo")
     block_size: int = 8
     halo_size: int = 3
     value_ratio: float = 1.0
     bottleneck_ratio: float = 4.0
     num_heads: tuple[int, int, int, int] = (4, 8, 8, 8)
-    final_channels: int | None = None  # of the 1×1 before the pooling of the classifier form
+    final_channels: int | None = None
     base_width: int = 64
     stem_channels: int = 64
-    se_ratio: float = 0.0  # squeeze-excitation: hidden over output channels of a block; 0: none
+    se_ratio: float = 0.0
     activation: str = "relu"
     border: str = "mask"
 
@@ -68,3 +80,18 @@ VARIANTS: dict[str, HaloNetVariant] = {
     "R101-SE-halo-b8h3": _se(_R101, 8, 3, "halo"),
     "R101-SE-halo-b32h3": _se(_R101, 32, 3, "halo"),
 }
+
+
+def get_variant(name: str, **overrides: Any) -> HaloNetVariant:
+    """Return the row ``name`` of :data:`VARIANTS` with fields replaced; lists become tuples.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"HaloNet variant {name!r} is invalid: expected one of {', '.join(VARIANTS)}")
+    return dataclasses.replace(VARIANTS[name], **{field: _to_tuple(value) for field, value in overrides.items()})
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(_to_tuple(item) for item in value) if isinstance(value, list | tuple) else value

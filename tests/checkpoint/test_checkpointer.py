@@ -3,12 +3,12 @@
 import logging
 import pickle
 
-from halodet.backbones import HaloNet
 from halodet.checkpoint import Checkpointer, load_weights
 from halodet.checkpoint.identify import identify
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.engine import Trainer, load_config
 from halodet.errors import CheckpointError
+from halodet.models import HaloNet
 
 import pytest
 import torch

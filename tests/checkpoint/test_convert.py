@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from halodet.backbones import VARIANTS, HaloNet, HaloNetVariant
 from halodet.checkpoint.convert import convert, rename_for
 from halodet.engine import load_config
 from halodet.errors import CheckpointError
+from halodet.models import VARIANTS, HaloNet, HaloNetVariant
 
 import pytest
 import torch

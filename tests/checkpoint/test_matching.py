@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from halodet.backbones import VARIANTS, HaloNet
 from halodet.checkpoint import ModelSpec, match
 from halodet.checkpoint.preprocessing import Preprocessing
 from halodet.checkpoint.rel_pos import resize_table
 from halodet.checkpoint.report import LoadReport
 from halodet.engine import load_config
+from halodet.models import VARIANTS, HaloNet
 
 import pytest
 import torch

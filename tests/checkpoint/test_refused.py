@@ -4,11 +4,11 @@ import argparse
 import dataclasses
 import os
 
-from halodet.backbones import VARIANTS, HaloNet
 from halodet.checkpoint import Checkpointer, ModelSpec, check_fit, load_weights, match, read_checkpoint
 from halodet.checkpoint.preprocessing import Preprocessing
 from halodet.engine import check_weights, load_config
 from halodet.errors import CheckpointError, ConfigError
+from halodet.models import VARIANTS, HaloNet
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bottleneck attention against timm at the table's own size, and against its definition, query by query, at others."""
+"""BoTNetMixer against timm at the size of its tables, and against a slow definition at other sizes."""
 
 from halodet.mixers.botnet import BoTNetMixer, interpolate_rel_pos
 
@@ -9,7 +9,7 @@ import torch
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (6, 10)])
-def test_it_is_timms_on_the_map_of_its_tables(stride, size):
+def test_equals_timm_at_the_size_of_its_tables(stride, size):
     bottleneck_attn = pytest.importorskip("timm.layers.bottleneck_attn", reason="timm is not installed")
     theirs = bottleneck_attn.BottleneckAttn(24, 48, feat_size=size, stride=stride, num_heads=4, dim_head=8).double()
     ours = BoTNetMixer(24, 48, table_size=size, stride=stride, num_heads=4, qk_channels=32).double()
@@ -23,8 +23,8 @@ def test_it_is_timms_on_the_map_of_its_tables(stride, size):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def definition(mixer, x, side_of):
-    """The output at every pixel of a (1, C, H, W) map: all pixels are keys; tables are read by numpy's own interpolation."""
+def reference(mixer, x, side_of):
+    """Compute the output pixel by pixel for a (1, C, H, W) map, reading the tables with numpy's interpolation."""
     q, k, v = torch.einsum("oc,chw->ohw", mixer.qkv.weight[:, :, 0, 0], x[0]).split(
         (mixer.qk_channels, mixer.qk_channels, mixer.out_channels)
     )
@@ -55,14 +55,14 @@ def definition(mixer, x, side_of):
 
 @pytest.mark.parametrize("position", ["interpolate", "offset"])
 @pytest.mark.parametrize("size", [(5, 7), (3, 2), (4, 4), (6, 8)])
-def test_other_sizes_read_the_tables_as_promised(position, size):
+def test_other_sizes_equal_the_definition(position, size):
     mixer = BoTNetMixer(6, 8, table_size=(4, 4), num_heads=2, qk_channels=4, position=position).double()
     x = torch.randn(1, 6, *size, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(mixer(x), definition(mixer, x, size), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(mixer(x), reference(mixer, x, size), rtol=1e-10, atol=1e-10)
 
 
-def test_windows_are_maps_of_their_own():
+def test_windows_equal_separate_maps():
     whole = BoTNetMixer(16, 16, table_size=(4, 4), num_heads=2).double()
     windowed = BoTNetMixer(16, 16, table_size=(4, 4), num_heads=2, window=4).double()
     windowed.load_state_dict(whole.state_dict())
@@ -77,20 +77,20 @@ def test_windows_are_maps_of_their_own():
         assert (out - whole(x)).abs().max() > 1e-3
 
 
-def test_a_larger_block_than_the_map_changes_nothing():
-    """On a GPU blocks are rounded up, so that kernels serve several sizes."""
+def test_block_larger_than_the_map_changes_nothing():
+    """On a GPU, blocks are rounded up so that image sizes share kernels."""
     table = torch.randn(15, 3, dtype=torch.float64)
     for position in ("interpolate", "offset"):
         exact, rounded = (interpolate_rel_pos(table, 11, block, position) for block in (11, 16))
         torch.testing.assert_close(rounded[5:-5], exact, rtol=0, atol=0)
 
 
-def test_bad_values_are_told():
-    with pytest.raises(ValueError, match=r"table_size is \(0, 8\)"):
+def test_invalid_values_are_named():
+    with pytest.raises(ValueError, match="table_size"):
         BoTNetMixer(16, 16, table_size=(0, 8))
-    with pytest.raises(ValueError, match="position 'nearest'"):
+    with pytest.raises(ValueError, match="position='nearest'"):
         BoTNetMixer(16, 16, table_size=(8, 8), position="nearest")
-    with pytest.raises(ValueError, match="3 heads do not divide 16 channels"):
+    with pytest.raises(ValueError, match="num_heads=3"):
         BoTNetMixer(16, 16, table_size=(8, 8), num_heads=3)
-    with pytest.raises(ValueError, match="backend is 'magic'"):
+    with pytest.raises(ValueError, match="backend='magic'"):
         BoTNetMixer(16, 16, table_size=(8, 8), backend="magic")

@@ -1,10 +1,10 @@
-"""halodet's networks as models of timm: names, timm's interface, and a training with timm's own parts."""
+"""HaloNets as timm models: names, timm's interface and training with timm's own functions."""
 
 import argparse
 import copy
 
-from halodet.backbones import VARIANTS, HaloNet
 from halodet.checkpoint import read_checkpoint, write_weights
+from halodet.models import VARIANTS, HaloNet
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def tiny(**options):
     return timm.create_model("halodet_halonet_h3", **(TINY | options))
 
 
-def randomise(model):
-    """Weights and statistics under which every tensor counts."""
+def randomize(model):
+    """Set weights and statistics with which every tensor affects the output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -42,7 +42,7 @@ def randomise(model):
     return model
 
 
-def test_every_variant_is_there_with_the_detectors_form():
+def test_every_variant_is_registered_in_its_detection_form():
     assert sorted(timm.list_models("halodet_*")) == sorted(timm_models.TIMM_MODELS)
     assert sorted(timm_models.TIMM_MODELS.values()) == sorted(VARIANTS)
     assert {"halodet_halonet_h0", "halodet_halonet_h7", "halodet_r50_se", "halodet_r101_se_halo_b32h3"} <= set(
@@ -58,8 +58,8 @@ def test_every_variant_is_there_with_the_detectors_form():
         assert model.get_submodule(model.default_cfg["first_conv"]).in_channels == 3
 
 
-def test_logits_are_those_of_the_classifier_at_any_size():
-    theirs = randomise(tiny(num_classes=5, in_chans=4)).eval()
+def test_logits_equal_those_of_halonet_at_any_size():
+    theirs = randomize(tiny(num_classes=5, in_chans=4)).eval()
     ours = HaloNet(theirs.variant, in_channels=4, num_classes=5, out_features=["res5", "linear"]).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     for size in ((64, 64), (51, 83)):
@@ -86,22 +86,22 @@ def test_arguments_of_timms_training_script():
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "key"),
     [
-        ({"global_pool": "max"}, "global_pool is 'max', but these networks have only 'avg'"),
-        ({"drop_block_rate": 0.1}, "has no argument 'drop_block_rate'"),
-        ({"depth": 3}, "has no argument 'depth'"),
-        ({"drop_rate": 1.0}, "drop_rate is 1.0"),
-        ({"mixers": ["halo"]}, "mixers is"),
-        ({"features_only": True}, "no features_only form"),
+        ({"global_pool": "max"}, "global_pool"),
+        ({"drop_block_rate": 0.1}, "drop_block_rate"),
+        ({"depth": 3}, "depth=3"),
+        ({"drop_rate": 1.0}, "drop_rate"),
+        ({"mixers": ["halo"]}, "mixers"),
+        ({"features_only": True}, "features_only"),
     ],
 )
-def test_arguments_that_cannot_be(options, reason):
-    with pytest.raises(ValueError, match=reason):
+def test_invalid_arguments_are_named(options, key):
+    with pytest.raises(ValueError, match=key):
         tiny(**options)
 
 
-def test_dropout_works_while_training_only():
+def test_dropout_is_active_in_training_only():
     model = tiny(drop_rate=0.5, num_classes=3).train()
     features = torch.rand(1, model.num_features, 2, 2)
     for module in model.modules():
@@ -112,18 +112,18 @@ def test_dropout_works_while_training_only():
     assert torch.equal(model.eval().forward_head(features), model.forward_head(features))
 
 
-def test_another_last_layer_and_none():
+def test_reset_classifier():
     model = tiny(num_classes=0).eval()
     x = torch.rand(1, 3, 64, 64)
     assert model(x).shape == (1, model.head_hidden_size) and model.num_classes == 0
     assert not any(name.startswith("head.linear") for name in model.state_dict())
     model.reset_classifier(7)
     assert model(x).shape == (1, 7) and model.num_classes == 7
-    with pytest.raises(ValueError, match="only 'avg'"):
+    with pytest.raises(ValueError, match="global_pool"):
         model.reset_classifier(7, "max")
 
 
-def test_recomputing_gives_the_same_gradients():
+def test_grad_checkpointing_gives_the_same_gradients():
     torch.manual_seed(0)
     model, x = tiny(num_classes=3).double().train(), torch.rand(2, 3, 64, 64, dtype=torch.float64)
     torch.nn.init.ones_(model.res5[0].conv3.norm.weight)
@@ -135,7 +135,7 @@ def test_recomputing_gives_the_same_gradients():
         torch.testing.assert_close(parameter.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_groups_of_parameters():
+def test_parameter_groups_of_timm():
     model = tiny()
     decays = {}
     for group in param_groups_layer_decay(
@@ -146,7 +146,7 @@ def test_groups_of_parameters():
     tables = [name for name in decays if "pos_embed" in name]
     assert tables and all(decays[name][0] == 0 for name in tables)
     assert decays["res4.0.mixer.q.weight"][0] == 0.05 and decays["res4.0.conv1.norm.weight"][0] == 0
-    # stem, 1 + 1 + 2 + 1 blocks, final 1×1 and what remains: each half the rate of the next
+    # stem, 1 + 1 + 2 + 1 blocks, final 1x1 and the last layer: each has half the learning rate of the next
     order = [
         "stem.conv1.conv",
         "res2.0.conv1.conv",
@@ -160,8 +160,8 @@ def test_groups_of_parameters():
     assert decays["head.linear.weight"][1] == 1 > scales[-1]
 
 
-def test_loads_a_file_of_ours_strictly(tmp_path):
-    ours = randomise(HaloNet(tiny().variant, num_classes=1000))
+def test_loads_halodet_weights_strictly(tmp_path):
+    ours = randomize(HaloNet(tiny().variant, num_classes=1000))
     for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
         write_weights(path, ours.state_dict())
         loaded = tiny(checkpoint_path=str(path)).state_dict()
@@ -169,7 +169,7 @@ def test_loads_a_file_of_ours_strictly(tmp_path):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in ours.state_dict().items())
 
 
-def test_a_training_with_timms_own_parts(tmp_path):
+def test_training_with_timms_functions(tmp_path):
     torch.manual_seed(0)
     args = argparse.Namespace(
         model="halodet_halonet_h3", opt="adamw", lr=3e-3, epochs=4, model_kwargs=TINY, input_size=None

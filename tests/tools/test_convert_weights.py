@@ -5,9 +5,9 @@ import importlib.util
 import pickle
 from pathlib import Path
 
-from halodet.backbones import VARIANTS, HaloNet
 from halodet.checkpoint import Checkpointer, read_checkpoint
 from halodet.engine import load_config
+from halodet.models import VARIANTS, HaloNet
 
 import numpy as np
 import pytest

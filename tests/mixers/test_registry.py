@@ -1,6 +1,6 @@
-"""Every registered mixer keeps the contract; the halo mixer is timm's layer with timm's weights."""
+"""The contract of all registered mixers; HaloMixer against timm with timm's weights."""
 
-from halodet.mixers import MIXERS, MixerSpec, build_mixer
+from halodet.mixers import MIXERS, MixerSpec, build_mixer, register_mixer
 from halodet.mixers.halo import HaloMixer
 
 import pytest
@@ -23,7 +23,7 @@ def spec(**changes):
 @pytest.mark.parametrize("name", sorted(MIXERS))
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("block", [4, 7])
-def test_any_size_in_and_the_promised_size_out(name, stride, block):
+def test_any_size_gives_the_documented_size(name, stride, block):
     mixer = build_mixer(name, spec(stride=stride, block_size=block))
     for height, width in [(8, 8), (1, 1), (3, 2), (13, 21), (14, 5)]:
         x = torch.randn(2, 16, height, width, requires_grad=True)
@@ -42,13 +42,13 @@ def test_mixers_mix_neighbours(name):
     assert (mixer(x) - mixer(changed))[..., 2, 3].abs().sum() > 0
 
 
-def test_unknown_mixer_names_those_there_are():
-    with pytest.raises(ValueError, match="no mixer 'lambda'.*conv.*halo"):
+def test_unknown_mixer_lists_the_mixers():
+    with pytest.raises(ValueError, match="'lambda'.*conv.*halo"):
         build_mixer("lambda", spec())
 
 
 def test_heads_must_divide_the_channels():
-    with pytest.raises(ValueError, match="3 heads do not divide 16 channels"):
+    with pytest.raises(ValueError, match="num_heads=3"):
         HaloMixer(16, 24, num_heads=3)
 
 
@@ -75,7 +75,7 @@ def test_halo_mixer_equals_timm_with_its_weights(stride, block, halo, depth, mem
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_initial_spread_is_timms():
+def test_initialization_is_timms():
     mixer = HaloMixer(256, 256, num_heads=8, block_size=8, halo_size=3)
     for weight, std in (
         (mixer.q.weight, 256**-0.5),
@@ -87,7 +87,7 @@ def test_initial_spread_is_timms():
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
-def test_autocast_computes_in_half_and_stays_near(name):
+def test_autocast_computes_in_bfloat16(name):
     mixer = build_mixer(name, spec())
     x = torch.randn(2, 16, 13, 9)
     exact = mixer(x)
@@ -98,3 +98,27 @@ def test_autocast_computes_in_half_and_stays_near(name):
     assert half.dtype == torch.bfloat16
     assert (half - exact).norm() < 0.05 * exact.norm()
     assert half_gradient.dtype == torch.float32 and (half_gradient - gradient).norm() < 0.05 * gradient.norm()
+
+
+def test_unknown_options_name_the_known_ones():
+    with pytest.raises(ValueError, match="kernel=3.*position, table_size, window"):
+        build_mixer("botnet", spec(options={"kernel": 3}))
+    with pytest.raises(ValueError, match="kernel=3.*no options"):
+        build_mixer("conv", spec(options={"kernel": 3}))
+
+
+def test_only_mixers_can_be_registered():
+    with pytest.raises(TypeError, match="'linear'"):
+        register_mixer("linear")(torch.nn.Linear)
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_declared_tables_exist_and_keep_their_layout(name):
+    mixer = build_mixer(name, spec())
+    parameters = dict(mixer.named_parameters())
+    assert mixer.no_weight_decay() == {n for n in parameters if n.endswith("_rel")} <= set(parameters)
+    layout = mixer.rel_pos_layout()
+    for table in mixer.rel_pos_tables:
+        rows = parameters[table].shape[0]
+        assert mixer.infer_rel_pos_layout(rows, {}) == layout
+        assert torch.equal(mixer.resize_rel_pos(parameters[table], layout), parameters[table])

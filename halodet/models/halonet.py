@@ -1,0 +1,297 @@
+"""HaloNet as an ``nn.Module``: stem, bottleneck blocks, stages and classifier head."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from halodet.mixers import MIXERS, MixerSpec, build_mixer
+from halodet.models.act_checkpoint import check_stages, run_stage
+from halodet.models.variants import HaloNetVariant, get_variant
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
+
+STAGES = ("res2", "res3", "res4", "res5")
+ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
+NormLayer = Callable[[int], nn.Module]
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Build a group norm of 32 groups, or fewer where 32 does not divide ``channels`` (80 in H2, 176 in H6)."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+NORMS: dict[str, NormLayer] = {
+    "BN": nn.BatchNorm2d,
+    "FrozenBN": FrozenBatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "GN": group_norm,
+}
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias, followed by a normalization layer."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, norm: NormLayer
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.add_module("conv", conv)
+        self.add_module("norm", norm(out_channels))
+
+
+class Stem(nn.Module):
+    """7x7 convolution and 3x3 max pooling, each of stride 2: (B, in_channels, H, W) -> (B, channels, ceil(H / 4), ceil(W / 4))."""
+
+    def __init__(
+        self, in_channels: int, channels: int, *, norm: NormLayer, activation: Callable[..., nn.Module]
+    ) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(in_channels, channels, 7, stride=2, norm=norm)
+        self.activation = activation(inplace=True)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.activation(self.conv1(x)))
+
+
+class Bottleneck(nn.Module):
+    """Residual block of a 1x1 convolution, a mixer and a 1x1 convolution, each with a normalization layer.
+
+    (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        mixer: name of the mixer.
+        spec: arguments of the mixer; ``spec.channels`` is the width of the block, ``spec.stride`` its stride.
+        se_ratio: squeeze-excitation: hidden over output channels; 0 for none.
+        norm: factory of normalization layers.
+        activation: factory of activation layers, called with ``inplace=True``.
+        drop_path: probability of dropping the residual branch of an image in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        mixer: str,
+        spec: MixerSpec,
+        norm: NormLayer = nn.BatchNorm2d,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        se_ratio: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(in_channels, spec.channels, 1, norm=norm)
+        self.mixer = build_mixer(mixer, spec)
+        self.norm2 = norm(self.mixer.out_channels)
+        self.conv3 = ConvNorm(self.mixer.out_channels, out_channels, 1, norm=norm)
+        self.se = SqueezeExcitation(out_channels, max(1, round(out_channels * se_ratio))) if se_ratio else nn.Identity()
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.shortcut = (
+            ConvNorm(in_channels, out_channels, 1, stride=spec.stride, norm=norm)
+            if spec.stride != 1 or in_channels != out_channels
+            else nn.Identity()
+        )
+        self.activation = activation(inplace=True)
+        # Zero-initialized branches make a deep network start as a shallow one. A frozen norm could never leave zero.
+        weight = getattr(self.conv3.norm, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            nn.init.zeros_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.activation(self.conv1(x))
+        out = self.activation(self.norm2(self.mixer(out)))
+        out = self.drop_path(self.se(self.conv3(out)))
+        out += self.shortcut(x)
+        return self.activation(out)
+
+
+class Head(nn.Module):
+    """Classifier head: optional 1x1 convolution, global average pooling, linear layer: (B, in_channels, H, W) -> (B, num_classes)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        final_channels: int | None,
+        *,
+        norm: NormLayer,
+        activation: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        self.final: nn.Module = nn.Identity()
+        if final_channels is not None:
+            self.final = nn.Sequential(ConvNorm(in_channels, final_channels, 1, norm=norm), activation(inplace=True))
+        self.linear: nn.Module = nn.Linear(final_channels or in_channels, num_classes)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.final(x).mean((-2, -1)))
+
+
+class HaloNet(nn.Module):
+    """HaloNet: a ResNet in which halo attention replaces the 3x3 convolutions of some stages.
+
+    The forward pass maps images (B, in_channels, H, W) of any size to a dict of the feature maps named in ``out_features``: ``stem`` and
+    ``res2`` at stride 4, ``res3``, ``res4`` and ``res5`` at strides 8, 16 and 32, each (B, channels, ceil(H / stride), ceil(W / stride)).
+    With ``num_classes`` there is also ``linear``, the logits (B, num_classes).
+
+    Args:
+        variant: architecture, or its name in :data:`VARIANTS`.
+        in_channels: number of image channels.
+        norm: ``"BN"``, ``"FrozenBN"``, ``"SyncBN"``, ``"GN"``, or a factory called with a number of channels.
+        out_features: names of the feature maps to return; stages after the last one named are not built.
+        drop_path_rate: drop path probability of the last block, rising linearly from 0 at the first block.
+        num_classes: number of classes of a classifier head; None for no head.
+        backend: attention backend, see :func:`halodet.attention.halo_attention`.
+        mixer_options: options of mixers, by name of the mixer.
+        use_act_checkpoint: stages whose activations are recomputed in the backward pass.
+
+    Attributes:
+        feature_channels: number of channels of every feature map.
+        feature_strides: stride of every feature map.
+
+    Raises:
+        ValueError: an unknown name, or mixers, depths, heads or channels that do not match.
+
+    Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021 (arXiv 2103.12731).
+    """
+
+    def __init__(
+        self,
+        variant: HaloNetVariant | str,
+        *,
+        in_channels: int = 3,
+        norm: str | NormLayer = "BN",
+        out_features: Sequence[str] = STAGES,
+        drop_path_rate: float = 0.0,
+        num_classes: int | None = None,
+        backend: str = "auto",
+        mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
+        use_act_checkpoint: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        variant = get_variant(variant) if isinstance(variant, str) else variant
+        mixers = _mixers_per_block(variant)
+        options = dict(mixer_options or {})
+        features = ["stem", *STAGES, *(["linear"] if num_classes is not None else [])]
+        if not out_features or not set(out_features) <= set(features):
+            raise ValueError(f"out_features={list(out_features)} is invalid: expected one or more of {features}")
+        if isinstance(norm, str) and norm not in NORMS:
+            raise ValueError(f"norm={norm!r} is invalid: expected one of {', '.join(NORMS)}")
+        if not 0 <= drop_path_rate <= 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate} is invalid: expected 0 to 1")
+        if not 0 <= variant.se_ratio <= 1:
+            raise ValueError(f"se_ratio={variant.se_ratio} is invalid: expected 0 to 1")
+        if variant.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={variant.activation!r} is invalid: expected one of {', '.join(ACTIVATIONS)}")
+        if not set(options) <= set(MIXERS):
+            unknown = ", ".join(sorted(set(options) - set(MIXERS)))
+            raise ValueError(f"mixer_options of {unknown} are invalid: expected mixers {', '.join(sorted(MIXERS))}")
+        check_stages(use_act_checkpoint, STAGES, "use_act_checkpoint")
+
+        self.variant, self.num_classes = variant, num_classes
+        self.out_features, self.use_act_checkpoint = tuple(out_features), tuple(use_act_checkpoint)
+        norm_layer = NORMS[norm] if isinstance(norm, str) else norm
+        activation = ACTIVATIONS[variant.activation]
+        layers = {"norm": norm_layer, "activation": activation}
+        spec = functools.partial(
+            MixerSpec,
+            block_size=variant.block_size,
+            halo_size=variant.halo_size,
+            border=variant.border,
+            backend=backend,
+            **layers,
+        )
+
+        self.stem = Stem(in_channels, variant.stem_channels, **layers)
+        channels, stride = variant.stem_channels, 4
+        self.feature_channels, self.feature_strides = {"stem": channels}, {"stem": stride}
+        last = max(len(STAGES) if f == "linear" else features.index(f) for f in out_features)
+        total, index = sum(variant.depths), 0
+        for s in range(last):
+            width = variant.base_width * 2**s
+            out_channels = _whole(width * variant.bottleneck_ratio, "bottleneck_ratio", variant)
+            value_channels = _whole(width * variant.value_ratio, "value_ratio", variant)
+            blocks = []
+            for mixer in mixers[s]:
+                first = not blocks
+                block_stride = 2 if s > 0 and first else 1
+                block = Bottleneck(
+                    channels,
+                    out_channels,
+                    mixer=mixer,
+                    spec=spec(
+                        channels=width,
+                        value_channels=value_channels,
+                        stride=block_stride,
+                        num_heads=variant.num_heads[s],
+                        options=options.get(mixer, {}),
+                    ),
+                    se_ratio=variant.se_ratio,
+                    drop_path=drop_path_rate * index / max(1, total - 1),
+                    **layers,
+                )
+                blocks.append(block)
+                channels, stride, index = out_channels, stride * block_stride, index + 1
+            self.add_module(STAGES[s], nn.Sequential(*blocks))
+            self.feature_channels[STAGES[s]], self.feature_strides[STAGES[s]] = channels, stride
+        if num_classes is not None:
+            self.head = Head(channels, num_classes, variant.final_channels, **layers)
+            self.feature_channels["linear"], self.feature_strides["linear"] = num_classes, stride
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The stages that are built, in order."""
+        return [getattr(self, name) for name in STAGES if hasattr(self, name)]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images (B, in_channels, H, W) to the feature maps named in ``out_features``."""
+        if x.dim() != 4:
+            raise ValueError(f"HaloNet expects images (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
+        if x.device.type == "cpu":
+            # Convolutions on the CPU are faster with channels last, and attention uses it too, so that no map is transposed.
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.stem(x)
+        maps = {"stem": x}
+        for name, stage in zip(STAGES, self.stages, strict=False):
+            x = maps[name] = run_stage(stage, x, recompute=name in self.use_act_checkpoint)
+        if "linear" in self.out_features:
+            maps["linear"] = self.head(x)
+        return {name: maps[name] for name in self.out_features}
+
+
+def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:
+    """Return the names of the mixers of every block, by stage."""
+    for name in ("depths", "mixers", "num_heads"):
+        value = getattr(variant, name)
+        if not isinstance(value, list | tuple) or len(value) != len(STAGES):
+            raise ValueError(f"{name}={value!r} is invalid: expected {len(STAGES)} entries, one for each stage")
+    mixers = []
+    for stage, depth, mixer in zip(STAGES, variant.depths, variant.mixers, strict=True):
+        if depth < 1:
+            raise ValueError(f"depths={variant.depths} is invalid: {stage} needs at least one block")
+        per_block = (mixer,) * depth if isinstance(mixer, str) else tuple(mixer)
+        if len(per_block) != depth:
+            raise ValueError(f"mixers of {stage} are invalid: expected {depth} names, got {per_block}")
+        mixers.append(per_block)
+    return mixers
+
+
+def _whole(channels: float, name: str, variant: HaloNetVariant) -> int:
+    if channels != int(channels) or channels < 1:
+        raise ValueError(
+            f"{name}={getattr(variant, name)} with base_width={variant.base_width} is invalid: {channels} channels are not a positive "
+            "whole number"
+        )
+    return int(channels)
