@@ -1,4 +1,4 @@
-"""Blocked local self-attention with a halo, as a function of tensors."""
+"""Blocked local self-attention with a halo (HaloNet) as a function of tensors; needs PyTorch only."""
 
 from halodet.attention.functional import BACKENDS, BORDERS, halo_attention
 

@@ -1,7 +1,7 @@
-"""Halo attention in plain PyTorch, a chunk of blocks at a time, for any device and size.
+"""Halo attention in plain PyTorch, one chunk of blocks at a time, for any device and map size.
 
-Only one chunk of windows and scores exists at once, small enough to stay in a processor's cache. The backward keeps the maps alone and
-computes the scores anew: with the log-sum-exp at hand it would need no softmax, but ``exp`` alone takes PyTorch longer than its softmax.
+Only one chunk of windows and scores exists at a time, small enough for the CPU cache. The backward stores the maps only
+and recomputes the scores: reusing the log-sum-exp would need ``exp``, which is slower than PyTorch's softmax.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = {"cpu": 4 << 20}  # of scores held at once; what stays in cache is computed fastest
-CHUNK_BYTES_ELSEWHERE = 256 << 20  # a GPU wants more work in each launch
+CHUNK_BYTES = {"cpu": 4 << 20}  # scores per chunk; fastest where they fit in the cache
+CHUNK_BYTES_ELSEWHERE = 256 << 20  # a GPU needs more work per kernel launch
 
 
 def halo_attention_blocked(
@@ -29,14 +29,14 @@ def halo_attention_blocked(
     rel_w: Tensor,
     extra_k: Tensor | None,
     extra_v: Tensor | None,
-    shape: BlockLayout,
+    layout: BlockLayout,
 ) -> Tensor:
-    """Halo attention in chunks; tensors as in :func:`halodet.attention.halo_attention`. It can be differentiated once."""
-    return _HaloAttention.apply(q, k, v, rel_h, rel_w, extra_k, extra_v, shape)
+    """Compute halo attention in chunks; tensors as in :func:`halodet.attention.halo_attention`. Differentiable once."""
+    return _HaloAttention.apply(q, k, v, rel_h, rel_w, extra_k, extra_v, layout)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """The arguments have one type by now, which the buffers share; some devices (meta) know no autocast."""
+    """Disable autocast: arguments and buffers share one dtype. Some devices (meta) do not support autocast."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -45,11 +45,11 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
 class _HaloAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, shape = arguments
+        *tensors, layout = arguments
         ctx.save_for_backward(*tensors)
-        ctx.shape = shape
+        ctx.layout = layout
         with _without_autocast(tensors[0].device):
-            work = _Work(*tensors, shape)
+            work = _Work(*tensors, layout)
             out = work.v.new_empty(*work.q.shape[:4], work.v.shape[4])
             for tile in work:
                 weights, _, _ = work.weights(tile)
@@ -62,16 +62,16 @@ class _HaloAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shape: BlockLayout = ctx.shape
+        layout: BlockLayout = ctx.layout
         with _without_autocast(grad.device):
-            work = _Work(*ctx.saved_tensors, shape)
+            work = _Work(*ctx.saved_tensors, layout)
             grad = _channels_last(grad.to(work.q.dtype))
             grad_q = torch.empty_like(work.q, memory_format=torch.contiguous_format)
             grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (work.k, work.v))
             grad_extra_k, grad_extra_v = (
                 None if x is None else torch.empty_like(x) for x in (work.extra_k, work.extra_v)
             )
-            # Sums over the whole map are kept in single precision.
+            # Sums over the whole map are accumulated in float32 at least.
             exact = torch.promote_types(work.q.dtype, torch.float32)
             grad_h, grad_w = (torch.zeros_like(x, dtype=exact) for x in (work.rel_h, work.rel_w))
             for tile in work:
@@ -87,7 +87,7 @@ class _HaloAttention(torch.autograd.Function):
                 torch.bmm(grad_out, values.transpose(1, 2), out=scores)
                 torch.ops.aten._softmax_backward_data.out(scores, weights, -1, weights.dtype, grad_input=scores)
                 window = work.buffer("window", *keys.shape)
-                window.baddbmm_(scores.transpose(1, 2), queries, beta=0, alpha=shape.scale)
+                window.baddbmm_(scores.transpose(1, 2), queries, beta=0, alpha=layout.scale)
                 work.add_windows(tile, window, grad_k, grad_extra_k)
 
                 grad_positions = work.grad_positions(tile, scores)
@@ -96,29 +96,29 @@ class _HaloAttention(torch.autograd.Function):
                 grad_h[rows_h] += grad_table[: rows_h.stop - rows_h.start]
                 grad_w[rows_w] += grad_table[rows_h.stop - rows_h.start :]
                 grad_queries = work.buffer("grad_queries", *queries.shape)
-                grad_queries.baddbmm_(scores, keys, beta=0, alpha=shape.scale)
+                grad_queries.baddbmm_(scores, keys, beta=0, alpha=layout.scale)
                 grad_queries.view(-1, queries.shape[2]).addmm_(grad_positions, work.table(tile))
                 part = work.queries_of(grad_q, tile)
                 part.copy_(grad_queries.view(part.shape))
         grad_k, grad_v = (
-            x[:, work.top : work.top + shape.height, work.left : work.left + shape.width] for x in (grad_k, grad_v)
+            x[:, work.top : work.top + layout.height, work.left : work.left + layout.width] for x in (grad_k, grad_v)
         )
         maps = [_channels_third(x) for x in (grad_q, grad_k, grad_v)]
         return *maps, grad_h.to(grad.dtype), grad_w.to(grad.dtype), grad_extra_k, grad_extra_v, None
 
 
 class _Span(NamedTuple):
-    """Neighbouring blocks that look alike in one direction."""
+    """Neighbouring blocks with the same number of queries and window size in one direction."""
 
     first: int
     count: int
-    queries: int  # of one block, in this direction
-    skip: int  # pixels that a border cuts off the beginning of each window
-    window: int  # pixels that are left of it
+    queries: int  # per block, in this direction
+    skip: int  # masked pixels at the start of each window
+    window: int  # unmasked pixels of each window
 
 
 class _Tile(NamedTuple):
-    """Blocks that are worked on together: those in ``rows`` and ``columns`` of some images."""
+    """Blocks processed together: those in ``rows`` and ``columns`` of ``images`` images."""
 
     image: int
     images: int
@@ -131,9 +131,9 @@ class _Tile(NamedTuple):
 
 
 class _Work:
-    """The maps of one call with channels last (B, H, W, heads, d), and what is computed from a tile of them.
+    """Maps of one call in channels-last order (B, H, W, heads, d) and the operations on a tile of them.
 
-    In what is computed, the first dimension counts images, heads, rows and columns of blocks.
+    The first dimension N of intermediate tensors is images × heads × rows × columns of blocks.
     """
 
     def __init__(
@@ -145,26 +145,27 @@ class _Work:
         rel_w: Tensor,
         extra_k: Tensor | None,
         extra_v: Tensor | None,
-        shape: BlockLayout,
+        layout: BlockLayout,
     ) -> None:
-        self.shape, self.rel_h, self.rel_w, self.extra_k, self.extra_v = shape, rel_h, rel_w, extra_k, extra_v
+        self.layout, self.rel_h, self.rel_w, self.extra_k, self.extra_v = layout, rel_h, rel_w, extra_k, extra_v
         self.q, self.k, self.v = (_channels_last(x) for x in (q, k, v))
-        self.top = self.left = 0  # pixels added before the maps
-        if not shape.mask:
-            self.top, self.left = shape.top, shape.left
-            right = shape.columns * shape.block - shape.width + shape.right
-            bottom = shape.rows * shape.block - shape.height + shape.bottom
-            self.k, self.v = (F.pad(x, (0, 0, 0, 0, shape.left, right, shape.top, bottom)) for x in (self.k, self.v))
+        self.top = self.left = 0  # padding before the maps
+        if not layout.mask:
+            self.top, self.left = layout.top, layout.left
+            right = layout.columns * layout.block - layout.width + layout.right
+            bottom = layout.rows * layout.block - layout.height + layout.bottom
+            self.k, self.v = (F.pad(x, (0, 0, 0, 0, layout.left, right, layout.top, bottom)) for x in (self.k, self.v))
         self.buffers: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[_Tile]:
-        shape, (batch, heads, extra) = (
-            self.shape,
+        """Iterate over tiles whose scores fit in the chunk size."""
+        layout, (batch, heads, extra) = (
+            self.layout,
             (self.q.shape[0], self.q.shape[3], 0 if self.extra_k is None else self.extra_k.shape[4]),
         )
         budget = CHUNK_BYTES.get(self.q.device.type, CHUNK_BYTES_ELSEWHERE)
-        for rows in _spans(shape.height, shape.rows, shape.top, shape.window_height, shape):
-            for columns in _spans(shape.width, shape.columns, shape.left, shape.window_width, shape):
+        for rows in _spans(layout.height, layout.rows, layout.top, layout.window_height, layout):
+            for columns in _spans(layout.width, layout.columns, layout.left, layout.window_width, layout):
                 scores = rows.queries * columns.queries * (rows.window * columns.window + extra)
                 blocks = max(1, budget // (heads * scores * self.q.element_size()))
                 column_step = _even(columns.count, blocks)
@@ -176,7 +177,7 @@ class _Work:
                             yield _Tile(image, min(image_step, batch - image), some_rows, some_columns)
 
     def buffer(self, name: str, *size: int) -> Tensor:
-        """Memory that is used again for every tile."""
+        """Return a view of a buffer that all tiles share."""
         count = torch.Size(size).numel()
         if name not in self.buffers or self.buffers[name].numel() < count:
             self.buffers[name] = self.q.new_empty(count)
@@ -184,23 +185,25 @@ class _Work:
 
     def queries_of(self, x: Tensor, tile: _Tile) -> Tensor:
         """View a map of queries (B, H, W, heads, d) as (images, heads, rows, columns, queries, queries, d)."""
-        step = self.shape.queries
+        step = self.layout.queries
         return _blocks(
             x, tile, tile.rows.first * step, tile.columns.first * step, step, tile.rows.queries, tile.columns.queries
         )
 
     def windows_of(self, x: Tensor, tile: _Tile, down: int = 0, right: int = 0, limit: int | None = None) -> Tensor:
-        """View a map of keys or values as windows (images, heads, rows, columns, window, window, d), or parts of those from ``down``,
-        ``right`` on, at most ``limit`` pixels wide and high."""
-        y = tile.rows.first * self.shape.block - self.shape.top + self.top + tile.rows.skip + down
-        x0 = tile.columns.first * self.shape.block - self.shape.left + self.left + tile.columns.skip + right
+        """View a map of keys or values as windows (images, heads, rows, columns, window, window, d).
+
+        Only the part of each window from (``down``, ``right``) on, at most ``limit`` pixels wide and high.
+        """
+        y = tile.rows.first * self.layout.block - self.layout.top + self.top + tile.rows.skip + down
+        x0 = tile.columns.first * self.layout.block - self.layout.left + self.left + tile.columns.skip + right
         size = [tile.rows.window - down, tile.columns.window - right]
         if limit is not None:
             size = [min(limit, s) for s in size]
-        return _blocks(x, tile, y, x0, self.shape.block, *size)
+        return _blocks(x, tile, y, x0, self.layout.block, *size)
 
     def windows(self, tile: _Tile, x: Tensor, extra: Tensor | None, name: str) -> Tensor:
-        """Copy the windows of a map, and after them what is extra: (N, keys, d)."""
+        """Copy the windows of a map, followed by the extra keys or values: (N, keys, d)."""
         view = self.windows_of(x, tile)
         size = tile.rows.window * tile.columns.window
         copy = self.buffer(name, *view.shape[:4], size + (0 if extra is None else extra.shape[4]), view.shape[6])
@@ -210,8 +213,8 @@ class _Work:
         return copy.flatten(0, 3)
 
     def add_windows(self, tile: _Tile, windows: Tensor, x: Tensor, extra: Tensor | None) -> None:
-        """Undo :meth:`windows` by addition. Windows overlap, but parts of them no larger than a block do not."""
-        block, (height, width) = self.shape.block, (tile.rows.window, tile.columns.window)
+        """Scatter-add windows, the transpose of :meth:`windows`. Windows overlap, parts of block size do not."""
+        block, (height, width) = self.layout.block, (tile.rows.window, tile.columns.window)
         windows = windows.view(tile.images, -1, tile.rows.count, tile.columns.count, *windows.shape[1:])
         if extra is not None:
             _extra_of(extra, tile).copy_(windows[..., height * width :, :])
@@ -222,21 +225,21 @@ class _Work:
                 part += windows[..., down : down + block, right : right + block, :]
 
     def table_rows(self, tile: _Tile) -> tuple[slice, slice]:
-        """The rows of the two position tables that a tile needs."""
+        """Return the rows of the two position tables that a tile needs."""
         return tuple(
             slice(window - span.queries + span.skip, window - 1 + span.skip + span.window)
-            for span, window in ((tile.rows, self.shape.window_height), (tile.columns, self.shape.window_width))
+            for span, window in ((tile.rows, self.layout.window_height), (tile.columns, self.layout.window_width))
         )
 
     def table(self, tile: _Tile) -> Tensor:
-        """Those rows, of height and width one after the other."""
+        """Return these rows of both tables, concatenated."""
         rows_h, rows_w = self.table_rows(tile)
         return torch.cat((self.rel_h[rows_h], self.rel_w[rows_w]))
 
     def positions_of(self, products: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
-        """View the products of all queries and table rows (N * queries, rows) as the logits of the height (N, i, j, window) and the width.
+        """View the query-table products (N * queries, rows) as logits (N, i, j, window) for the height and the width.
 
-        Query i needs the rows that begin at ``queries - 1 - i``, one earlier than the query above it: that is a stride, not a gather.
+        Query i needs the rows from ``queries - 1 - i`` on, which is expressible as a stride instead of a gather.
         """
         (rows, columns), count = (tile.rows, tile.columns), products.shape[1]
         row, block, start = columns.queries * count, tile.queries * count, products.storage_offset()
@@ -248,7 +251,7 @@ class _Work:
         )
 
     def weights(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention weights (N, queries, keys), the queries (N, queries, d) and keys (N, keys, d) they are of."""
+        """Compute attention weights (N, queries, keys); also return queries (N, queries, d) and keys (N, keys, d)."""
         view = self.queries_of(self.q, tile)
         queries = self.buffer("queries", *view.shape).copy_(view).view(-1, tile.queries, view.shape[6])
         keys = self.windows(tile, self.k, self.extra_k, "keys")
@@ -265,7 +268,7 @@ class _Work:
         torch.add(along_h.unsqueeze(-1), along_w.unsqueeze(-2), out=inside)
         if self.extra_k is not None:
             scores[..., size:] = 0
-        scores.baddbmm_(queries, keys.transpose(1, 2), alpha=self.shape.scale)
+        scores.baddbmm_(queries, keys.transpose(1, 2), alpha=self.layout.scale)
         return (
             (torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)),
             queries,
@@ -273,13 +276,13 @@ class _Work:
         )
 
     def grad_positions(self, tile: _Tile, grad_scores: Tensor) -> Tensor:
-        """Undo what :meth:`weights` does with the products of queries and table: each sees the sum over the other direction."""
+        """Backpropagate score gradients to the query-table products: sums over the other direction."""
         (rows, columns), count = (
             (tile.rows, tile.columns),
             sum(rows.stop - rows.start for rows in self.table_rows(tile)),
         )
         size = (len(grad_scores) * tile.queries, count)
-        # Tiles of one shape leave the same places untouched, so these are cleared once.
+        # Tiles of the same shape write to the same elements, so zeroing the buffer once is enough.
         name = f"grad_products {size} {rows.queries} {rows.window} {columns.window}"
         if name not in self.buffers:
             self.buffers[name] = grad_scores.new_zeros(size)
@@ -292,18 +295,21 @@ class _Work:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """(B, heads, d, H, W) -> (B, H, W, heads, d), with neighbouring channels beside each other."""
+    """Permute (B, heads, d, H, W) to (B, H, W, heads, d) with contiguous channels."""
     x = x.permute(0, 3, 4, 1, 2)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _channels_third(x: Tensor) -> Tensor:
-    """(B, H, W, heads, d) -> (B, heads, d, H, W)."""
+    """Permute (B, H, W, heads, d) to (B, heads, d, H, W)."""
     return x.permute(0, 3, 4, 1, 2)
 
 
 def _blocks(x: Tensor, tile: _Tile, y: int, x0: int, step: int, height: int, width: int) -> Tensor:
-    """View (B, H, W, heads, d) as rectangles ``step`` apart, the first at (y, x0): (images, heads, rows, columns, height, width, d)."""
+    """View (B, H, W, heads, d) as rectangles ``step`` apart, the first at (y, x0).
+
+    Shape (images, heads, rows, columns, height, width, d).
+    """
     image, down, right, head, channel = x.stride()
     size = (tile.images, x.shape[3], tile.rows.count, tile.columns.count, height, width, x.shape[4])
     start = x.storage_offset() + tile.image * image + y * down + x0 * right
@@ -311,7 +317,7 @@ def _blocks(x: Tensor, tile: _Tile, y: int, x0: int, step: int, height: int, wid
 
 
 def _extra_of(extra: Tensor, tile: _Tile) -> Tensor:
-    """Those (images, heads, rows, columns, E, d) of a tile."""
+    """Return the extra keys or values (images, heads, rows, columns, E, d) of a tile."""
     rows, columns = tile.rows, tile.columns
     return extra[
         tile.image : tile.image + tile.images,
@@ -321,15 +327,17 @@ def _extra_of(extra: Tensor, tile: _Tile) -> Tensor:
     ]
 
 
-def _spans(size: int, blocks: int, before: int, window: int, shape: BlockLayout) -> list[_Span]:
-    """Cut a direction of ``size`` pixels into spans of blocks alike: a block that the map's end cuts has fewer queries, and a window that
-    reaches outside is cut to what is inside where that is masked."""
+def _spans(size: int, blocks: int, before: int, window: int, layout: BlockLayout) -> list[_Span]:
+    """Group the blocks of one direction into spans of equal shape.
+
+    The last block may have fewer queries; with a masked border windows are cropped to the map.
+    """
     spans: list[_Span] = []
     for block in range(blocks):
-        start = block * shape.block
-        queries = -(-min(shape.block, size - start) // shape.stride)
-        skip = max(0, before - start) if shape.mask else 0
-        left = min(window, size - start + before) - skip if shape.mask else window
+        start = block * layout.block
+        queries = -(-min(layout.block, size - start) // layout.stride)
+        skip = max(0, before - start) if layout.mask else 0
+        left = min(window, size - start + before) - skip if layout.mask else window
         if spans and spans[-1][2:] == (queries, skip, left):
             spans[-1] = spans[-1]._replace(count=spans[-1].count + 1)
         else:
@@ -338,7 +346,7 @@ def _spans(size: int, blocks: int, before: int, window: int, shape: BlockLayout)
 
 
 def _even(count: int, most: int) -> int:
-    """The step that cuts ``count`` into the fewest even parts of at most ``most``."""
+    """Return the step that splits ``count`` into the fewest equal parts of at most ``most``."""
     parts = -(-count // max(1, min(count, most)))
     return -(-count // parts)
 

@@ -1,4 +1,4 @@
-"""The sizes of one call of halo attention, worked out once for every backend."""
+"""Block layout: the sizes of one halo attention call, shared by all backends."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """A map of ``height`` × ``width`` pixels cut into blocks, each with a window that reaches beyond it by a halo.
+    """Partition of a feature map into square blocks, each with a larger window of keys around it. Sizes in pixels.
 
     Args:
-        height: of the maps of keys and values, in pixels.
-        width: the same across.
-        block: pixels along a side of a block.
-        top: pixels of halo above a block; ``bottom``, ``left`` and ``right`` likewise.
-        stride: pixels from one query to the next.
-        mask: whether keys outside the map are left out of the softmax; otherwise they are zeros in it.
-        scale: factor on q·k.
+        height: height of the key and value maps.
+        width: width of the key and value maps.
+        block: side length of a block.
+        top: halo above a block.
+        bottom: halo below a block.
+        left: halo to the left of a block.
+        right: halo to the right of a block.
+        stride: distance between neighbouring queries.
+        mask: whether keys outside the map are excluded from the softmax; otherwise they are zeros that take part in it.
+        scale: factor on the product of query and key.
     """
 
     height: int
@@ -32,40 +35,40 @@ class BlockLayout:
 
     @property
     def rows(self) -> int:
-        """Rows of blocks."""
-        return _divide(self.height, self.block)
+        """Number of block rows."""
+        return _ceil_div(self.height, self.block)
 
     @property
     def columns(self) -> int:
-        """Columns of blocks."""
-        return _divide(self.width, self.block)
+        """Number of block columns."""
+        return _ceil_div(self.width, self.block)
 
     @property
     def queries(self) -> int:
-        """Queries along a side of a block."""
+        """Number of queries along the side of a block."""
         return self.block // self.stride
 
     @property
     def query_height(self) -> int:
-        """Of the map of queries, and of the result."""
-        return _divide(self.height, self.stride)
+        """Height of the query map and of the output."""
+        return _ceil_div(self.height, self.stride)
 
     @property
     def query_width(self) -> int:
-        """The same across."""
-        return _divide(self.width, self.stride)
+        """Width of the query map and of the output."""
+        return _ceil_div(self.width, self.stride)
 
     @property
     def window_height(self) -> int:
-        """Pixels of a window from top to bottom."""
+        """Height of the window of a block."""
         return self.top + self.block + self.bottom
 
     @property
     def window_width(self) -> int:
-        """Pixels of a window from left to right."""
+        """Width of the window of a block."""
         return self.left + self.block + self.right
 
 
-def _divide(size: int, by: int) -> int:
-    """Rounded up, in the form in which PyTorch itself writes the size of a strided convolution: sizes may be symbols in a graph."""
-    return (size - 1) // by + 1
+def _ceil_div(size: int, divisor: int) -> int:
+    """Divide and round up, in the form PyTorch uses for strided convolutions: sizes may be symbolic in a graph."""
+    return (size - 1) // divisor + 1

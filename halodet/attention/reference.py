@@ -1,4 +1,4 @@
-"""The definition of halo attention: an explicit gather and softmax per query. Slow; every backend is tested against it."""
+"""Reference implementation of halo attention, one query at a time. Slow; every backend is tested against it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ def halo_attention_reference(
     rel_w: Tensor,
     extra_k: Tensor | None,
     extra_v: Tensor | None,
-    shape: BlockLayout,
+    layout: BlockLayout,
 ) -> Tensor:
-    """Halo attention, one query at a time; tensors as in :func:`halodet.attention.halo_attention`."""
+    """Compute halo attention query by query; tensors as in :func:`halodet.attention.halo_attention`."""
+    tensors = (q, k, v, rel_h, rel_w, extra_k, extra_v)
     rows = [
-        torch.stack(
-            [attend(q, k, v, rel_h, rel_w, extra_k, extra_v, shape, y, x) for x in range(shape.query_width)], -1
-        )
-        for y in range(shape.query_height)
+        torch.stack([attend(*tensors, layout, y, x) for x in range(layout.query_width)], -1)
+        for y in range(layout.query_height)
     ]
     return torch.stack(rows, -2)
 
@@ -36,31 +35,31 @@ def attend(
     rel_w: Tensor,
     extra_k: Tensor | None,
     extra_v: Tensor | None,
-    shape: BlockLayout,
+    layout: BlockLayout,
     query_y: int,
     query_x: int,
 ) -> Tensor:
-    """What the query at (query_y, query_x) gets: (B, heads, d_v)."""
+    """Return the output (B, heads, d_v) of the query at (query_y, query_x)."""
     query = q[..., query_y, query_x]
-    # The block a query lies in is that of its pixel in the full map; its number inside the block counts queries, not pixels.
-    block_y, block_x = query_y * shape.stride // shape.block, query_x * shape.stride // shape.block
-    i, j = query_y - block_y * shape.block // shape.stride, query_x - block_x * shape.block // shape.stride
+    # The block of a query follows from its pixel in the full map; its index within the block counts queries.
+    block_y, block_x = query_y * layout.stride // layout.block, query_x * layout.stride // layout.block
+    i, j = query_y - block_y * layout.block // layout.stride, query_x - block_x * layout.block // layout.stride
     logits, values = [], []
-    for r in range(shape.window_height):
-        for c in range(shape.window_width):
-            y, x = block_y * shape.block - shape.top + r, block_x * shape.block - shape.left + c
-            inside = 0 <= y < shape.height and 0 <= x < shape.width
-            if not inside and shape.mask:
+    for r in range(layout.window_height):
+        for c in range(layout.window_width):
+            y, x = block_y * layout.block - layout.top + r, block_x * layout.block - layout.left + c
+            inside = 0 <= y < layout.height and 0 <= x < layout.width
+            if not inside and layout.mask:
                 continue
-            position = query @ (rel_h[shape.window_height - 1 + r - i] + rel_w[shape.window_width - 1 + c - j])
+            position = query @ (rel_h[layout.window_height - 1 + r - i] + rel_w[layout.window_width - 1 + c - j])
             if inside:
-                logits.append((query * k[..., y, x]).sum(-1) * shape.scale + position)
+                logits.append((query * k[..., y, x]).sum(-1) * layout.scale + position)
                 values.append(v[..., y, x])
             else:
                 logits.append(position)
                 values.append(torch.zeros_like(v[..., 0, 0]))
     for e in range(0 if extra_k is None else extra_k.shape[-2]):
-        logits.append((query * extra_k[:, :, block_y, block_x, e]).sum(-1) * shape.scale)
+        logits.append((query * extra_k[:, :, block_y, block_x, e]).sum(-1) * layout.scale)
         values.append(extra_v[:, :, block_y, block_x, e])
     weights = torch.stack(logits, -1).softmax(-1)
     return (torch.stack(values, -1) * weights.unsqueeze(-2)).sum(-1)

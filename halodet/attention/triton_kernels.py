@@ -1,19 +1,19 @@
-"""The Triton kernels of halo attention; :mod:`.triton` starts them and says what they can do.
+"""Triton kernels of halo attention; :mod:`.triton_ops` launches them and checks what they support.
 
-They read the maps in place, in the manner of flash attention: no window, score or weight is ever written to memory. A masked load makes
-zeros of the pixels outside the map, and the backward computes the weights anew from the log-sum-exp of each query.
+The kernels read the maps in place, as flash attention does: no window, score or weight is written to memory. Masked
+loads return zeros for pixels outside the map; the backward recomputes the weights from the log-sum-exp of each query.
 
-The position part of a logit is a sum of two numbers, one for the row of the key and one for its column. For a tile of queries
-``_positions`` finds both kinds side by side with one product and one shift; a product with a matrix of two ones per key then adds them, and
-the transpose of that product collects their gradients. Tensor cores do that faster than loads or shuffles would. Both position tables come
-as one, without the rows that no query reads: ``ROWS_H`` rows for the height, then those for the width, so that query i and key r of the
-window find their row at ``QUERIES - 1 - i + r``.
+The relative position logit is the sum of a row term and a column term. For a tile of queries ``_rel_logits`` computes
+both side by side with one product and one shift; a product with a matrix of two ones per key (``_rel_selector``) adds
+them, and the transpose of that product accumulates their gradients. On tensor cores this is faster than loads or
+shuffles. The two position tables are passed as one, without the rows that no query reads: ``ROWS_H`` rows for the
+height followed by those for the width; the row for query i and window position r is ``QUERIES - 1 - i + r``.
 
-Nothing is added atomically, so that every run gives the same bits: a program of ``backward_queries`` owns queries, one of
-``backward_keys`` pixels of the map of keys, one of ``backward_extra`` the extra keys of a block.
+No atomics are used, so results are deterministic: a program of ``backward_queries`` owns queries, one of
+``backward_keys`` pixels of the key map, one of ``backward_extra`` the extra keys of a block.
 
-Sizes in capitals are known to the compiler. ``M`` stands for the queries of a tile, ``N`` for its keys. ``SPAN`` and sizes named
-``..._PADDED`` are powers of two, as Triton wants them; what lies beyond the true size is zero or left out.
+Names in capitals are compile-time constants. ``M`` is the queries of a tile, ``N`` its keys. ``SPAN`` and names
+ending in ``_PADDED`` are powers of two, as Triton requires; elements beyond the true size are zero or masked.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ import os
 import triton
 import triton.language as tl
 
-# Logits are kept in base 2: that is the exponential the hardware has.
+# Logits are in base 2, the exponential that the hardware implements.
 LOG2E = tl.constexpr(1.4426950408889634)
-# Minus infinity that can be subtracted from itself. Should a query see such logits alone in its first tiles, what it adds up for them
-# vanishes with its first real key, and every query has one.
-NEVER = tl.constexpr(-1.0e30)
-EXTRA_TILE = tl.constexpr(16)  # extra keys worked on at once
-EXTRA_QUERIES = tl.constexpr(32)  # and the queries worked on with them for their gradients
+# Finite stand-in for -inf, so that differences are not NaN. Sums over fully masked tiles are rescaled to zero at the
+# first unmasked key, and every query has one.
+MASKED = tl.constexpr(-1.0e30)
+EXTRA_TILE = tl.constexpr(16)  # extra keys per tile
+EXTRA_QUERIES = tl.constexpr(32)  # queries per tile of extra keys in backward_extra
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Sizes of the map change from image to image: a kernel is not compiled anew for those that happen to be 1 or a multiple of 16.
-CHANGING = ["images", "height", "width", "query_height", "query_width", "rows", "columns", "heads"]
+# Map sizes change from image to image; do not recompile for those that are 1 or a multiple of 16.
+DYNAMIC_SIZES = ["images", "height", "width", "query_height", "query_width", "rows", "columns", "heads"]
 
 
-def _tuned(configs: list[triton.Config], interpreted: triton.Config, reset_to_zero: list[str] | None = None):
-    """Choose the fastest of some tilings when a kernel first meets a kind of block, window and depth."""
+def _autotune(configs: list[triton.Config], interpreted: triton.Config, reset_to_zero: list[str] | None = None):
+    """Autotune the tiling once for each block size, window and depth."""
 
-    def suited(configs: list[triton.Config], arguments: dict, **constants: int) -> list[triton.Config]:
-        # Tiles larger than a block's queries do work for nothing, much smaller ones read the window too often.
+    def prune(configs: list[triton.Config], arguments: dict, **constants: int) -> list[triton.Config]:
+        # Tiles larger than a block's queries waste work, much smaller ones reread the window too often.
         queries = max(16, triton.next_power_of_2({**arguments, **constants}["QUERIES"] ** 2))
         return [c for c in configs if min(queries, 32) <= c.kwargs["BLOCK_M"] <= queries]
 
@@ -47,7 +47,7 @@ def _tuned(configs: list[triton.Config], interpreted: triton.Config, reset_to_ze
         [interpreted] if INTERPRETED else configs,
         key=["D_QK", "D_V", "BLOCK", "QUERIES", "WINDOW_H", "WINDOW_W"],
         reset_to_zero=reset_to_zero,
-        prune_configs_by=None if INTERPRETED else {"early_config_prune": suited},
+        prune_configs_by=None if INTERPRETED else {"early_config_prune": prune},
     )
 
 
@@ -56,20 +56,20 @@ def _config(warps: int, stages: int = 2, **sizes: int) -> triton.Config:
 
 
 @triton.jit
-def _place(index, rows, columns, tiles, heads):
-    """The image, row, column, tile and head that a program works on. Heads change fastest: those of a pixel share lines of cache."""
+def _decompose_index(index, rows, columns, tiles, heads):
+    """Return image, row, column, tile and head of a program. Heads vary fastest: those of a pixel share cache lines."""
     head = index % heads
     tile = index // heads % tiles
     column = index // (heads * tiles) % columns
     row = index // (heads * tiles * columns) % rows
-    # All images together may hold more than 2³¹ numbers, one may not.
+    # A batch may hold more than 2**31 elements, an image may not.
     image = (index // (heads * tiles * columns * rows)).to(tl.int64)
     return image, row, column, tile, head
 
 
 @triton.jit
 def _load(base, offsets, inside, DEPTH: tl.constexpr, PADDED: tl.constexpr):
-    """Pixels of a map (N, PADDED)."""
+    """Load the pixels at ``offsets`` as (N, PADDED)."""
     channel = tl.arange(0, PADDED)
     return tl.load(
         base + offsets[:, None] + channel[None, :], mask=inside[:, None] & (channel < DEPTH)[None, :], other=0.0
@@ -84,8 +84,8 @@ def _store(base, offsets, inside, x, DEPTH: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _queries(row, column, tile, query_height, query_width, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of a tile of a block's queries: row and column in the block and in the map, and whether they are in both."""
+def _query_tile(row, column, tile, query_height, query_width, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return row and column in the block and in the map for a tile of queries, and whether they are in both."""
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     i = m // QUERIES
     j = m % QUERIES
@@ -95,7 +95,7 @@ def _queries(row, column, tile, query_height, query_width, QUERIES: tl.constexpr
 
 
 @triton.jit
-def _keys(
+def _key_tile(
     start,
     top,
     left,
@@ -106,7 +106,7 @@ def _keys(
     MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Of a tile of a window's keys: row and column in the window and in the map, whether they lie in the map and whether they count."""
+    """Return row and column in the window and in the map for a tile of keys, if they are in the map and unmasked."""
     n = start + tl.arange(0, BLOCK_N)
     r = n // WINDOW_W
     c = n % WINDOW_W
@@ -120,8 +120,8 @@ def _keys(
 
 
 @triton.jit
-def _range(top, height, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, MASK: tl.constexpr):
-    """The first key of a window that may count, and the end: rows outside the map are passed over where they are masked."""
+def _key_range(top, height, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, MASK: tl.constexpr):
+    """Return the range of keys to visit in a window: masked rows outside the map are skipped."""
     if MASK:
         return tl.maximum(-top, 0) * WINDOW_W, tl.minimum(WINDOW_H, height - top) * WINDOW_W
     else:
@@ -129,7 +129,7 @@ def _range(top, height, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, MASK: tl
 
 
 @triton.jit
-def _positions(
+def _rel_logits(
     q,
     table,
     i,
@@ -140,12 +140,12 @@ def _positions(
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Position logits (M, PADDED) of queries (i, j) of a block: first of the ``H`` rows of the window, then of its columns."""
+    """Compute position logits (M, PADDED) of queries (i, j): those of the ``H`` window rows, then of the columns."""
     products = tl.dot(q, tl.trans(table), input_precision=PRECISION)
     return (
         tl.gather(
             products,
-            _shift(tl.arange(0, PADDED)[None, :], i[:, None], j[:, None], H, ROWS_H, QUERIES, table.shape[0]),
+            _rel_index(tl.arange(0, PADDED)[None, :], i[:, None], j[:, None], H, ROWS_H, QUERIES, table.shape[0]),
             1,
         )
         * LOG2E
@@ -153,15 +153,15 @@ def _positions(
 
 
 @triton.jit
-def _shift(number, i, j, H: tl.constexpr, ROWS_H: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr):
-    """The row of the table for row ``number`` of the window, or for a column, those being counted after its ``H`` rows."""
-    row = tl.where(number < H, number + QUERIES - 1 - i, number - H + ROWS_H + QUERIES - 1 - j)
-    # Queries beyond the block's last, and numbers beyond the last column, may read anything.
+def _rel_index(index, i, j, H: tl.constexpr, ROWS_H: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr):
+    """Return the table row for window position ``index``: the ``H`` rows of the window come first, then its columns."""
+    row = tl.where(index < H, index + QUERIES - 1 - i, index - H + ROWS_H + QUERIES - 1 - j)
+    # Queries beyond the block and indices beyond the last column are unused and may read any row.
     return tl.minimum(tl.maximum(row, 0), SPAN - 1)
 
 
 @triton.jit
-def _positions_back(
+def _rel_logits_backward(
     grad,
     i,
     j,
@@ -172,42 +172,42 @@ def _positions_back(
     PADDED: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Undo the shift: from gradients (M, PADDED) of the logits to those of the products (M, SPAN) of queries and table."""
+    """Transpose the shift: gradients (M, PADDED) of the logits to those (M, SPAN) of the query-table products."""
     row = tl.arange(0, SPAN)[None, :]
-    for_h = row < ROWS_H
-    number = tl.where(for_h, row - (QUERIES - 1 - i)[:, None], row - ROWS_H - (QUERIES - 1 - j)[:, None])
-    exists = (number >= 0) & (number < tl.where(for_h, H, W))
-    shifted = tl.gather(grad, tl.minimum(tl.maximum(number + tl.where(for_h, 0, H), 0), PADDED - 1), 1)
-    return tl.where(exists, shifted, 0.0)
+    is_row = row < ROWS_H
+    index = tl.where(is_row, row - (QUERIES - 1 - i)[:, None], row - ROWS_H - (QUERIES - 1 - j)[:, None])
+    in_table = (index >= 0) & (index < tl.where(is_row, H, W))
+    shifted = tl.gather(grad, tl.minimum(tl.maximum(index + tl.where(is_row, 0, H), 0), PADDED - 1), 1)
+    return tl.where(in_table, shifted, 0.0)
 
 
 @triton.jit
-def _two_ones(r, c, H: tl.constexpr, PADDED: tl.constexpr, dtype: tl.constexpr):
-    """(PADDED, N): the column of a key holds a one for its row and one for its column in the window."""
-    number = tl.arange(0, PADDED)[:, None]
-    return ((number == r[None, :]) | (number == c[None, :] + H)).to(dtype)
+def _rel_selector(r, c, H: tl.constexpr, PADDED: tl.constexpr, dtype: tl.constexpr):
+    """Return a (PADDED, N) matrix with two ones per key: at its row and at its column in the window."""
+    index = tl.arange(0, PADDED)[:, None]
+    return ((index == r[None, :]) | (index == c[None, :] + H)).to(dtype)
 
 
 @triton.jit
-def _scores(q, keys, along, r, c, counted, scale, H: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
-    """Logits (M, N) of queries and a tile of the window."""
+def _scores(q, keys, rel_logits, r, c, counted, scale, H: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute the logits (M, N) of queries and a tile of keys."""
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
-    scores = tl.dot(along, _two_ones(r, c, H, PADDED, tl.float32), scores, input_precision=PRECISION)
-    return tl.where(counted[None, :], scores, NEVER)
+    scores = tl.dot(rel_logits, _rel_selector(r, c, H, PADDED, tl.float32), scores, input_precision=PRECISION)
+    return tl.where(counted[None, :], scores, MASKED)
 
 
 @triton.jit
-def _mix(scores, values, highest, total, mixed, PRECISION: tl.constexpr):
-    """Add a tile of values to the weighted sum, as the softmax that runs along the tiles weighs them."""
-    new = tl.maximum(highest, tl.max(scores, 1))
-    decay = tl.exp2(highest - new)
+def _online_softmax_step(scores, values, running_max, running_sum, accumulator, PRECISION: tl.constexpr):
+    """Accumulate a tile of values with the online softmax."""
+    new = tl.maximum(running_max, tl.max(scores, 1))
+    decay = tl.exp2(running_max - new)
     weights = tl.exp2(scores - new[:, None])
-    total = total * decay + tl.sum(weights, 1)
-    mixed = tl.dot(weights.to(values.dtype), values, mixed * decay[:, None], input_precision=PRECISION)
-    return new, total, mixed
+    running_sum = running_sum * decay + tl.sum(weights, 1)
+    accumulator = tl.dot(weights.to(values.dtype), values, accumulator * decay[:, None], input_precision=PRECISION)
+    return new, running_sum, accumulator
 
 
-@_tuned(
+@_autotune(
     [
         _config(1, BLOCK_M=16, BLOCK_N=32),
         _config(2, BLOCK_M=16, BLOCK_N=64),
@@ -219,7 +219,7 @@ def _mix(scores, values, highest, total, mixed, PRECISION: tl.constexpr):
     ],
     _config(4, BLOCK_M=32, BLOCK_N=64),
 )
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def forward(
     q, k, v, table, extra_k, extra_v, out, lse, scale,
     images, height, width, query_height, query_width, rows, columns, heads,
@@ -230,31 +230,35 @@ def forward(
     MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of the queries of one block and head."""
+    """Compute output and log-sum-exp. One program: a tile of the queries of one block and head."""
     ROWS_H: tl.constexpr = WINDOW_H + QUERIES - 1
     ROWS_W: tl.constexpr = WINDOW_W + QUERIES - 1
     tiles = tl.cdiv(QUERIES * QUERIES, BLOCK_M)
-    image, row, column, tile, head = _place(tl.program_id(0), rows, columns, tiles, heads)
-    i, j, y, x, present = _queries(row, column, tile, query_height, query_width, QUERIES, BLOCK_M)
-    queries = _load(q + image * q_image + head * q_head, y * q_y + x * q_x, present, D_QK, QK_PADDED)
+    image, row, column, tile, head = _decompose_index(tl.program_id(0), rows, columns, tiles, heads)
+    i, j, y, x, valid = _query_tile(row, column, tile, query_height, query_width, QUERIES, BLOCK_M)
+    queries = _load(q + image * q_image + head * q_head, y * q_y + x * q_x, valid, D_QK, QK_PADDED)
     rows_of_table = tl.arange(0, SPAN)
     positions = _load(table, rows_of_table * D_QK, rows_of_table < ROWS_H + ROWS_W, D_QK, QK_PADDED)
-    along = _positions(queries, positions, i, j, WINDOW_H, ROWS_H, QUERIES, WINDOW_PADDED, PRECISION)
-    highest = tl.full([BLOCK_M], NEVER, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, V_PADDED], tl.float32)
+    rel_logits = _rel_logits(queries, positions, i, j, WINDOW_H, ROWS_H, QUERIES, WINDOW_PADDED, PRECISION)
+    running_max = tl.full([BLOCK_M], MASKED, tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, V_PADDED], tl.float32)
 
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
     top = row * BLOCK - TOP
     left = column * BLOCK - LEFT
-    first, end = _range(top, height, WINDOW_H, WINDOW_W, MASK)
+    first, end = _key_range(top, height, WINDOW_H, WINDOW_W, MASK)
     for start in range(first, end, BLOCK_N):
-        r, c, key_y, key_x, inside, counted = _keys(start, top, left, height, width, WINDOW_H, WINDOW_W, MASK, BLOCK_N)
+        r, c, key_y, key_x, inside, counted = _key_tile(
+            start, top, left, height, width, WINDOW_H, WINDOW_W, MASK, BLOCK_N
+        )
         keys = _load(k, key_y * k_y + key_x * k_x, inside, D_QK, QK_PADDED)
         values = _load(v, key_y * v_y + key_x * v_x, inside, D_V, V_PADDED)
-        scores = _scores(queries, keys, along, r, c, counted, scale * LOG2E, WINDOW_H, WINDOW_PADDED, PRECISION)
-        highest, total, mixed = _mix(scores, values, highest, total, mixed, PRECISION)
+        scores = _scores(queries, keys, rel_logits, r, c, counted, scale * LOG2E, WINDOW_H, WINDOW_PADDED, PRECISION)
+        running_max, running_sum, accumulator = _online_softmax_step(
+            scores, values, running_max, running_sum, accumulator, PRECISION
+        )
     if EXTRA:
         block = ((image * heads + head) * rows + row) * columns + column
         for start in range(0, EXTRA, EXTRA_TILE):
@@ -262,17 +266,17 @@ def forward(
             keys = _load(extra_k + block * (EXTRA * D_QK), e * D_QK, e < EXTRA, D_QK, QK_PADDED)
             values = _load(extra_v + block * (EXTRA * D_V), e * D_V, e < EXTRA, D_V, V_PADDED)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
-            highest, total, mixed = _mix(
-                tl.where((e < EXTRA)[None, :], scores, NEVER), values, highest, total, mixed, PRECISION
+            running_max, running_sum, accumulator = _online_softmax_step(
+                tl.where((e < EXTRA)[None, :], scores, MASKED), values, running_max, running_sum, accumulator, PRECISION
             )
 
     out += (image * query_height * query_width * heads + head) * D_V
-    _store(out, (y * query_width + x) * heads * D_V, present, mixed / total[:, None], D_V, V_PADDED)
+    _store(out, (y * query_width + x) * heads * D_V, valid, accumulator / running_sum[:, None], D_V, V_PADDED)
     lse += (image * heads + head) * query_height * query_width
-    tl.store(lse + y * query_width + x, highest + tl.log2(total), mask=present)
+    tl.store(lse + y * query_width + x, running_max + tl.log2(running_sum), mask=valid)
 
 
-@_tuned(
+@_autotune(
     [
         _config(1, BLOCK_M=16, BLOCK_N=32),
         _config(2, BLOCK_M=16, BLOCK_N=64),
@@ -284,64 +288,67 @@ def forward(
     _config(4, BLOCK_M=32, BLOCK_N=64),
     reset_to_zero=["grad_table"],
 )
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def backward_queries(
     q, k, v, table, extra_k, extra_v, out, lse, grad, delta, grad_q, grad_table, scale,
     images, height, width, query_height, query_width, rows, columns, heads,
-    q_image, q_head, q_y, q_x, k_image, k_head, k_y, k_x, v_image, v_head, v_y, v_x, grad_image, grad_head, grad_y, grad_x,
+    q_image, q_head, q_y, q_x, k_image, k_head, k_y, k_x, v_image, v_head, v_y, v_x,
+    grad_image, grad_head, grad_y, grad_x,
     D_QK: tl.constexpr, D_V: tl.constexpr, QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr, EXTRA: tl.constexpr,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, WINDOW_PADDED: tl.constexpr, SPAN: tl.constexpr,
     MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, and of the position table one summand per program; ``delta``, the products of out and grad, on the way.
+    """Compute query gradients, a partial table gradient per program, and ``delta`` (row sums of out * grad).
 
-    One program: every ``num_programs``-th of the tiles of queries, so that few summands are left.
+    One program: every ``num_programs``-th tile of queries, which keeps the number of partial sums small.
     """
     ROWS_H: tl.constexpr = WINDOW_H + QUERIES - 1
     ROWS_W: tl.constexpr = WINDOW_W + QUERIES - 1
     tiles = tl.cdiv(QUERIES * QUERIES, BLOCK_M)
     grad_table += tl.program_id(0) * ((ROWS_H + ROWS_W) * D_QK)
     rows_of_table = tl.arange(0, SPAN)
-    # What is alike for all tiles would fill the registers if the compiler moved it out of this loop.
+    # Hoisting loop invariants out of this loop would spill registers.
     for item in tl.range(
         tl.program_id(0), images * rows * columns * tiles * heads, tl.num_programs(0), disable_licm=True
     ):
-        image, row, column, tile, head = _place(item, rows, columns, tiles, heads)
-        i, j, y, x, present = _queries(row, column, tile, query_height, query_width, QUERIES, BLOCK_M)
-        queries = _load(q + image * q_image + head * q_head, y * q_y + x * q_x, present, D_QK, QK_PADDED)
+        image, row, column, tile, head = _decompose_index(item, rows, columns, tiles, heads)
+        i, j, y, x, valid = _query_tile(row, column, tile, query_height, query_width, QUERIES, BLOCK_M)
+        queries = _load(q + image * q_image + head * q_head, y * q_y + x * q_x, valid, D_QK, QK_PADDED)
         positions = _load(table, rows_of_table * D_QK, rows_of_table < ROWS_H + ROWS_W, D_QK, QK_PADDED)
-        along = _positions(queries, positions, i, j, WINDOW_H, ROWS_H, QUERIES, WINDOW_PADDED, PRECISION)
-        grads = _load(grad + image * grad_image + head * grad_head, y * grad_y + x * grad_x, present, D_V, V_PADDED)
+        rel_logits = _rel_logits(queries, positions, i, j, WINDOW_H, ROWS_H, QUERIES, WINDOW_PADDED, PRECISION)
+        grads = _load(grad + image * grad_image + head * grad_head, y * grad_y + x * grad_x, valid, D_V, V_PADDED)
         pixel = y * query_width + x
         out_offset = (image * query_height * query_width * heads + head) * D_V
-        outs = _load(out + out_offset, pixel * heads * D_V, present, D_V, V_PADDED)
-        inner = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
+        outs = _load(out + out_offset, pixel * heads * D_V, valid, D_V, V_PADDED)
+        row_delta = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
         query_offset = (image * heads + head) * query_height * query_width
-        tl.store(delta + query_offset + pixel, inner, mask=present)
-        # A query outside the map weighs nothing: 2 to the power of minus infinity.
-        norm = tl.load(lse + query_offset + pixel, mask=present, other=float("inf"))
+        tl.store(delta + query_offset + pixel, row_delta, mask=valid)
+        # Queries outside the map get weight exp2(-inf) = 0.
+        row_lse = tl.load(lse + query_offset + pixel, mask=valid, other=float("inf"))
 
         grad_queries = tl.zeros([BLOCK_M, QK_PADDED], tl.float32)
-        grad_along = tl.zeros([BLOCK_M, WINDOW_PADDED], tl.float32)
+        grad_rel_logits = tl.zeros([BLOCK_M, WINDOW_PADDED], tl.float32)
         k_base = k + image * k_image + head * k_head
         v_base = v + image * v_image + head * v_head
         top = row * BLOCK - TOP
         left = column * BLOCK - LEFT
-        first, end = _range(top, height, WINDOW_H, WINDOW_W, MASK)
+        first, end = _key_range(top, height, WINDOW_H, WINDOW_W, MASK)
         for start in range(first, end, BLOCK_N):
-            r, c, key_y, key_x, inside, counted = _keys(
+            r, c, key_y, key_x, inside, counted = _key_tile(
                 start, top, left, height, width, WINDOW_H, WINDOW_W, MASK, BLOCK_N
             )
             keys = _load(k_base, key_y * k_y + key_x * k_x, inside, D_QK, QK_PADDED)
             values = _load(v_base, key_y * v_y + key_x * v_x, inside, D_V, V_PADDED)
-            scores = _scores(queries, keys, along, r, c, counted, scale * LOG2E, WINDOW_H, WINDOW_PADDED, PRECISION)
+            scores = _scores(
+                queries, keys, rel_logits, r, c, counted, scale * LOG2E, WINDOW_H, WINDOW_PADDED, PRECISION
+            )
             grad_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-            grad_scores = (tl.exp2(scores - norm[:, None]) * (grad_weights - inner[:, None])).to(keys.dtype)
+            grad_scores = (tl.exp2(scores - row_lse[:, None]) * (grad_weights - row_delta[:, None])).to(keys.dtype)
             grad_queries = tl.dot(grad_scores, keys, grad_queries, input_precision=PRECISION)
-            ones = tl.trans(_two_ones(r, c, WINDOW_H, WINDOW_PADDED, keys.dtype))
-            grad_along = tl.dot(grad_scores, ones, grad_along, input_precision=PRECISION)
+            selector = tl.trans(_rel_selector(r, c, WINDOW_H, WINDOW_PADDED, keys.dtype))
+            grad_rel_logits = tl.dot(grad_scores, selector, grad_rel_logits, input_precision=PRECISION)
         if EXTRA:
             block = ((image * heads + head) * rows + row) * columns + column
             for start in range(0, EXTRA, EXTRA_TILE):
@@ -350,36 +357,38 @@ def backward_queries(
                 values = _load(extra_v + block * (EXTRA * D_V), e * D_V, e < EXTRA, D_V, V_PADDED)
                 scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
                 grad_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-                scores = tl.where((e < EXTRA)[None, :], scores, NEVER)
-                grad_scores = (tl.exp2(scores - norm[:, None]) * (grad_weights - inner[:, None])).to(keys.dtype)
+                scores = tl.where((e < EXTRA)[None, :], scores, MASKED)
+                grad_scores = (tl.exp2(scores - row_lse[:, None]) * (grad_weights - row_delta[:, None])).to(keys.dtype)
                 grad_queries = tl.dot(grad_scores, keys, grad_queries, input_precision=PRECISION)
 
-        products = _positions_back(grad_along, i, j, WINDOW_H, WINDOW_W, ROWS_H, QUERIES, WINDOW_PADDED, SPAN).to(
-            queries.dtype
-        )
+        products = _rel_logits_backward(
+            grad_rel_logits, i, j, WINDOW_H, WINDOW_W, ROWS_H, QUERIES, WINDOW_PADDED, SPAN
+        ).to(queries.dtype)
         grad_queries = tl.dot(products, positions, grad_queries * scale, input_precision=PRECISION)
         grad_q_offset = (image * query_height * query_width * heads + head) * D_QK
-        _store(grad_q + grad_q_offset, pixel * heads * D_QK, present, grad_queries, D_QK, QK_PADDED)
+        _store(grad_q + grad_q_offset, pixel * heads * D_QK, valid, grad_queries, D_QK, QK_PADDED)
 
-        # The sum would take too many registers across the loop above: it stays in memory that only this program touches.
-        summand = _load(grad_table, rows_of_table * D_QK, rows_of_table < ROWS_H + ROWS_W, D_QK, QK_PADDED)
-        summand = tl.dot(tl.trans(products), queries, summand, input_precision=PRECISION)
-        _store(grad_table, rows_of_table * D_QK, rows_of_table < ROWS_H + ROWS_W, summand, D_QK, QK_PADDED)
-        tl.debug_barrier()  # what one thread has stored another may load for the next tile
+        # Accumulated in memory owned by this program: in registers it would spill across the loop above.
+        partial_sum = _load(grad_table, rows_of_table * D_QK, rows_of_table < ROWS_H + ROWS_W, D_QK, QK_PADDED)
+        partial_sum = tl.dot(tl.trans(products), queries, partial_sum, input_precision=PRECISION)
+        _store(grad_table, rows_of_table * D_QK, rows_of_table < ROWS_H + ROWS_W, partial_sum, D_QK, QK_PADDED)
+        tl.debug_barrier()  # other threads load this for the next tile
 
 
 @triton.jit
-def _key_step(keys, values, queries, grads, scores, norm, inner, grad_keys, grad_values, PRECISION: tl.constexpr):
-    """Add what a tile of queries gives to the gradients of keys and values; scores are (N, M)."""
-    weights = tl.exp2(scores - norm[None, :])
+def _key_step(
+    keys, values, queries, grads, scores, row_lse, row_delta, grad_keys, grad_values, PRECISION: tl.constexpr
+):
+    """Accumulate the gradients of keys and values over a tile of queries; scores are (N, M)."""
+    weights = tl.exp2(scores - row_lse[None, :])
     grad_values = tl.dot(weights.to(grads.dtype), grads, grad_values, input_precision=PRECISION)
     grad_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-    grad_scores = (weights * (grad_weights - inner[None, :])).to(queries.dtype)
+    grad_scores = (weights * (grad_weights - row_delta[None, :])).to(queries.dtype)
     grad_keys = tl.dot(grad_scores, queries, grad_keys, input_precision=PRECISION)
     return grad_keys, grad_values
 
 
-@_tuned(
+@_autotune(
     [
         _config(1, TILE_H=4, TILE_W=4, BLOCK_M=16),
         _config(2, TILE_H=4, TILE_W=8, BLOCK_M=16),
@@ -398,20 +407,21 @@ def _key_step(keys, values, queries, grads, scores, norm, inner, grad_keys, grad
         ),
     }
 )
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def backward_keys(
     q, k, v, table, lse, grad, delta, grad_k, grad_v, scale,
     images, height, width, query_height, query_width, rows, columns, heads,
-    q_image, q_head, q_y, q_x, k_image, k_head, k_y, k_x, v_image, v_head, v_y, v_x, grad_image, grad_head, grad_y, grad_x,
+    q_image, q_head, q_y, q_x, k_image, k_head, k_y, k_x, v_image, v_head, v_y, v_x,
+    grad_image, grad_head, grad_y, grad_x,
     D_QK: tl.constexpr, D_V: tl.constexpr, QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PRECISION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, TILE_PADDED: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values.
+    """Compute the gradients of keys and values.
 
-    One program: a rectangle of the map, of one head. The blocks whose windows cover some of it lie in a rectangle too, and are fewest where
-    the first begins as far below the map's edge as windows reach below their blocks: where the two are of a size, 4 blocks and not 9.
+    One program: a rectangle of the map of one head. The blocks whose windows overlap it form a rectangle too. Tiles are
+    offset by the lower right halo, which minimizes their number: 4 instead of 9 if tile and block have the same size.
     """
     BELOW: tl.constexpr = WINDOW_H - TOP - BLOCK
     RIGHT: tl.constexpr = WINDOW_W - LEFT - BLOCK
@@ -419,7 +429,7 @@ def backward_keys(
     LEAD_X: tl.constexpr = (TILE_W - RIGHT % TILE_W) % TILE_W
     tiles_y = tl.cdiv(height + LEAD_Y, TILE_H)
     tiles_x = tl.cdiv(width + LEAD_X, TILE_W)
-    image, tile_y, tile_x, _, head = _place(tl.program_id(0), tiles_y, tiles_x, 1, heads)
+    image, tile_y, tile_x, _, head = _decompose_index(tl.program_id(0), tiles_y, tiles_x, 1, heads)
     first_y = tile_y * TILE_H - LEAD_Y
     first_x = tile_x * TILE_W - LEAD_X
     n = tl.arange(0, TILE_H * TILE_W)
@@ -438,7 +448,7 @@ def backward_keys(
     ROWS_H: tl.constexpr = WINDOW_H + QUERIES - 1
     ROWS_W: tl.constexpr = WINDOW_W + QUERIES - 1
     REACH_H: tl.constexpr = TILE_H + QUERIES - 1
-    ones = tl.trans(_two_ones(n // TILE_W, n % TILE_W, TILE_H, TILE_PADDED, tl.float32))
+    selector = tl.trans(_rel_selector(n // TILE_W, n % TILE_W, TILE_H, TILE_PADDED, tl.float32))
     TILES: tl.constexpr = (QUERIES * QUERIES + BLOCK_M - 1) // BLOCK_M
     across = (end_column - column) * TILES
     q += image * q_image + head * q_head
@@ -448,34 +458,35 @@ def backward_keys(
     for visit in range(0, (end_row - row) * across):
         block_y = row + visit // across
         block_x = column + visit % across // TILES
-        i, j, query_y, query_x, present = _queries(
+        i, j, query_y, query_x, valid = _query_tile(
             block_y, block_x, visit % TILES, query_height, query_width, QUERIES, BLOCK_M
         )
-        queries = _load(q, query_y * q_y + query_x * q_x, present, D_QK, QK_PADDED)
-        grads = _load(grad, query_y * grad_y + query_x * grad_x, present, D_V, V_PADDED)
-        norm = tl.load(lse + query_y * query_width + query_x, mask=present, other=float("inf"))
-        inner = tl.load(delta + query_y * query_width + query_x, mask=present, other=0.0)
+        queries = _load(q, query_y * q_y + query_x * q_x, valid, D_QK, QK_PADDED)
+        grads = _load(grad, query_y * grad_y + query_x * grad_x, valid, D_V, V_PADDED)
+        row_lse = tl.load(lse + query_y * query_width + query_x, mask=valid, other=float("inf"))
+        row_delta = tl.load(delta + query_y * query_width + query_x, mask=valid, other=0.0)
 
-        # The first row and column of the rectangle, counted in the window of this block; they may lie outside it. Of the table only the
-        # rows are needed for keys from there on.
+        # Position of the tile in the window of this block, possibly outside. Only table rows from there on are needed.
         r = first_y - block_y * BLOCK + TOP
         c = first_x - block_x * BLOCK + LEFT
         t = tl.arange(0, SPAN)
-        for_h = t < REACH_H
-        t = tl.where(for_h, t + r, t - REACH_H + c)
-        exists = (t >= 0) & (t < tl.where(for_h, ROWS_H, ROWS_W))
-        positions = _load(table, tl.where(for_h, t, t + ROWS_H) * D_QK, exists, D_QK, QK_PADDED)
+        is_row = t < REACH_H
+        t = tl.where(is_row, t + r, t - REACH_H + c)
+        in_table = (t >= 0) & (t < tl.where(is_row, ROWS_H, ROWS_W))
+        positions = _load(table, tl.where(is_row, t, t + ROWS_H) * D_QK, in_table, D_QK, QK_PADDED)
         products = tl.dot(positions, tl.trans(queries), input_precision=PRECISION)
-        number = tl.arange(0, TILE_PADDED)[:, None]
-        along = tl.gather(products, _shift(number, i[None, :], j[None, :], TILE_H, REACH_H, QUERIES, SPAN), 0) * LOG2E
+        index = tl.arange(0, TILE_PADDED)[:, None]
+        rel_logits = (
+            tl.gather(products, _rel_index(index, i[None, :], j[None, :], TILE_H, REACH_H, QUERIES, SPAN), 0) * LOG2E
+        )
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.dot(ones, along, scores, input_precision=PRECISION)
+        scores = tl.dot(selector, rel_logits, scores, input_precision=PRECISION)
         r += n // TILE_W
         c += n % TILE_W
         covered = inside & (r >= 0) & (r < WINDOW_H) & (c >= 0) & (c < WINDOW_W)
-        scores = tl.where(covered[:, None], scores, NEVER)
+        scores = tl.where(covered[:, None], scores, MASKED)
         grad_keys, grad_values = _key_step(
-            keys, values, queries, grads, scores, norm, inner, grad_keys, grad_values, PRECISION
+            keys, values, queries, grads, scores, row_lse, row_delta, grad_keys, grad_values, PRECISION
         )
 
     pixel = (image * height + y) * width + x
@@ -483,7 +494,7 @@ def backward_keys(
     _store(grad_v + head * D_V, pixel * heads * D_V, inside, grad_values, D_V, V_PADDED)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def backward_extra(
     q, extra_k, extra_v, lse, grad, delta, grad_extra_k, grad_extra_v, scale,
     images, height, width, query_height, query_width, rows, columns, heads,
@@ -491,8 +502,10 @@ def backward_extra(
     D_QK: tl.constexpr, D_V: tl.constexpr, QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr, EXTRA: tl.constexpr,
     QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of extra keys and values. One program: a tile of those of one block and head."""
-    image, row, column, tile, head = _place(tl.program_id(0), rows, columns, tl.cdiv(EXTRA, EXTRA_TILE), heads)
+    """Compute the gradients of extra keys and values. One program: a tile of those of one block and head."""
+    image, row, column, tile, head = _decompose_index(
+        tl.program_id(0), rows, columns, tl.cdiv(EXTRA, EXTRA_TILE), heads
+    )
     e = tile * EXTRA_TILE + tl.arange(0, EXTRA_TILE)
     block = ((image * heads + head) * rows + row) * columns + column
     keys = _load(extra_k + block * (EXTRA * D_QK), e * D_QK, e < EXTRA, D_QK, QK_PADDED)
@@ -501,15 +514,15 @@ def backward_extra(
     grad_values = tl.zeros([EXTRA_TILE, V_PADDED], tl.float32)
     query_offset = (image * heads + head) * query_height * query_width
     for query_tile in range(0, tl.cdiv(QUERIES * QUERIES, EXTRA_QUERIES)):
-        _, _, y, x, present = _queries(row, column, query_tile, query_height, query_width, QUERIES, EXTRA_QUERIES)
-        queries = _load(q + image * q_image + head * q_head, y * q_y + x * q_x, present, D_QK, QK_PADDED)
-        grads = _load(grad + image * grad_image + head * grad_head, y * grad_y + x * grad_x, present, D_V, V_PADDED)
-        norm = tl.load(lse + query_offset + y * query_width + x, mask=present, other=float("inf"))
-        inner = tl.load(delta + query_offset + y * query_width + x, mask=present, other=0.0)
+        _, _, y, x, valid = _query_tile(row, column, query_tile, query_height, query_width, QUERIES, EXTRA_QUERIES)
+        queries = _load(q + image * q_image + head * q_head, y * q_y + x * q_x, valid, D_QK, QK_PADDED)
+        grads = _load(grad + image * grad_image + head * grad_head, y * grad_y + x * grad_x, valid, D_V, V_PADDED)
+        row_lse = tl.load(lse + query_offset + y * query_width + x, mask=valid, other=float("inf"))
+        row_delta = tl.load(delta + query_offset + y * query_width + x, mask=valid, other=0.0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.where((e < EXTRA)[:, None], scores, NEVER)
+        scores = tl.where((e < EXTRA)[:, None], scores, MASKED)
         grad_keys, grad_values = _key_step(
-            keys, values, queries, grads, scores, norm, inner, grad_keys, grad_values, PRECISION
+            keys, values, queries, grads, scores, row_lse, row_delta, grad_keys, grad_values, PRECISION
         )
     _store(grad_extra_k + block * (EXTRA * D_QK), e * D_QK, e < EXTRA, grad_keys * scale, D_QK, QK_PADDED)
     _store(grad_extra_v + block * (EXTRA * D_V), e * D_V, e < EXTRA, grad_values, D_V, V_PADDED)

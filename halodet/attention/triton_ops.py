@@ -1,9 +1,9 @@
-"""Halo attention on a GPU, by the kernels of :mod:`.triton_kernels`, as operators that autograd and ``torch.compile`` know.
+"""Halo attention on a GPU: :mod:`.triton_kernels` as custom operators for autograd and ``torch.compile``.
 
-Windows and scores never reach memory. What is kept for the backward is the maps, the result and one number per query and head.
+Windows and scores never reach memory; the backward keeps the maps, the output and one number per query and head.
 
-The operators launch kernels and nothing else: no copy from or to the host, no waiting, so that CUDA graphs can hold them. The first call
-for a kind of block, window, depth and type tries a few tilings; let it, and its backward, run once before a graph is captured.
+The operators only launch kernels (no host copies, no synchronization), so CUDA graphs can capture them. The first call
+for each block size, window, depth and dtype autotunes: run it and its backward once before capturing a graph.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from halodet.attention.layout import BlockLayout
 import torch
 from torch import Tensor
 
-MIN_TRITON = (3, 5)  # the first whose loops can be told to hoist nothing
+MIN_TRITON = (3, 5)  # first version with tl.range(disable_licm=True)
 MAX_DEPTH = 128
-MAX_ROWS = 256  # of both position tables, as far as they are read
-PROGRAMS = 1024  # at most, that share the gradient of the position tables; each leaves a summand of its size
+MAX_ROWS = 256  # rows read from both position tables
+PROGRAMS = 1024  # maximum number of partial sums of the position table gradient
 
 
 def halo_attention_triton(
@@ -31,72 +31,73 @@ def halo_attention_triton(
     rel_w: Tensor,
     extra_k: Tensor | None,
     extra_v: Tensor | None,
-    shape: BlockLayout,
+    layout: BlockLayout,
 ) -> Tensor:
-    """Halo attention on a GPU; tensors as in :func:`halodet.attention.halo_attention`. It can be differentiated once.
+    """Compute halo attention on a GPU; tensors as in :func:`halodet.attention.halo_attention`. Differentiable once.
 
-    The result does not change from run to run. Sums are in float32; so are products of float32, unless PyTorch may use TF32 for those.
+    Deterministic. Accumulates in float32 and multiplies float32 as float32, unless PyTorch is allowed to use TF32.
 
     Raises:
-        ValueError: Triton cannot be used here (:func:`triton_unavailable_reason`) or not for these tensors (:func:`unsupported_reason`).
+        ValueError: see :func:`triton_unavailable_reason` and :func:`unsupported_reason`.
     """
-    if problem := triton_unavailable_reason(q.device) or unsupported_reason(q, v, shape):
-        raise ValueError(f"{problem}: use backend='auto'")
+    if reason := triton_unavailable_reason(q.device) or unsupported_reason(q, v, layout):
+        raise ValueError(f"backend='triton' is not usable: {reason}. Fix: use backend='auto'.")
     # No query reads the first rows of a table.
     table = torch.cat(
-        [x[window - shape.queries :] for x, window in ((rel_h, shape.window_height), (rel_w, shape.window_width))]
+        [x[window - layout.queries :] for x, window in ((rel_h, layout.window_height), (rel_w, layout.window_width))]
     )
-    halo = [shape.top, shape.bottom, shape.left, shape.right]
-    return _forward(q, k, v, table, extra_k, extra_v, shape.block, halo, shape.stride, shape.mask, shape.scale)[0]
+    halo = [layout.top, layout.bottom, layout.left, layout.right]
+    return _forward(q, k, v, table, extra_k, extra_v, layout.block, halo, layout.stride, layout.mask, layout.scale)[0]
 
 
-# While compiling, the answer is looked up rather than traced.
+# torch.compile evaluates this once instead of tracing it.
 @torch.compiler.assume_constant_result
 def triton_unavailable_reason(device: torch.device) -> str | None:
-    """Why the Triton backend cannot be used on a device, in a sentence, or None.
+    """Return why the Triton backend is not usable on a device, or None if it is; the result is cached.
 
-    Triton is missing or too old, or the device is no GPU or too old a one. The answer is found once. With TRITON_INTERPRET=1 set before
-    Triton is imported, its interpreter stands in for a GPU: slow, for tests.
+    Triton is missing or too old, or the device is not a GPU or too old. With TRITON_INTERPRET=1 set before Triton is
+    imported, the kernels run in Triton's interpreter on the CPU (slow, for tests).
     """
-    return _problem(device)
+    return _unavailable_reason(device)
 
 
 @functools.cache
-def _problem(device: torch.device) -> str | None:
+def _unavailable_reason(device: torch.device) -> str | None:
     try:
         import triton
     except ImportError:
-        return "the Triton backend needs Triton, which is not installed (pip install triton, on Windows triton-windows)"
+        return "Triton is not installed (pip install triton; on Windows triton-windows)"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
-        needed = ".".join(map(str, MIN_TRITON))
-        return f"the Triton backend needs Triton {needed} or newer (PyTorch 2.9 brings it) and this is {triton.__version__}"
+        expected = ".".join(map(str, MIN_TRITON))
+        return f"Triton {triton.__version__} is too old, expected {expected} or newer (included in PyTorch 2.9)"
     if _kernels().INTERPRETED:
         return None
     if device.type != "cuda":
-        return f"the Triton backend needs a GPU and the tensors are on {device}"
+        return f"Triton needs a GPU, but the tensors are on {device}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"the Triton backend needs a GPU of compute capability 8.0 or more and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {major}.{minor}, expected 8.0 or higher"
     return None
 
 
-def unsupported_reason(q: Tensor, v: Tensor, shape: BlockLayout) -> str | None:
-    """Why the kernels cannot work on these tensors, in a sentence, or None.
+def unsupported_reason(q: Tensor, v: Tensor, layout: BlockLayout) -> str | None:
+    """Return why the Triton kernels do not support these tensors, or None if they do.
 
-    They know no float64, and their tiles of more than 128 channels, or of windows and blocks of more than 256 positions, would not fit into
-    the registers of a GPU.
+    float64 is not supported, and tiles of more than 128 channels or 256 table rows would not fit into registers.
     """
     if q.dtype == torch.float64:
-        return "the Triton backend adds in float32 and takes no float64"
-    if max(q.shape[2], v.shape[2]) > MAX_DEPTH:
-        return f"the Triton backend takes at most {MAX_DEPTH} channels per head, not {max(q.shape[2], v.shape[2])}"
-    if _table_rows(shape) > MAX_ROWS:
-        return f"the Triton backend takes at most {MAX_ROWS} rows of both position tables in use, and these windows have {_table_rows(shape)}"
+        return "the Triton backend does not support float64"
+    depth = max(q.shape[2], v.shape[2])
+    if depth > MAX_DEPTH:
+        return f"the Triton backend supports at most {MAX_DEPTH} channels per head, got {depth}"
+    if _table_rows(layout) > MAX_ROWS:
+        return f"the Triton backend supports at most {MAX_ROWS} position table rows, got {_table_rows(layout)}"
     return None
 
 
 def _kernels() -> Any:
-    """Triton is imported when it is first needed: not every machine has it."""
+    """Import the kernels on first use: Triton is optional."""
     return importlib.import_module(".triton_kernels", __package__)
 
 
@@ -113,19 +114,19 @@ def _attend(
     mask: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and of every query the base-2 logarithm of the sum that its softmax divides by (B, heads, H, W)."""
-    kernels, shape = _kernels(), BlockLayout(*k.shape[-2:], block, *halo, stride, mask, scale)
+    """Return the output and the base-2 log-sum-exp of every query (B, heads, H, W)."""
+    kernels, layout = _kernels(), BlockLayout(*k.shape[-2:], block, *halo, stride, mask, scale)
     _check_offsets(q, k, v)
     q, k, v = (_channels_last(x) for x in (q, k, v))
     table, extra_k, extra_v = (None if x is None else x.contiguous() for x in (table, extra_k, extra_v))
     out, lse = _attend_fake(q, k, v)
     with torch.cuda.device_of(q):
-        kernels.forward[lambda tile: (_query_tiles(q, shape, tile["BLOCK_M"]),)](
+        kernels.forward[lambda tile: (_query_tiles(q, layout, tile["BLOCK_M"]),)](
             *(q, k, v, table, extra_k, extra_v, out, lse),
-            **_sizes(q, v, shape),
+            **_sizes(q, v, layout),
             **_strides(q=q, k=k, v=v),
-            **_window(shape),
-            **_whole_window(shape, extra_k),
+            **_window(layout),
+            **_whole_window(layout, extra_k),
         )
     return out, lse
 
@@ -150,33 +151,33 @@ def _attend_backward(
     mask: bool,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """The gradients of what :func:`_attend` takes; empty tensors for extra keys and values that there are not."""
-    kernels, shape = _kernels(), BlockLayout(*k.shape[-2:], block, *halo, stride, mask, scale)
+    """Return the gradients of the tensors that :func:`_attend` takes; empty ones for absent extra keys and values."""
+    kernels, layout = _kernels(), BlockLayout(*k.shape[-2:], block, *halo, stride, mask, scale)
     _check_offsets(grad)
     grad, q, k, v = (_channels_last(x) for x in (grad, q, k, v))
-    # As they were made, unless something has moved them since.
+    # A no-op unless the memory format was changed since the forward.
     out, lse = out.permute(0, 3, 4, 1, 2).contiguous(), lse.contiguous()
     table, extra_k, extra_v = (None if x is None else x.contiguous() for x in (table, extra_k, extra_v))
     grad_q, grad_k, grad_v, _, grad_extra_k, grad_extra_v = _attend_backward_fake(
         grad, out, lse, q, k, v, table, extra_k, extra_v
     )
     delta = torch.empty_like(lse)
-    grad_table = lse.new_zeros(min(PROGRAMS, _query_tiles(q, shape, 16)), *table.shape)
-    sizes, window, strides = _sizes(q, v, shape), _window(shape), _strides(q=q, k=k, v=v, grad=grad)
+    grad_table = lse.new_zeros(min(PROGRAMS, _query_tiles(q, layout, 16)), *table.shape)
+    sizes, window, strides = _sizes(q, v, layout), _window(layout), _strides(q=q, k=k, v=v, grad=grad)
     with torch.cuda.device_of(q):
-        kernels.backward_queries[lambda tile: (min(PROGRAMS, _query_tiles(q, shape, tile["BLOCK_M"])),)](
+        kernels.backward_queries[lambda tile: (min(PROGRAMS, _query_tiles(q, layout, tile["BLOCK_M"])),)](
             *(q, k, v, table, extra_k, extra_v, out, lse, grad, delta, grad_q, grad_table),
             **sizes,
             **strides,
             **window,
-            **_whole_window(shape, extra_k),
+            **_whole_window(layout, extra_k),
         )
         kernels.backward_keys[
-            lambda tile: (k.shape[0] * k.shape[1] * _key_tiles(shape, tile["TILE_H"], tile["TILE_W"]),)
+            lambda tile: (k.shape[0] * k.shape[1] * _key_tiles(layout, tile["TILE_H"], tile["TILE_W"]),)
         ](*(q, k, v, table, lse, grad, delta, grad_k, grad_v), **sizes, **strides, **window)
         if extra_k is not None:
             extra, blocks = extra_k.shape[4], extra_k.shape[:4].numel()
-            kernels.backward_extra[(blocks * _up(extra, kernels.EXTRA_TILE.value),)](
+            kernels.backward_extra[(blocks * _ceil_div(extra, kernels.EXTRA_TILE.value),)](
                 *(q, extra_k, extra_v, lse, grad, delta, grad_extra_k, grad_extra_v),
                 **sizes,
                 **_strides(q=q, grad=grad),
@@ -201,13 +202,13 @@ def _attend_backward_fake(
     return *maps, *(q.new_empty(0 if x is None else x.shape) for x in (table, extra_k, extra_v))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.block, ctx.halo, ctx.stride, ctx.mask, ctx.scale = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
     out, lse, *tensors = ctx.saved_tensors
@@ -215,8 +216,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
     return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *(None,) * 5
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("halo attention can be differentiated once; backend='unfolded' gives further derivatives")
+def _raise_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("double backward is not supported by backend='triton'. Fix: use backend='unfold'.")
 
 
 _OPTIONS = "int block, int[] halo, int stride, bool mask, float scale"
@@ -225,7 +226,7 @@ _forward = torch.library.custom_op(
     "halodet::halo_attention", _attend, mutates_args=(), schema=f"({_MAPS}, {_OPTIONS}) -> (Tensor, Tensor)"
 )
 _forward.register_fake(_attend_fake)
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 _backward = torch.library.custom_op(
     "halodet::halo_attention_backward",
     _attend_backward,
@@ -233,46 +234,46 @@ _backward = torch.library.custom_op(
     schema=f"(Tensor grad, Tensor out, Tensor lse, {_MAPS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * 6)})",
 )
 _backward.register_fake(_attend_backward_fake)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(_raise_double_backward)
 
 
 def _check_offsets(*maps: Tensor) -> None:
     for x in maps:
         if sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31:
             raise ValueError(
-                f"the Triton backend counts the numbers of an image in 32 bits, too few for {tuple(x.shape[1:])}"
+                f"map of shape {tuple(x.shape)} is too large for the Triton backend: expected less than 2**31 elements "
+                "per image. Fix: use backend='blocked'."
             )
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """A map (B, heads, d, H, W) whose channels lie side by side in memory, copied only if they do not."""
+    """Return a map (B, heads, d, H, W) whose channels are contiguous in memory, copied only if necessary."""
     return x if x.stride(2) == 1 else x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
 
 
 def _empty_map(like: Tensor, depth: int, q: Tensor) -> Tensor:
-    """A new map (B, heads, depth, H, W), in memory (B, H, W, heads, depth)."""
+    """Allocate a map (B, heads, depth, H, W), laid out in memory as (B, H, W, heads, depth)."""
     batch, heads, _, height, width = like.shape
     return q.new_empty((batch, height, width, heads, depth)).permute(0, 3, 4, 1, 2)
 
 
-def _up(count: int, step: int) -> int:
+def _ceil_div(count: int, step: int) -> int:
     return -(-count // step)
 
 
-def _query_tiles(q: Tensor, shape: BlockLayout, size: int) -> int:
-    return q.shape[0] * q.shape[1] * shape.rows * shape.columns * _up(shape.queries**2, size)
+def _query_tiles(q: Tensor, layout: BlockLayout, size: int) -> int:
+    return q.shape[0] * q.shape[1] * layout.rows * layout.columns * _ceil_div(layout.queries**2, size)
 
 
-def _key_tiles(shape: BlockLayout, height: int, width: int) -> int:
-    """How many rectangles cover a map where the first begins as far outside it as in ``backward_keys``."""
-    return _up(shape.height + -shape.bottom % height, height) * _up(shape.width + -shape.right % width, width)
+def _key_tiles(layout: BlockLayout, height: int, width: int) -> int:
+    """Return the number of tiles that cover a map; the first starts outside it, as in ``backward_keys``."""
+    return _ceil_div(layout.height + -layout.bottom % height, height) * _ceil_div(
+        layout.width + -layout.right % width, width
+    )
 
 
-def _table_rows(shape: BlockLayout) -> int:
-    return shape.window_height + shape.window_width + 2 * shape.queries - 2
-
-
-# What the kernels are told, by the names that they use.
+def _table_rows(layout: BlockLayout) -> int:
+    return layout.window_height + layout.window_width + 2 * layout.queries - 2
 
 
 def _strides(**maps: Tensor) -> dict[str, int]:
@@ -283,54 +284,54 @@ def _strides(**maps: Tensor) -> dict[str, int]:
     }
 
 
-def _sizes(q: Tensor, v: Tensor, shape: BlockLayout) -> dict[str, Any]:
+def _sizes(q: Tensor, v: Tensor, layout: BlockLayout) -> dict[str, Any]:
     return {
-        "scale": shape.scale,
+        "scale": layout.scale,
         "images": q.shape[0],
-        "height": shape.height,
-        "width": shape.width,
-        "query_height": shape.query_height,
-        "query_width": shape.query_width,
-        "rows": shape.rows,
-        "columns": shape.columns,
+        "height": layout.height,
+        "width": layout.width,
+        "query_height": layout.query_height,
+        "query_width": layout.query_width,
+        "rows": layout.rows,
+        "columns": layout.columns,
         "heads": q.shape[1],
         "D_QK": q.shape[2],
         "D_V": v.shape[2],
         "QK_PADDED": _padded(q.shape[2]),
         "V_PADDED": _padded(v.shape[2]),
-        "QUERIES": shape.queries,
+        "QUERIES": layout.queries,
         "PRECISION": _precision(q.dtype),
     }
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied. Three products of TF32 come close to the rounding of one of float32, for which there is no tensor core."""
+    """Return the dot precision. Three TF32 products approximate a float32 product, which tensor cores do not have."""
     matmul = torch.backends.cuda.matmul
-    # Reading the older name of that setting fails where the newer one was used.
+    # Reading the old setting raises where the new one was set.
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    # With half types only the position logits are float32, and TF32 resolves more than the rest does.
+    # With half types only the position logits are float32, and TF32 is more precise than the rest.
     return "tf32x3" if dtype == torch.float32 and not tf32 else "tf32"
 
 
-def _window(shape: BlockLayout) -> dict[str, int]:
+def _window(layout: BlockLayout) -> dict[str, int]:
     return {
-        "BLOCK": shape.block,
-        "TOP": shape.top,
-        "LEFT": shape.left,
-        "WINDOW_H": shape.window_height,
-        "WINDOW_W": shape.window_width,
+        "BLOCK": layout.block,
+        "TOP": layout.top,
+        "LEFT": layout.left,
+        "WINDOW_H": layout.window_height,
+        "WINDOW_W": layout.window_width,
     }
 
 
-def _whole_window(shape: BlockLayout, extra_k: Tensor | None) -> dict[str, Any]:
+def _whole_window(layout: BlockLayout, extra_k: Tensor | None) -> dict[str, Any]:
     return {
-        "WINDOW_PADDED": _padded(shape.window_height + shape.window_width),
-        "SPAN": _padded(_table_rows(shape)),
-        "MASK": shape.mask,
+        "WINDOW_PADDED": _padded(layout.window_height + layout.window_width),
+        "SPAN": _padded(_table_rows(layout)),
+        "MASK": layout.mask,
         "EXTRA": 0 if extra_k is None else extra_k.shape[4],
     }
 
 
 def _padded(size: int) -> int:
-    """The power of two that Triton works with."""
+    """Round up to a power of two of at least 16, as ``tl.dot`` requires."""
     return max(16, 1 << (size - 1).bit_length())

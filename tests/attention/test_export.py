@@ -1,4 +1,4 @@
-"""Compiled, exported and checkpointed attention against the plain call; one exported graph serves maps of all sizes."""
+"""Compiled, exported and checkpointed attention against eager mode; one exported graph works for all map sizes."""
 
 import io
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-SIZES = [(13, 22), (6, 31), (40, 16)]  # the graph is made with the first; blocks of 4 divide the last
+SIZES = [(13, 22), (6, 31), (40, 16)]  # exported with the first; the block size divides the last
 LAYERS = {
     "mask": {"border": "mask"},
     "zero, stride 2": {"border": "zero", "stride": 2},
@@ -26,7 +26,7 @@ def image(height, width):
     return torch.randn(2, 16, height, width, generator=torch.Generator().manual_seed(height))
 
 
-# Before, dynamic sizes had to be proved, not only checked.
+# Without Dim.AUTO, dynamic sizes must be provable.
 needs_auto = pytest.mark.skipif(
     not hasattr(torch.export.Dim, "AUTO"), reason="this PyTorch has no torch.export.Dim.AUTO"
 )
@@ -86,8 +86,8 @@ def test_compiled_layer_is_one_graph_with_the_same_gradients(case):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_compilers_own_kernels_fetch_every_query():
-    """In the form once used it lost those beyond the twelfth column."""
+def test_inductor_gathers_every_query():
+    """Regression: an earlier form of the gather lost queries beyond column 12."""
     mixer = HaloMixer(16, 16, num_heads=2, block_size=12, halo_size=2)
     network = nn.Sequential(mixer, nn.BatchNorm2d(16))
     x = torch.randn(2, 16, 12, 18, generator=torch.Generator().manual_seed(0)).requires_grad_()

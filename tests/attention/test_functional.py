@@ -1,4 +1,4 @@
-"""Every backend against the definition, finite differences, and what happens on bad input."""
+"""All backends against the reference and finite differences; invalid arguments."""
 
 import random
 
@@ -12,13 +12,13 @@ import torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Triton takes no float64; test_triton.py is its own.
+# Triton does not support float64; see test_triton_ops.py.
 EXACT = sorted(set(BACKENDS) - {"triton"})
 FAST = sorted(set(EXACT) - {"reference"})
 
 
 def make(batch, heads, depth, value_depth, height, width, block, halo, stride=1, seed=0, extra=0):
-    """q, k, v, rel_h, rel_w and, where wanted, extra keys and values; ``halo`` may be given for each side."""
+    """Return q, k, v, rel_h, rel_w and, if ``extra``, extra keys and values; ``halo`` is an int or one per side."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -39,12 +39,12 @@ def make(batch, heads, depth, value_depth, height, width, block, halo, stride=1,
 
 
 def call(tensors, **options):
-    """halo_attention with the last two of seven tensors as extra keys and values."""
+    """Call halo_attention with the last two of seven tensors as extra keys and values."""
     return halo_attention(*tensors[:5], **dict(zip(("extra_k", "extra_v"), tensors[5:], strict=False)), **options)
 
 
 def assert_near(actual, expected, tolerance):
-    """The greatest difference is at most ``tolerance`` of the greatest value, or of 1 where all values are smaller."""
+    """Assert a maximum difference of ``tolerance`` times the maximum value (at least 1)."""
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * max(1.0, expected.abs().max())
 
@@ -69,14 +69,15 @@ def test_backend_equals_reference(backend, border, block, halo, stride):
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
 
 
-def draw(seed):
-    """A random setting on a map of up to 70 pixels along a side."""
+def draw_case(seed):
+    """Draw random tensors and options for a map of up to 70 × 70 pixels."""
     pick = random.Random(seed)
     stride = pick.choice([1, 1, 2])
     block = pick.choice([1, 2, 3, 4, 5, 7, 8, 12, 14, 32] if stride == 1 else [2, 4, 8, 14])
     halo = pick.choice([pick.randint(0, 4), tuple(pick.randint(0, 5) for _ in range(4))])
     tensors = make(
-        pick.choice([1, 2]), pick.choice([1, 3]), pick.choice([1, 3, 8]), pick.choice([2, 5]), pick.randint(1, 70), pick.randint(1, 70),
+        pick.choice([1, 2]), pick.choice([1, 3]), pick.choice([1, 3, 8]), pick.choice([2, 5]),
+        pick.randint(1, 70), pick.randint(1, 70),
         block, halo, stride, seed, extra=pick.choice([0, 0, 3]),
     )  # fmt: skip
     return tensors, {
@@ -90,20 +91,20 @@ def draw(seed):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("seed", range(24))
-def test_random_settings_equal_the_definition(backend, seed):
-    """Some queries of a map of any size, all options mixed: the outputs, and the gradients of everything they depend on."""
-    tensors, options = draw(seed)
+def test_random_cases_equal_reference(backend, seed):
+    """Outputs and gradients of a few queries, with all options mixed."""
+    tensors, options = draw_case(seed)
     out = call(tensors, **options, backend=backend)
     halo = options["halo_size"] if isinstance(options["halo_size"], tuple) else (options["halo_size"],) * 4
     scale = options["scale"] or tensors[0].shape[2] ** -0.5
-    shape = BlockLayout(
+    layout = BlockLayout(
         *tensors[1].shape[-2:], options["block_size"], *halo, options["stride"], options["border"] == "mask", scale
     )
     pick = random.Random(seed)
     height, width = out.shape[-2:]
     places = [(0, 0), (height - 1, width - 1), *((pick.randrange(height), pick.randrange(width)) for _ in range(4))]
     extra = tensors[5:] or [None, None]
-    expected = torch.stack([attend(*tensors[:5], *extra, shape, *place) for place in places], -1)
+    expected = torch.stack([attend(*tensors[:5], *extra, layout, *place) for place in places], -1)
     actual = torch.stack([out[..., y, x] for y, x in places], -1)
     assert_near(actual, expected, 1e-12)
     weight = torch.randn(actual.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -125,8 +126,8 @@ def test_gradients_by_finite_differences(backend, border, halo, stride, extra):
 
 @pytest.mark.parametrize("backend", EXACT)
 def test_border_zero_takes_part_in_the_softmax_and_mask_does_not(backend):
-    # Uniform attention over ones: with the border masked every weight falls on a one; with zeros the corner block of a 16×16 map,
-    # b 8, h 3, has 11×11 ones in its window of 14×14.
+    # Uniform attention over ones. Masked: every weight falls on a one. Zeros: the window of a corner block has 11×11
+    # ones of 14×14 keys (map 16×16, block 8, halo 3).
     q = torch.zeros(1, 1, 2, 16, 16, dtype=torch.float64)
     v = torch.ones(1, 1, 1, 16, 16, dtype=torch.float64)
     table = torch.zeros(27, 2, dtype=torch.float64)
@@ -137,19 +138,19 @@ def test_border_zero_takes_part_in_the_softmax_and_mask_does_not(backend):
     torch.testing.assert_close(zero[0, 0, 0, 0, 0], torch.tensor((11 / 14) ** 2, dtype=torch.float64))
 
 
-def test_completing_the_last_block_counts_as_outside():
-    """A map no block divides equals the same map inside larger zeros (border zero), on all four sides alike."""
+def test_padding_of_the_last_block_is_outside_the_map():
+    """With border zero, a map that the block size does not divide equals the same map padded with zeros."""
     q, k, v, rel_h, rel_w = make(1, 2, 3, 3, 6, 10, block=4, halo=2)
     options = {"block_size": 4, "halo_size": 2, "border": "zero"}
     small = halo_attention(q, k, v, rel_h, rel_w, **options)
     grown = [torch.nn.functional.pad(x, (0, 6, 0, 6)) for x in (q, k, v)]
     torch.testing.assert_close(halo_attention(*grown, rel_h, rel_w, **options)[..., :6, :10], small)
-    # one whole block of zeros before it: what was outside on the left and above is now inside
+    # One block of zeros before it, so that the outside on the left and above becomes inside.
     grown = [torch.nn.functional.pad(x, (4, 2, 4, 2)) for x in (q, k, v)]
     torch.testing.assert_close(halo_attention(*grown, rel_h, rel_w, **options)[..., 4:10, 4:14], small)
 
 
-def test_scale_defaults_to_the_root_of_the_depth_and_spares_the_positions():
+def test_scale_defaults_to_inverse_root_of_depth_and_excludes_positions():
     q, k, v, rel_h, rel_w = make(1, 1, 4, 2, 4, 4, block=4, halo=1)
     options = {"block_size": 4, "halo_size": 1, "border": "mask"}
     default = halo_attention(q, k, v, rel_h, rel_w, **options)
@@ -177,8 +178,8 @@ def test_bfloat16_stays_near_float32():
 
 
 @pytest.mark.parametrize("budget", [1, 40_000])
-def test_chunks_of_any_size_give_the_same(budget, monkeypatch):
-    """One row of blocks at a time, and an uneven number of rows at a time, against all rows at once."""
+def test_chunk_size_does_not_change_the_result(budget, monkeypatch):
+    """One block at a time and an uneven number of rows at a time equal one chunk."""
     arguments = make(2, 2, 3, 4, 23, 9, block=4, halo=2)
     options = {"block_size": 4, "halo_size": 2, "border": "mask", "backend": "blocked"}
 
@@ -206,7 +207,7 @@ def test_maps_in_any_memory_format():
         torch.testing.assert_close(a, b)
 
 
-def test_a_second_derivative_is_refused():
+def test_double_backward_raises():
     arguments = make(1, 1, 2, 2, 4, 4, block=2, halo=1)
     out = halo_attention(*arguments, block_size=2, halo_size=1, border="mask", backend="blocked")
     (first,) = torch.autograd.grad(out.square().sum(), arguments[0], create_graph=True)
@@ -214,7 +215,7 @@ def test_a_second_derivative_is_refused():
         first.sum().backward()
 
 
-def test_traced_models_hold_operators_not_the_chunked_function():
+def test_traced_models_contain_plain_operators():
     arguments = [x.detach() for x in make(1, 1, 2, 2, 6, 5, block=4, halo=1)]
 
     def attend(*a):
@@ -225,62 +226,62 @@ def test_traced_models_hold_operators_not_the_chunked_function():
     torch.testing.assert_close(traced(*arguments), attend(*arguments))
 
 
-BAD = {
-    "block": ({"block_size": 0}, "block_size is 0"),
-    "block of stride": ({"block_size": 3, "stride": 2}, "multiple of the stride"),
-    "halo": ({"halo_size": -1}, "halo_size is -1"),
-    "stride": ({"stride": 3}, "stride is 3"),
-    "border": ({"border": "reflect"}, "border is 'reflect'"),
-    "backend": ({"backend": "cuda"}, "backend is 'cuda'"),
-    "halo of a side": ({"halo_size": (1, 1, -2, 1)}, r"halo_size is \(1, 1, -2, 1\)"),
-    "halo of two sides": ({"halo_size": (1, 1)}, r"halo_size is \(1, 1\), expected .* four"),
-    "table": ({"halo_size": 2}, r"rel_h has shape \(11, 3\), expected \(15, 3\)"),
+INVALID_OPTIONS = {
+    "block": ({"block_size": 0}, "block_size=0"),
+    "block of stride": ({"block_size": 3, "stride": 2}, "block_size=3"),
+    "halo": ({"halo_size": -1}, "halo_size=-1"),
+    "stride": ({"stride": 3}, "stride=3"),
+    "border": ({"border": "reflect"}, "border='reflect'"),
+    "backend": ({"backend": "cuda"}, "backend='cuda'"),
+    "halo of a side": ({"halo_size": (1, 1, -2, 1)}, r"halo_size=\(1, 1, -2, 1\)"),
+    "halo of two sides": ({"halo_size": (1, 1)}, r"halo_size=\(1, 1\)"),
+    "table": ({"halo_size": 2}, r"rel_h .*\(11, 3\).*\(15, 3\)"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_options_are_refused_with_their_numbers(case):
-    change, message = BAD[case]
+@pytest.mark.parametrize("case", INVALID_OPTIONS)
+def test_invalid_options_raise_with_their_values(case):
+    change, message = INVALID_OPTIONS[case]
     options = {"block_size": 4, "halo_size": 1, "border": "zero", **change}
     with pytest.raises(ValueError, match=message):
         halo_attention(*make(1, 2, 3, 3, 8, 8, block=4, halo=1), **options)
 
 
-def test_bad_tensors_are_refused_with_their_numbers():
+def test_invalid_tensors_raise_with_their_values():
     options = {"block_size": 4, "halo_size": 1, "border": "zero"}
     good = [x.detach() for x in make(1, 2, 3, 3, 8, 8, block=4, halo=1)]
     for index, bad, message in (
-        (0, good[0][..., :4], "q has shape"),
-        (1, good[1][0], "k has shape .*5 dimensions"),
-        (2, good[2][..., :5], "v has shape"),
-        (1, good[1][..., :0], "k has shape .*empty"),
-        (2, good[2].long(), "v is torch.int64"),
-        (3, good[3].to("meta"), "rel_h is on meta"),
-        (2, good[2].float(), "v is torch.float32 but k is torch.float64"),
-        (2, good[2].to(torch.complex64), "v is torch.complex64"),
-        (1, good[1][:0], "k has shape .*empty"),
-        (1, good[1][..., :0, :], "k has shape .*empty"),
-        (4, good[4][1:], r"rel_w has shape \(10, 3\), expected \(11, 3\)"),
-        (0, good[0].cpu()[:, :1], "q has shape"),
+        (0, good[0][..., :4], "^q "),
+        (1, good[1][0], "^k "),
+        (2, good[2][..., :5], "^v "),
+        (1, good[1][..., :0], "^k "),
+        (2, good[2].long(), "^v .*int64"),
+        (3, good[3].to("meta"), "^rel_h .*meta"),
+        (2, good[2].float(), "^v .*float32.*float64"),
+        (2, good[2].to(torch.complex64), "^v .*complex64"),
+        (1, good[1][:0], "^k "),
+        (1, good[1][..., :0, :], "^k "),
+        (4, good[4][1:], r"^rel_w .*\(10, 3\).*\(11, 3\)"),
+        (0, good[0].cpu()[:, :1], "^q "),
     ):
         with pytest.raises(ValueError, match=message):
             halo_attention(*good[:index], bad, *good[index + 1 :], **options)
 
 
-def test_half_precision_on_the_cpu_is_refused():
+def test_half_precision_on_the_cpu_raises():
     tensors = [x.detach().half() for x in make(1, 2, 3, 3, 8, 8, block=4, halo=1)]
-    with pytest.raises(ValueError, match="float16 on the CPU"):
+    with pytest.raises(ValueError, match="float16"):
         halo_attention(*tensors, block_size=4, halo_size=1, border="mask")
 
 
-def test_extra_keys_without_values_or_for_other_blocks_are_refused():
+def test_extra_keys_without_values_or_for_other_blocks_raise():
     *tensors, extra_k, extra_v = make(1, 2, 3, 4, 9, 8, block=4, halo=1, extra=2)
     options = {"block_size": 4, "halo_size": 1, "border": "mask"}
-    with pytest.raises(ValueError, match="one is given"):
+    with pytest.raises(ValueError, match="extra_k and extra_v"):
         halo_attention(*tensors, **options, extra_k=extra_k)
-    with pytest.raises(ValueError, match=r"extra_k has shape \(1, 2, 2, 2, 2, 3\), expected \(1, 2, 3, 2, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"extra_k .*\(1, 2, 2, 2, 2, 3\).*\(1, 2, 3, 2, 2, 3\)"):
         halo_attention(*tensors, **options, extra_k=extra_k[:, :, :2], extra_v=extra_v)
-    with pytest.raises(ValueError, match="extra_v has shape .*6 dimensions"):
+    with pytest.raises(ValueError, match="extra_v"):
         halo_attention(*tensors, **options, extra_k=extra_k, extra_v=extra_v[0])
 
 
