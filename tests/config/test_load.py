@@ -98,7 +98,7 @@ def test_a_config_executes_nothing(tmp_path):
         (PLAIN, [*HALO, "MODEL.HALONET.BASE_WIDTH", "wide"], "cannot be built"),
         (PLAIN, [*HALO, "MODEL.HALONET.NORM", "BNN"], "norm is 'BNN', expected one of"),
         (PLAIN, [*HALO, "MODEL.HALONET.BORDER", "reflect"], "border 'reflect'"),
-        (PLAIN, [*HALO, "MODEL.HALONET.BLOCK_SIZE", "0"], "block_size is 0"),
+        (PLAIN, [*HALO, "MODEL.HALONET.BLOCK_SIZE", "0"], "block_size"),
         (PLAIN, [*HALO, "MODEL.HALONET.DROP_PATH_RATE", "1.5"], "drop_path_rate is 1.5"),
         (PLAIN, HALO, "asks for 'res4', which is not there"),
         (PLAIN, [*HALO, "MODEL.META_ARCHITECTURE", "Foo"], "No object named 'Foo'"),
