@@ -22,7 +22,7 @@ from halodet.config.yaml_file import check_config_files
 from halodet.data.transforms import check_input
 from halodet.errors import CheckpointError, ConfigError
 from halodet.evaluation.tta import check_tta
-from halodet.solver.build import OPTIMIZERS, rate_factors
+from halodet.solver.build import OPTIMIZERS, lr_factors
 from halodet.solver.lr_scaling import scale_to_batch
 
 import torch
@@ -266,7 +266,7 @@ def _check_model(cfg: CfgNode) -> None:
     ) as error:
         raise ConfigError(f"the model of this config cannot be built: {_sentence(error)}") from error
     try:
-        rate_factors(cfg, model)
+        lr_factors(cfg, model)
         check_tta(cfg, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
