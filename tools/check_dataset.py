@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Check a COCO json before training, read each of its images to the end, and print the faults, one line each (the first 200 of them).
+"""Validate a COCO json, decode all of its images, and print one line per issue (the first 200 of them).
 
-Exit code: 0 clean, 1 usable although with faults, 2 unusable, 130 stopped by Ctrl-C, with the faults found until then.
+Exit code: 0 no issues, 1 usable but with issues, 2 unusable, 130 interrupted by Ctrl-C (issues found so far are printed).
 """
 
 from __future__ import annotations
@@ -13,77 +13,69 @@ import tempfile
 from pathlib import Path
 
 from halodet.data import validate_coco
-from halodet.data.check_images import CheckStopped, check_images
-from halodet.data.coco import LEFT_OUT
+from halodet.data.check_images import CheckInterrupted, check_images
+from halodet.data.coco import SKIPPED_IN_TRAINING
 from halodet.errors import DatasetError
 from halodet.utils.io import write_json
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the check on command-line arguments and return the exit code."""
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, metavar="FILE", help="COCO instances annotations")
-    parser.add_argument(
-        "--images", required=True, metavar="DIR", help="folder that the json's file names are relative to"
-    )
-    parser.add_argument("--boxes-only", action="store_true", help="do not ask for masks")
-    parser.add_argument(
-        "--no-images", action="store_true", help="open images no further than their headers, which takes seconds"
-    )
-    parser.add_argument(
-        "--processes", type=int, metavar="N", help="how many read images at the same time (default: one for each core)"
-    )
-    parser.add_argument("--report", metavar="FILE", help="also write all faults to this json")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder that the file names are relative to")
+    parser.add_argument("--boxes-only", action="store_true", help="do not require masks")
+    parser.add_argument("--no-images", action="store_true", help="read image headers only, which takes seconds")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes that read images (default: one per CPU)")
+    parser.add_argument("--report", metavar="FILE", help="also write all issues to this json")
     options = parser.parse_args(arguments)
     if options.processes is not None and options.processes < 1:
-        parser.error(f"--processes is {options.processes}, expected 1 or more")
-    stopped = None
+        parser.error(f"--processes={options.processes} is invalid: expected 1 or more")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool on command line arguments and return its exit code."""
+    options = _parse(arguments)
+    interrupted = None
     try:
-        if options.report:  # it would be a pity to find out after an hour
+        if options.report:  # fail before the images are read, not after
             with tempfile.TemporaryFile(dir=Path(options.report).parent):
                 pass
         checked = validate_coco(options.json, options.images, need_masks=not options.boxes_only)
         try:
             bad = [] if options.no_images else check_images(checked, options.images, processes=options.processes)
-        except CheckStopped as why:
-            bad, stopped = why.faults, why
-        checked = dataclasses.replace(checked, faults=[*checked.faults, *bad])
+        except CheckInterrupted as error:
+            bad, interrupted = error.issues, error
+        issues = [*checked.issues, *bad]
         images = len(checked.dataset["images"])
-        usable = (
-            None if stopped else images - len({fault.where for fault in checked.faults if fault.action == LEFT_OUT})
-        )
+        usable = None if interrupted else images - len({i.where for i in issues if i.action == SKIPPED_IN_TRAINING})
         if options.report:
-            write_json(
-                options.report,
-                {"images_usable": usable, "faults": [dataclasses.asdict(fault) for fault in checked.faults]},
-            )
+            report = {"images_usable": usable, "issues": [dataclasses.asdict(issue) for issue in issues]}
+            write_json(options.report, report)
         if len(bad) == images:
-            raise DatasetError(
-                f"{options.json}: none of its {images} images can be read (first {bad[0].where}: {bad[0].what})"
-            )
+            raise DatasetError(f"{options.json}: none of its {images} images can be read (first: {bad[0].reason}).")
     except DatasetError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"--report {options.report} cannot be written ({error.strerror or error}): give another path",
-            file=sys.stderr,
-        )
+        reason = error.strerror or error
+        print(f"--report {options.report} cannot be written ({reason}). Fix: give another path.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{options.json}: stopped before its images were read", file=sys.stderr)
+        print(f"{options.json}: interrupted before its images were read", file=sys.stderr)
         return 130
-    for line in checked.fault_lines():
+    for line in dataclasses.replace(checked, issues=issues).issue_lines():
         print(line)
-    if stopped:
-        print(f"{options.json}: stopped after {stopped.read} of {images} images, {len(checked.faults)} faults so far")
+    if interrupted:
+        print(
+            f"{options.json}: interrupted after {interrupted.num_read} of {images} images, {len(issues)} issues so far"
+        )
         return 130
-    kept = checked.dataset
+    annotations, classes = len(checked.dataset["annotations"]), len(checked.dataset["categories"])
     print(
-        f"{options.json}: {usable} images, {len(kept['annotations'])} annotations and {len(kept['categories'])} classes "
-        f"usable, {len(checked.faults)} faults"
+        f"{options.json}: {usable} images, {annotations} annotations and {classes} classes usable, {len(issues)} issues"
     )
-    return 1 if checked.faults else 0
+    return 1 if issues else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Datasets: the built-in drawn shapes (registered on import) and checked COCO json files of the user's own."""
+"""Datasets, data loaders and transforms. Importing the package registers the synthetic shapes datasets."""
 
-from halodet.data.coco import Fault, ValidatedCoco, check_same_categories, register_checked, validate_coco
+from halodet.data.coco import Issue, ValidatedCoco, check_same_categories, register_validated, validate_coco
 from halodet.data.resumable_loader import ResumableTrainLoader
 from halodet.data.synthetic_shapes import register_shapes, write_shapes
 from halodet.errors import DatasetError
@@ -8,13 +8,13 @@ from halodet.errors import DatasetError
 register_shapes()
 
 __all__ = [
-    "ValidatedCoco",
     "DatasetError",
-    "Fault",
+    "Issue",
     "ResumableTrainLoader",
-    "validate_coco",
+    "ValidatedCoco",
     "check_same_categories",
-    "register_checked",
     "register_shapes",
+    "register_validated",
+    "validate_coco",
     "write_shapes",
 ]

@@ -1,4 +1,4 @@
-"""What training and evaluation had to leave out, counted and written to OUTPUT_DIR/skipped.json."""
+"""Counts the images and annotations that training and evaluation skip, and lists them in OUTPUT_DIR/skipped.json."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from halodet.utils.io import write_json
 logger = logging.getLogger(__name__)
 
 SKIPPED_FILE = "skipped.json"
-SKIPPED_KEY = "skipped"  # in a sample: what was left out before, or in place of, this sample
-MIN_SKIPPED = 10  # images below which the share says nothing
+SKIPPED_KEY = "skipped"  # in a sample: what was skipped before, or in place of, this sample
+MIN_SKIPPED = 10  # with fewer skipped images, their fraction means little
 
 
 class TooManyBadImages(DatasetError):
-    """So much of the data cannot be used that training must not go on; the message is one sentence."""
+    """Too many images cannot be used for training to continue."""
 
     def __init__(self, message: str) -> None:
-        # A data loader's worker hands its traceback on as the message; the sentence stands at its end.
+        # A DataLoader worker re-raises with its traceback as the message, whose last line is the original message.
         super().__init__(message.rstrip().rpartition(f"{type(self).__name__}: ")[2])
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that was left out, or one annotation of it.
+    """A skipped image or annotation.
 
     Attributes:
         file: path of the image.
-        reason: what is wrong.
-        annotation: which of the image's annotations, counted from 0; None for the whole image.
+        reason: why it was skipped.
+        annotation: index of the skipped annotation, counted from 0; None for the whole image.
     """
 
     file: str
@@ -46,10 +46,10 @@ class Skipped:
 
 
 class SkipTrackingLoader:
-    """A data loader whose samples are counted, and freed of what was noted in them about images left out.
+    """Data loader wrapper that counts samples and collects the skipped images noted in them.
 
     Args:
-        loader: gives lists of samples.
+        loader: iterable of lists of samples.
     """
 
     def __init__(self, loader: Iterable[list[dict[str, Any]]]) -> None:
@@ -64,22 +64,22 @@ class SkipTrackingLoader:
             yield batch
 
     def close(self) -> None:
-        """End the loader's workers."""
+        """Stop the loader's workers."""
         self.loader.close()
 
-    def take(self) -> tuple[int, list[Skipped]]:
-        """Images that came, usable or not, and what was left out, since the last call."""
-        taken = self._seen, self._skipped
+    def drain(self) -> tuple[int, list[Skipped]]:
+        """Return the number of images seen, skipped ones included, and what was skipped, since the last call."""
+        drained = self._seen, self._skipped
         self._seen, self._skipped = 0, []
-        return taken
+        return drained
 
 
 class BadImageReport:
-    """The file ``skipped.json`` of a run; one process writes it.
+    """The file ``skipped.json`` of a run, written by the main process.
 
-    It holds ``images_seen`` and ``images_skipped`` of training, and three lists of objects with ``file``, ``reason`` and ``count`` (how
-    often it was met): ``files``, images left out of training; ``annotations``, parts of images, with ``annotation``; and ``evaluation``,
-    images that were evaluated as if nothing had been detected in them.
+    ``images_seen`` and ``images_skipped`` count training images. The lists ``files`` (images skipped in training),
+    ``annotations`` (annotations skipped in training) and ``evaluation`` (images evaluated as if nothing had been
+    detected in them) hold objects with ``file``, ``reason``, ``count`` and, for annotations, ``annotation``.
 
     Args:
         folder: OUTPUT_DIR of the run.
@@ -89,7 +89,7 @@ class BadImageReport:
         self.path = Path(folder) / SKIPPED_FILE
 
     def read(self) -> dict[str, Any]:
-        """What was written; an empty report where nothing was, or it cannot be read."""
+        """Return the contents of the file; an empty report if it is missing or unreadable."""
         empty = {"images_seen": 0, "images_skipped": 0, "files": [], "annotations": [], "evaluation": []}
         try:
             content = json.loads(self.path.read_bytes())
@@ -97,19 +97,19 @@ class BadImageReport:
         except FileNotFoundError:
             return empty
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning(f"{self.path} cannot be read and is begun anew ({error}).")
+            logger.warning("%s is unreadable; starting a new report (%s).", self.path, error)
             return empty
 
     def add(self, seen: int, records: Iterable[Skipped], *, evaluation: bool = False) -> dict[str, Any]:
-        """Count further records, name those that are new in the log, and return the whole report.
+        """Add skipped images, log the new ones, and return the whole report.
 
         Args:
-            seen: images of training that came, those left out among them.
-            records: what was left out.
-            evaluation: it happened in an evaluation.
+            seen: number of training images seen, skipped ones included.
+            records: skipped images and annotations.
+            evaluation: whether they were skipped in an evaluation.
 
         Raises:
-            OSError: the file cannot be written; the one before is left as it was.
+            OSError: the file cannot be written; its previous version is unchanged.
         """
         content = self.read()
         content["images_seen"] += seen
@@ -119,42 +119,42 @@ class BadImageReport:
         for record in records:
             content["images_skipped"] += not evaluation and record.annotation is None
             key = "evaluation" if evaluation else "files" if record.annotation is None else "annotations"
-            where = {} if record.annotation is None else {"annotation": record.annotation}
-            entry = {"file": record.file, **where, "reason": record.reason, "count": 0}
+            index = {} if record.annotation is None else {"annotation": record.annotation}
+            entry = {"file": record.file, **index, "reason": record.reason, "count": 0}
             if _identity(entry) not in known[key]:
-                logger.warning(f"Left out{' of the evaluation' if evaluation else ''}: {record}")
+                logger.warning("Skipped in %s: %s", "evaluation" if evaluation else "training", record)
                 known[key][_identity(entry)] = entry
                 content[key].append(entry)
             known[key][_identity(entry)]["count"] += 1
         write_json(self.path, content)
         return content
 
-    def training(self) -> dict[str, Any]:
-        """What there is of training, for a checkpoint."""
+    def training_state(self) -> dict[str, Any]:
+        """Return the training part of the report, for a checkpoint."""
         return {key: value for key, value in self.read().items() if key != "evaluation"}
 
-    def seek(self, training: dict[str, Any]) -> None:
-        """Put what a checkpoint holds of training in the place of what is written of it.
+    def restore(self, training_state: dict[str, Any]) -> None:
+        """Replace the training part of the report by the state of a checkpoint.
 
         Raises:
-            OSError: the file cannot be written; the one before is left as it was.
+            OSError: the file cannot be written; its previous version is unchanged.
         """
-        write_json(self.path, {**self.read(), **training})
+        write_json(self.path, {**self.read(), **training_state})
 
     def clear(self) -> None:
-        """Forget what an earlier run left in the folder."""
+        """Delete the report of an earlier run in the same folder."""
         self.path.unlink(missing_ok=True)
 
 
-def too_many(report: dict[str, Any], max_share: float) -> str | None:
-    """The sentence training stops with, where ``report`` has more images left out than ``max_share`` of those seen."""
+def too_many(report: dict[str, Any], max_fraction: float) -> str | None:
+    """Return an error message if more than ``max_fraction`` of the images of ``report`` were skipped, else None."""
     seen, skipped = report["images_seen"], report["images_skipped"]
-    if skipped < MIN_SKIPPED or skipped <= max_share * seen:
+    if skipped < MIN_SKIPPED or skipped <= max_fraction * seen:
         return None
     first = report["files"][0]
     return (
-        f"{skipped} of {seen} images could not be used, more than the share of {max_share:g} that DATALOADER.MAX_BAD_IMAGES allows "
-        f"(the first is {first['file']}: {first['reason']}): mend the files that {SKIPPED_FILE} lists, or raise that key"
+        f"{skipped} of {seen} images could not be used, which exceeds DATALOADER.MAX_BAD_IMAGES={max_fraction:g} "
+        f"(first: {first['file']}: {first['reason']}). Fix: repair the files listed in {SKIPPED_FILE} or raise the limit."
     )
 
 

@@ -1,56 +1,74 @@
-"""Data loaders of a run, around the mapper that leaves out what cannot be used."""
+"""Train and test data loaders that skip images and annotations that cannot be used."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from halodet.data.bad_images import SkipTrackingLoader
+from halodet.data.annotations import validate_record
+from halodet.data.bad_images import SKIPPED_KEY, SkipTrackingLoader
 from halodet.data.dataset_mapper import RobustDatasetMapper
-from halodet.data.resumable_loader import ResumableTrainLoader, go_on
+from halodet.data.resumable_loader import ResumableTrainLoader, ignore_stop_signals
 from halodet.errors import DatasetError
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
 from torch.utils.data import DataLoader
 
+logger = logging.getLogger(__name__)
+
 
 def build_train_loader(cfg: CfgNode) -> SkipTrackingLoader:
-    """The endless stream of DATASETS.TRAIN, with Detectron2's samplers (DATALOADER.SAMPLER_TRAIN), counting what is left out.
+    """Build the endless loader of DATASETS.TRAIN with Detectron2's samplers (DATALOADER.SAMPLER_TRAIN).
 
     Raises:
-        DatasetError: as :func:`training_data`.
+        DatasetError: see :func:`build_train_dataset`.
     """
-    dataset, mapper = training_data(cfg)
+    dataset, mapper = build_train_dataset(cfg)
     return SkipTrackingLoader(ResumableTrainLoader(cfg, mapper, dataset=dataset))
 
 
-def training_data(cfg: CfgNode) -> tuple[DatasetFromList, RobustDatasetMapper]:
-    """The entries of DATASETS.TRAIN, those that Detectron2 leaves out being gone, and what makes samples of them.
+def build_train_dataset(cfg: CfgNode) -> tuple[DatasetFromList, RobustDatasetMapper]:
+    """Load DATASETS.TRAIN, filtered as by Detectron2, remove its invalid annotations, and build its mapper.
 
     Raises:
-        DatasetError: Detectron2 cannot read them, or the masks are not of the kind that INPUT.MASK_FORMAT, or copy-paste, needs.
+        DatasetError: Detectron2 cannot read the datasets, or INPUT.MASK_FORMAT or copy-paste needs other masks.
     """
-    with wrap_dataset_errors(*cfg.DATASETS.TRAIN):
-        entries = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
+    names = cfg.DATASETS.TRAIN
+    with wrap_dataset_errors(*names):
+        records = get_detection_dataset_dicts(
+            names,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    check_masks(cfg, entries)
-    dataset = DatasetFromList(entries, copy=False)
+        check_masks(cfg, records)
+        if not all(MetadataCatalog.get(name).get("validated", False) for name in names):
+            for record in records:
+                validate_record(record, need_mask=cfg.MODEL.MASK_ON)
+            invalid = sum(len(record.get(SKIPPED_KEY, ())) for record in records)
+            if invalid:
+                logger.warning("Skipping %d invalid annotations of %s.", invalid, ", ".join(names))
+    dataset = DatasetFromList(records, copy=False)
     return dataset, RobustDatasetMapper(cfg, is_train=True, others=dataset)
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Build Detectron2's loader of one test dataset; an image that cannot be read becomes a blank, marked sample."""
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=RobustDatasetMapper(cfg, is_train=False))
+    loader.worker_init_fn = ignore_stop_signals if os.name == "posix" else None
+    return loader
 
 
 @contextlib.contextmanager
 def wrap_dataset_errors(*names: str) -> Iterator[None]:
-    """Tell in one sentence what Detectron2, reading the datasets of these names, stops on.
+    """Raise the errors of Detectron2 while it reads these datasets as :class:`DatasetError`.
 
     Raises:
-        DatasetError: with what it says, and how to find the entry.
+        DatasetError: with the file, the original message, and how to find the entry.
     """
     try:
         yield
@@ -58,45 +76,32 @@ def wrap_dataset_errors(*names: str) -> Iterator[None]:
         raise
     except (AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         files = [str(MetadataCatalog.get(name).get("json_file", "")) for name in names]
-        what = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
         raise DatasetError(
-            f"Detectron2 cannot read {' and '.join(filter(None, files)) or ' and '.join(names)} ({what or type(error).__name__}): "
-            "tools/check_dataset.py names the entries that are wrong, and --train-json and --val-json take those that are right"
+            f"Detectron2 cannot read {' and '.join(filter(None, files)) or ' and '.join(names)} "
+            f"({type(error).__name__}: {reason}). Fix: find the invalid entries with tools/check_dataset.py, or pass "
+            "the file to --train-json or --val-json, which skip them."
         ) from error
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Detectron2's loader of one dataset to evaluate on; an image that cannot be used is blank in it, and says so."""
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=RobustDatasetMapper(cfg, is_train=False))
-    loader.worker_init_fn = go_on if os.name == "posix" else None
-    return loader
-
-
-def check_masks(cfg: CfgNode, entries: Iterable[dict[str, Any]]) -> None:
-    """Check that the masks to learn from are there where copy-paste wants them, and of a kind that INPUT.MASK_FORMAT takes.
+def check_masks(cfg: CfgNode, records: Iterable[dict[str, Any]]) -> None:
+    """Check that the training masks are of the type that INPUT.MASK_FORMAT and copy-paste need.
 
     Raises:
-        DatasetError: they are not; the message is one sentence.
+        DatasetError: they are not.
     """
     if not cfg.MODEL.MASK_ON:
         return
-    rle, without, total = 0, 0, 0
-    for annotation in (a for entry in entries for a in _learned(entry.get("annotations", ()))):
-        mask = annotation.get("segmentation")
-        total += 1
-        rle += isinstance(mask, dict)
-        without += not mask
+    masks = [a.get("segmentation") for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]
+    rle, missing = sum(isinstance(mask, dict) for mask in masks), sum(not mask for mask in masks)
     names = ", ".join(cfg.DATASETS.TRAIN)
     if rle and cfg.INPUT.MASK_FORMAT == "polygon" and not cfg.INPUT.COPY_PASTE.ENABLED:
         raise DatasetError(
-            f"{rle} of {total} masks of {names} are RLE, and INPUT.MASK_FORMAT is polygon: set it to bitmask, which takes both"
+            f"INPUT.MASK_FORMAT='polygon' is invalid: {rle} of {len(masks)} masks of {names} are RLE. "
+            "Fix: set it to 'bitmask', which accepts both."
         )
-    if without and cfg.INPUT.COPY_PASTE.ENABLED:
+    if missing and cfg.INPUT.COPY_PASTE.ENABLED:
         raise DatasetError(
-            f"INPUT.COPY_PASTE.ENABLED needs masks, and {without} of {total} annotations of {names} have none: "
-            "set it to False, or add the masks"
+            f"INPUT.COPY_PASTE.ENABLED=True needs masks, but {missing} of {len(masks)} annotations of {names} have none. "
+            "Fix: set it to False or add the masks."
         )
-
-
-def _learned(annotations: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    return (annotation for annotation in annotations if not annotation.get("iscrowd", 0))

@@ -1,4 +1,4 @@
-"""Reads all images of a dataset ahead of time, as training will."""
+"""Decode all images of a dataset before training, in several processes."""
 
 from __future__ import annotations
 
@@ -6,117 +6,130 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from halodet.data.coco import LEFT_OUT, Fault, ValidatedCoco
+from halodet.data.coco import SKIPPED_IN_TRAINING, Issue, ValidatedCoco
 from halodet.data.image_io import read_image
 from halodet.errors import DatasetError, ImageError
 
 from tqdm import tqdm
 
-_CHUNK = 16  # images handed to a process at a time
-_WORTH_A_PROCESS = 200  # images read in the seconds that starting another process takes
+_CHUNK = 16  # images sent to a process at a time
+_IMAGES_PER_PROCESS = 200  # with fewer images, starting another process takes longer than reading them
+_POLL_PERIOD = 0.2  # seconds
 
 
-class CheckStopped(KeyboardInterrupt):
+class CheckInterrupted(KeyboardInterrupt):
     """Ctrl-C while images were read.
 
     Attributes:
-        faults: those found until then.
-        read: how many images were read.
+        issues: issues found so far.
+        num_read: number of images read so far.
     """
 
-    def __init__(self, faults: list[Fault], read: int) -> None:
-        super().__init__(f"stopped after {read} images")
-        self.faults, self.read = faults, read
+    def __init__(self, issues: list[Issue], num_read: int) -> None:
+        super().__init__(f"interrupted after {num_read} images")
+        self.issues, self.num_read = issues, num_read
 
 
-def check_images(checked: ValidatedCoco, image_dir: str | Path, *, processes: int | None = None) -> list[Fault]:
-    """Decode every image of a checked json to its last pixel, and list those that training would leave out.
+def check_images(dataset: ValidatedCoco, image_dir: str | Path, *, processes: int | None = None) -> list[Issue]:
+    """Decode every image of a validated dataset completely, and list those that training would skip.
 
     Args:
-        checked: what :func:`validate_coco` returned.
-        image_dir: the folder that the json's file names are relative to.
-        processes: how many read at the same time; None for one for each core, or fewer where there are few images.
+        dataset: result of :func:`halodet.data.coco.validate_coco`.
+        image_dir: folder that the json's file names are relative to.
+        processes: number of processes; by default one per CPU, or fewer if there are few images.
 
     Returns:
-        One fault for each bad image, in the json's order.
+        One issue per bad image, in the order of the json.
 
     Raises:
-        DatasetError: a process was killed while it read, by a lack of memory, say.
-        CheckStopped: on Ctrl-C.
+        DatasetError: a process was killed, by a lack of memory for example.
+        CheckInterrupted: on Ctrl-C.
     """
-    images = checked.dataset["images"]
-    read = partial(_problem, Path(image_dir))
-    processes = processes or min(_cores(), 1 + len(images) // _WORTH_A_PROCESS)
-    bar = partial(tqdm, total=len(images), desc=f"reading images of {checked.json_file.name}", unit="image")
-    problems: list[str | None] = []
-    try:
-        if processes == 1:
-            with _interruptible() as asked:
-                _append(problems, bar(map(read, images)), asked)
-        else:
-            # Not forked: a fork of a process in which libraries run threads may hang.
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                with _interrupts(
-                    signal.SIG_IGN
-                ):  # what is started now stays so, and does not print a traceback for each process
-                    results = pool.map(read, images, chunksize=_CHUNK)
-                try:
-                    with _interruptible() as asked:
-                        _append(problems, bar(results), asked)
-                except KeyboardInterrupt:
-                    pool.shutdown(wait=False, cancel_futures=True)  # else all that is handed out would be read first
-                    raise
-    except BrokenProcessPool as error:
-        raise DatasetError(
-            f"a process ended while it read images of {checked.json_file}, for lack of memory or in a decoder: "
-            "try again with --processes 1, which stops at the image"
-        ) from error
-    except KeyboardInterrupt:
-        raise CheckStopped(_faults(checked, images, problems), len(problems)) from None
-    return _faults(checked, images, problems)
-
-
-def _append(problems: list[str | None], found: Iterable[str | None], asked: threading.Event) -> None:
-    for problem in found:  # one by one: what there is on Ctrl-C counts
-        problems.append(problem)
-        if asked.is_set():
-            raise KeyboardInterrupt
-
-
-def _faults(checked: ValidatedCoco, images: list[dict[str, Any]], problems: list[str | None]) -> list[Fault]:
-    return [
-        Fault(checked.json_file.name, f"image {image['id']}", problem, LEFT_OUT)
-        for image, problem in zip(images, problems, strict=False)
-        if problem
+    images, name = dataset.dataset["images"], dataset.json_file.name
+    processes = processes or min(_num_cpus(), 1 + len(images) // _IMAGES_PER_PROCESS)
+    errors: list[str | None] = []
+    # A flag, not an exception: KeyboardInterrupt may be raised anywhere, also where Python discards it.
+    interrupted = threading.Event()
+    if processes == 1:
+        found = (_find_error(Path(image_dir), image) for image in images)
+    else:
+        found = _read_in_pool(Path(image_dir), images, processes, interrupted)
+    with _handle_interrupts(lambda number, frame: interrupted.set()):
+        try:
+            with (
+                contextlib.closing(found),
+                tqdm(total=len(images), desc=f"reading images of {name}", unit="image") as bar,
+            ):
+                for error in found:
+                    errors.append(error)
+                    bar.update()
+                    if interrupted.is_set():
+                        break
+        except BrokenProcessPool as error:
+            raise DatasetError(
+                f"a process was killed while reading images of {dataset.json_file} (out of memory, or a crash in a "
+                "decoder). Fix: find the image with --processes 1, which stops at it."
+            ) from error
+    issues = [
+        Issue(name, f"image {image['id']}", error, SKIPPED_IN_TRAINING)
+        for image, error in zip(images, errors, strict=False)
+        if error
     ]
+    if interrupted.is_set():
+        raise CheckInterrupted(issues, len(errors))
+    return issues
+
+
+def _read_in_pool(
+    image_dir: Path, images: list[dict[str, Any]], processes: int, interrupted: threading.Event
+) -> Iterator[str | None]:
+    """Yield the result of each image; stop early if ``interrupted`` is set."""
+    # "fork" may hang in a process whose libraries run threads.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with _handle_interrupts(
+            signal.SIG_IGN
+        ):  # inherited by the processes started here, which would print a traceback each
+            chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]
+            futures = deque(pool.submit(_find_errors, image_dir, chunk) for chunk in chunks)
+        try:
+            while futures and not interrupted.is_set():
+                with contextlib.suppress(TimeoutError):
+                    errors = futures[0].result(timeout=_POLL_PERIOD)
+                    futures.popleft()
+                    yield from errors
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _find_errors(image_dir: Path, images: list[dict[str, Any]]) -> list[str | None]:
+    return [_find_error(image_dir, image) for image in images]
+
+
+def _find_error(image_dir: Path, image: dict[str, Any]) -> str | None:
+    path = image_dir / image["file_name"]
+    try:
+        height, width = read_image(path).shape[:2]
+    except ImageError as error:
+        return str(error).rstrip(".")
+    if (width, height) != (image["width"], image["height"]):
+        expected = f"{image['width']} x {image['height']}"
+        return f"{path} is {width} x {height} pixels after EXIF rotation, expected {expected} from the json"
+    return None
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Have Ctrl-C raise KeyboardInterrupt, and remember it: Python drops one that comes while an object is being removed, for example."""
-    asked = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        raise KeyboardInterrupt
-
-    with _interrupts(stop):
-        yield asked
-
-
-@contextlib.contextmanager
-def _interrupts(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """Have Ctrl-C do this, here and, where it is to do nothing, in the processes started here."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may say so
+def _handle_interrupts(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Set the handler of SIGINT; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGINT, handler)
@@ -126,16 +139,5 @@ def _interrupts(handler: Callable[[int, FrameType | None], None] | signal.Handle
         signal.signal(signal.SIGINT, before)
 
 
-def _cores() -> int:
+def _num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _problem(image_dir: Path, image: dict[str, Any]) -> str | None:
-    path = image_dir / image["file_name"]
-    try:
-        height, width = read_image(path).shape[:2]
-    except ImageError as error:
-        return str(error).rstrip(".")
-    if (width, height) != (image["width"], image["height"]):
-        return f"{path} is {width} x {height} pixels (upright), and {image['width']} x {image['height']} in the json"
-    return None

@@ -1,4 +1,4 @@
-"""Detectron2's mapper from dataset to model, which leaves out what cannot be used instead of stopping the run."""
+"""Detectron2's dataset mapper, which skips images that cannot be used instead of stopping the run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from halodet.data.annotations import validate_annotation
+from halodet.data.annotations import InvalidAnnotation
 from halodet.data.bad_images import SKIPPED_KEY, Skipped, TooManyBadImages
 from halodet.data.copy_paste import choose_objects, paste_objects
 from halodet.data.image_io import read_image
-from halodet.data.transforms import build_augmentations, crops_objects
-from halodet.data.values import InvalidAnnotation
+from halodet.data.transforms import build_augmentations
 from halodet.errors import ImageError
 
 import numpy as np
@@ -20,28 +19,29 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
-_PATIENCE = 20  # images in a row
-_BLANK = 32  # pixels along a side of what is evaluated in place of an image that cannot be used
+_MAX_CONSECUTIVE = 20
+_BLANK = 32  # pixels; side of the image evaluated in place of one that cannot be read
 
 
 class RobustDatasetMapper(DatasetMapper):
-    """Maps one image's entry of a dataset, images being read as inference reads them (:func:`halodet.inference.read_image`).
+    """Map a dataset dict to a sample; images are read by :func:`halodet.data.image_io.read_image`.
 
-    An image that cannot be read, whose size is not the one in the dataset, or none of whose annotations can be used, gives None while
-    training, which has Detectron2 draw another one, and a blank image in an evaluation. A single annotation that cannot be used is left
-    out. A sample tells what was left out, since the one before, under ``SKIPPED_KEY`` as a list of :class:`Skipped`.
+    An image is skipped if it cannot be read, its size differs from the dataset's, or all of its annotations are
+    invalid. In training a skipped image maps to None, for which the loader draws another image; in evaluation it maps
+    to a blank image. Each sample lists what was skipped since the previous one under ``SKIPPED_KEY``.
+
+    Annotations are expected to be valid: see :func:`halodet.data.annotations.validate_record`.
 
     Args:
-        is_train: whether annotations are wanted.
-        others: the dataset's entries, from which copy-paste takes its second image.
-        copy_paste: probability of pasting objects of another image; 0 for never.
-        patience: unusable images in a row after which it gives up.
+        is_train: whether to map annotations.
+        others: dataset dicts from which copy-paste takes its second image.
+        copy_paste: probability of pasting objects of a second image.
+        max_consecutive: number of consecutive skipped images that is an error.
 
     Raises:
-        TooManyBadImages: on that many calls in a row, nothing could be used.
+        TooManyBadImages: ``max_consecutive`` images in a row were skipped in training.
     """
 
     @configurable
@@ -51,132 +51,113 @@ class RobustDatasetMapper(DatasetMapper):
         *,
         others: Sequence[dict[str, Any]] = (),
         copy_paste: float = 0.0,
-        patience: int = _PATIENCE,
-        **detectron2s: Any,
+        max_consecutive: int = _MAX_CONSECUTIVE,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(is_train, **detectron2s)
+        super().__init__(is_train, **kwargs)
         self.others = others
         self.copy_paste = copy_paste
-        self.patience = patience
+        self.max_consecutive = max_consecutive
         self._skipped: list[Skipped] = []
-        self._in_a_row = 0
+        self._consecutive = 0
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True, others: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """Arguments for ``cfg``."""
-        arguments = super().from_config(cfg, is_train)
-        arguments["augmentations"] = build_augmentations(cfg, is_train)
-        arguments["recompute_boxes"] = is_train and cfg.MODEL.MASK_ON and crops_objects(cfg)
-        arguments["others"] = others
+        """Return the constructor arguments for ``cfg``."""
+        kwargs = super().from_config(cfg, is_train)
+        kwargs["augmentations"] = build_augmentations(cfg, is_train)
+        crops_objects = cfg.INPUT.CROP.ENABLED or cfg.INPUT.LSJ.ENABLED
+        kwargs["recompute_boxes"] = is_train and cfg.MODEL.MASK_ON and crops_objects
+        kwargs["others"] = others
         if is_train and cfg.INPUT.COPY_PASTE.ENABLED:
-            arguments["copy_paste"] = cfg.INPUT.COPY_PASTE.PROBABILITY
-            arguments["instance_mask_format"] = (
-                "bitmask"  # what is left of a half-covered object is no polygon of its own
-            )
-        # The share of unusable images is counted over all processes; that none at all can be used has to be noticed in each.
+            kwargs["copy_paste"] = cfg.INPUT.COPY_PASTE.PROBABILITY
+            kwargs["instance_mask_format"] = "bitmask"  # the visible part of an occluded object is not one polygon
+        # The fraction of skipped images is counted over all ranks; a rank that finds no image at all must notice itself.
         if others:
-            arguments["patience"] = len(others) if cfg.DATALOADER.MAX_BAD_IMAGES == 1 else min(_PATIENCE, len(others))
-        return arguments
+            limit = len(others) if cfg.DATALOADER.MAX_BAD_IMAGES == 1 else min(_MAX_CONSECUTIVE, len(others))
+            kwargs["max_consecutive"] = limit
+        return kwargs
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """Detectron2's sample for one entry of a dataset (``image`` uint8 (C, H, W), ``instances``, ...), or None; see the class."""
+        """Return Detectron2's sample (``image`` uint8 (C, H, W), ``instances``, ...), or None; see the class."""
         try:
-            sample = self._sample(dataset_dict)
+            sample = self._map(dataset_dict)
         except InvalidAnnotation as error:
-            return self._leave_out(dataset_dict, str(error))
+            return self._skip(dataset_dict, str(error))
         if self.copy_paste and np.random.uniform() < self.copy_paste:
             self._paste(sample)
-        self._in_a_row = 0
-        return self._noted(sample)
+        self._consecutive = 0
+        return self._with_skipped(sample)
 
-    def _leave_out(self, dataset_dict: dict[str, Any], reason: str) -> dict[str, Any] | None:
+    def _skip(self, dataset_dict: dict[str, Any], reason: str) -> dict[str, Any] | None:
         self._skipped.append(Skipped(dataset_dict["file_name"], reason))
         if not self.is_train:
             sample = {key: dataset_dict[key] for key in ("file_name", "image_id") if key in dataset_dict}
             image = torch.zeros(len(self.image_format), _BLANK, _BLANK, dtype=torch.uint8)
-            return self._noted({**sample, "image": image, "height": _BLANK, "width": _BLANK})
-        self._in_a_row += 1
-        if self._in_a_row >= self.patience:
+            return self._with_skipped({**sample, "image": image, "height": _BLANK, "width": _BLANK})
+        self._consecutive += 1
+        if self._consecutive >= self.max_consecutive:
             raise TooManyBadImages(
-                f"{self._in_a_row} images in a row could not be used, the last one {dataset_dict['file_name']} ({reason}): "
-                "check the images' folder, or the files with tools/check_dataset.py"
+                f"{self._consecutive} images in a row could not be used, the last one {dataset_dict['file_name']} "
+                f"({reason}). Fix: correct the image folder, or find the bad files with tools/check_dataset.py."
             )
         return None
 
-    def _noted(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def _with_skipped(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self._skipped:
             sample[SKIPPED_KEY] = self._skipped
             self._skipped = []
         return sample
 
-    def _sample(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+    def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         dataset_dict = copy.deepcopy(dataset_dict)
         image = self._read(dataset_dict)
-        if self.is_train and "annotations" in dataset_dict:
-            dataset_dict["annotations"] = self._usable(dataset_dict)
+        invalid = dataset_dict.pop(SKIPPED_KEY, [])
+        annotations = dataset_dict.pop("annotations", None)
+        if self.is_train and annotations is not None:
+            self._skipped += invalid
+            annotations = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+            if invalid and not annotations:  # without annotations its objects would be learned as background
+                raise InvalidAnnotation(f"all of its {len(invalid)} annotations are invalid")
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         image_shape = aug_input.image.shape[:2]
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
         if self.proposal_topk is not None:
             detection_utils.transform_proposals(dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk)
-        if not self.is_train:
-            dataset_dict.pop("annotations", None)
-        elif dataset_dict.get("annotations"):
+        if self.is_train and annotations:
+            dataset_dict["annotations"] = annotations
             self._transform_annotations(dataset_dict, transforms, image_shape)
-        elif "annotations" in dataset_dict:  # Detectron2 would look for masks to draw boxes around
-            dataset_dict.pop("annotations")
+        elif self.is_train and annotations is not None:  # Detectron2 would recompute boxes from masks that do not exist
             dataset_dict["instances"] = detection_utils.annotations_to_instances([], image_shape)
         return dataset_dict
 
     def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
-        """The image, (H, W, 3) uint8 in the model's order of channels."""
+        """Return the image, (H, W, 3) uint8 in the model's channel order."""
         path = dataset_dict["file_name"]
         try:
             image = read_image(PathManager.get_local_path(path))
             detection_utils.check_image_size(dataset_dict, image)
         except ImageError as error:
-            raise InvalidAnnotation(_reason(str(error), path)) from error
+            raise InvalidAnnotation(str(error).removeprefix(os.fspath(path)).lstrip(": ").rstrip(".")) from error
         except detection_utils.SizeMismatchError as error:
-            given = f"{dataset_dict['width']} x {dataset_dict['height']}"
             raise InvalidAnnotation(
-                f"is {image.shape[1]} x {image.shape[0]} pixels (upright), and {given} in the dataset"
+                f"is {image.shape[1]} x {image.shape[0]} pixels after EXIF rotation, expected "
+                f"{dataset_dict['width']} x {dataset_dict['height']} from the dataset"
             ) from error
-        except OSError as error:  # an address that cannot be fetched
-            raise InvalidAnnotation(f"cannot be fetched ({error})") from error
+        except OSError as error:  # a URL that cannot be downloaded
+            raise InvalidAnnotation(f"cannot be downloaded ({error})") from error
         return np.ascontiguousarray(image[:, :, ::-1]) if self.image_format == "RGB" else image
 
-    def _usable(self, dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """The annotations to learn from, crowds left out as Detectron2 does."""
-        usable, wanted = [], 0
-        for index, annotation in enumerate(dataset_dict["annotations"]):
-            if annotation.get("iscrowd", 0):
-                continue
-            wanted += 1
-            try:
-                size = dataset_dict["width"], dataset_dict["height"]
-                usable.append(validate_annotation(annotation, *size, need_mask=self.use_instance_mask))
-            except InvalidAnnotation as error:
-                self._skipped.append(Skipped(dataset_dict["file_name"], str(error), index))
-        if wanted and not usable:
-            # Without them its objects would be learned as background.
-            raise InvalidAnnotation(f"none of its {wanted} annotations can be used")
-        return usable
-
     def _paste(self, sample: dict[str, Any]) -> None:
-        entry = self.others[np.random.randint(len(self.others))]
+        record = self.others[np.random.randint(len(self.others))]
         try:
-            other = self._sample(entry)
+            other = self._map(record)
         except InvalidAnnotation as error:
-            self._skipped.append(Skipped(entry["file_name"], str(error)))
+            self._skipped.append(Skipped(record["file_name"], str(error)))
             return
-        objects: Instances = other["instances"]
-        if len(objects):
-            chosen = choose_objects(len(objects))
+        if len(other["instances"]):
+            chosen = choose_objects(len(other["instances"]))
             sample["image"], sample["instances"] = paste_objects(
-                sample["image"], sample["instances"], other["image"], objects, chosen
+                sample["image"], sample["instances"], other["image"], other["instances"], chosen
             )
-
-
-def _reason(message: str, path: str) -> str:
-    return message.removeprefix(os.fspath(path)).lstrip(": ").rstrip(".")

@@ -1,9 +1,10 @@
-"""The training data of a run as a function of its seed: which images stand in batch k, and how each is augmented.
+"""Training data as a function of the seed: the images of batch k and their augmentation.
 
-Detectron2's samplers give the infinite, seeded sequence of indices. Each of its images has a position in that sequence, counted over all
-processes, and whatever is drawn at random while it is read is drawn from (seed, position): so neither the number of loading workers, nor
-what they had read ahead, nor a restart changes it. Batches of like aspect ratio are put together from the dataset's widths and heights,
-before any image is read; to go on at batch k, the indices before it are drawn and dropped, which takes a second per ten million.
+Detectron2's samplers give an infinite, seeded sequence of indices. Each image has a position in that sequence, counted
+over all ranks, and all random numbers drawn while it is loaded come from (seed, position). So neither the number of
+workers, nor their prefetching, nor a restart changes a batch. Batches are grouped by aspect ratio from the dataset's
+widths and heights, before any image is read; to resume at batch k, the earlier indices are drawn and dropped, which
+takes about a second per ten million.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from torch import Generator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 MAX_REPLACEMENTS = 100
-LIKE_REPLACEMENTS = 5  # of them of the same aspect group, the first ones
-_GRACE = 600  # seconds a worker stays after it was told to end
+SAME_GROUP_REPLACEMENTS = 5  # of these, the first ones, which are drawn from the same aspect ratio group
+_GRACE_PERIOD = 600  # seconds for which a worker survives SIGTERM
 
 
 class ResumableTrainLoader:
-    """Batches of a run, endless; iterating begins at batch ``start``.
+    """Endless training batches; iteration starts at batch ``start``.
 
     Attributes:
-        seed: decides all of it; SEED of the config, or a drawn one where that is below 0.
-        start: the batch, counted from 0, at which the next iteration over it begins; to be set when a run goes on.
-        described: the number of images, and a checksum of which of them are wide.
-        batches: number of batches this process has been given so far, of this run and of the one it goes on from.
+        seed: seed of all randomness; SEED of the config, or a random one if that is negative.
+        start: index of the first batch of the next iteration; set it to resume.
+        fingerprint: number of images, and a checksum of which of them are wide.
+        batches: number of batches this rank has received so far, those before a resume included.
 
     Args:
-        cfg: as for Detectron2's build_detection_train_loader.
-        mapper: makes of a dataset's entry what the model takes, or None where that cannot be; Detectron2's DatasetMapper if not given.
-            It may draw from Python's, numpy's and PyTorch's global generators, and keep no random state of its own.
-        dataset: entries of the datasets; those of DATASETS.TRAIN if not given.
+        cfg: config, as for Detectron2's ``build_detection_train_loader``.
+        mapper: maps a dataset dict to a sample, or to None if it cannot; Detectron2's ``DatasetMapper`` by default.
+            It may use the global generators of Python, numpy and PyTorch, and must keep no random state of its own.
+        dataset: dataset dicts; those of DATASETS.TRAIN by default.
 
     Raises:
-        ValueError: SOLVER.IMS_PER_BATCH cannot be shared out over the processes.
+        ValueError: SOLVER.IMS_PER_BATCH is not a multiple of the world size.
     """
 
     def __init__(
@@ -57,61 +58,61 @@ class ResumableTrainLoader:
         *,
         dataset: Sequence[dict] | None = None,
     ) -> None:
-        processes = comm.get_world_size()
-        batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, processes)
+        world_size = comm.get_world_size()
+        batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, world_size)
         if rest or batch_size < 1:
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the {processes} processes"
+                f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of the world size {world_size}."
             )
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        with seeded(self.seed):  # samplers without a seed draw one
+        with seeded(self.seed):  # a sampler without a seed draws one
             parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
-        entries = parts["dataset"]
-        groups = np.zeros(len(entries), dtype=np.int8)
+        records = parts["dataset"]
+        groups = np.zeros(len(records), dtype=np.int8)
         if parts["aspect_ratio_grouping"]:
-            groups = np.array([entry["width"] > entry["height"] for entry in entries], dtype=np.int8)
-        self.described = f"{len(entries)} images, checksum {zlib.crc32(groups.tobytes()):08x}"
-        listed = entries if isinstance(entries, Dataset) else DatasetFromList(entries, copy=False)
-        self._dataset = _Seeded(listed, parts["mapper"], groups, self.seed)
-        self._batches = _Batches(parts["sampler"], groups, batch_size)
-        self._workers = parts["num_workers"]
+            groups = np.array([record["width"] > record["height"] for record in records], dtype=np.int8)
+        self.fingerprint = f"{len(records)} images, checksum {zlib.crc32(groups.tobytes()):08x}"
+        records = records if isinstance(records, Dataset) else DatasetFromList(records, copy=False)
+        self._dataset = _SeededDataset(records, parts["mapper"], groups, self.seed)
+        self._batch_sampler = _GroupedBatchSampler(parts["sampler"], groups, batch_size)
+        self._num_workers = parts["num_workers"]
         self.start = self.batches = 0
         self._running: Callable[[], Iterator[list[dict]] | None] = lambda: None
 
     def __iter__(self) -> Iterator[list[dict]]:
         running = self._iterate()
-        self._running = weakref.ref(running)  # whoever drops the iteration ends its workers
+        self._running = weakref.ref(running)  # dropping the iterator must stop its workers
         return running
 
     def seek(self, batch: int) -> None:
-        """Begin the next iteration at ``batch``; one that is under way, and its count, are left alone."""
+        """Start the next iteration at ``batch``; a running iteration and its count are unchanged."""
         self.start = batch
         if self._running() is None:
             self.batches = batch
 
     def close(self) -> None:
-        """End the workers of the last iteration."""
+        """Stop the workers of the last iteration."""
         running = self._running()
         if running is not None:
             running.close()
 
     def _iterate(self) -> Iterator[list[dict]]:
-        self.batches = self._batches.start = self.start
+        self.batches = self._batch_sampler.start = self.start
         loader = DataLoader(
             self._dataset,
-            batch_sampler=self._batches,
-            num_workers=self._workers,
+            batch_sampler=self._batch_sampler,
+            num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=go_on if os.name == "posix" else None,
-            generator=Generator(),  # else it would draw from the one the model draws from
+            worker_init_fn=ignore_stop_signals if os.name == "posix" else None,
+            generator=Generator(),  # by default it would draw from the model's generator
         )
         for batch in loader:
             self.batches += 1
             yield batch
 
 
-class _Batches(Sampler):
-    """Lists of (position, index), each of one group of images, from the batch ``start`` on."""
+class _GroupedBatchSampler(Sampler):
+    """Yield lists of (position, index) of one aspect ratio group, from batch ``start`` on."""
 
     def __init__(self, sampler: Sampler, groups: np.ndarray, batch_size: int) -> None:
         self.sampler, self.groups, self.batch_size, self.start = sampler, groups, batch_size, 0
@@ -120,18 +121,18 @@ class _Batches(Sampler):
         return itertools.islice(self._all(), self.start, None)
 
     def _all(self) -> Iterator[list[tuple[int, int]]]:
-        groups, waiting = self.groups.tolist(), ([], [])
-        # Detectron2's samplers give this process every n-th of the indices.
+        groups, buckets = self.groups.tolist(), ([], [])
+        # Detectron2's samplers give this rank every n-th index.
         for position, index in zip(itertools.count(comm.get_rank(), comm.get_world_size()), self.sampler, strict=False):
-            bucket = waiting[groups[index]]
+            bucket = buckets[groups[index]]
             bucket.append((position, index))
             if len(bucket) == self.batch_size:
                 yield bucket[:]
                 bucket.clear()
 
 
-class _Seeded(Dataset):
-    """(position, index) -> what the mapper makes of it; where that is nothing, of another image, of the same group if one is found soon."""
+class _SeededDataset(Dataset):
+    """Map (position, index) to a sample; an image that maps to None is replaced, if possible by one of its group."""
 
     def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict | None], groups: np.ndarray, seed: int) -> None:
         self.dataset, self.mapper, self.groups, self.seed = dataset, mapper, groups, seed
@@ -142,26 +143,21 @@ class _Seeded(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         position, index = item
         with seeded(self.seed, position):
-            like = np.flatnonzero(self.groups == self.groups[index])
+            group = np.flatnonzero(self.groups == self.groups[index])
             for attempt in range(MAX_REPLACEMENTS):
-                mapped = self.mapper(self.dataset[index])
-                if mapped is not None:
-                    return mapped
-                # Batches of one shape save padding, no more: a small group may hold nothing usable at all.
-                index = int(
-                    like[np.random.randint(len(like))]
-                    if attempt < LIKE_REPLACEMENTS
-                    else np.random.randint(len(self.groups))
-                )
-        raise RuntimeError(
-            f"{MAX_REPLACEMENTS} images drawn one after the other cannot be used: look at the lines about them in the log"
-        )
+                sample = self.mapper(self.dataset[index])
+                if sample is not None:
+                    return sample
+                # Batches of one group only save padding, and a small group may hold no usable image at all.
+                same_group = attempt < SAME_GROUP_REPLACEMENTS
+                index = int(group[np.random.randint(len(group))] if same_group else np.random.randint(len(self.groups)))
+        raise RuntimeError(f"{MAX_REPLACEMENTS} consecutive images failed to load. Fix: see the warnings in the log.")
 
 
-def go_on(worker: int) -> None:
-    """To be called in a loading worker: what asks a run to stop often reaches all of its processes, and workers are still needed then.
+def ignore_stop_signals(worker_id: int) -> None:
+    """Keep a DataLoader worker running when a stop signal reaches all processes of a run; a ``worker_init_fn``.
 
-    They load on for as long as an evaluation may take; those of a process that has ended end by themselves.
+    The workers are needed until a final evaluation is done. They exit by themselves when their parent process ends.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_PERIOD))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Find, or make, the datasets a config names before anything long starts."""
+"""Register a user's COCO json files, and check that the datasets of a config exist."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import logging
 import os
 from pathlib import Path
 
-from halodet.data import ValidatedCoco, check_same_categories, register_checked, validate_coco
 from halodet.data.build import wrap_dataset_errors
+from halodet.data.coco import ValidatedCoco, check_same_categories, register_cleaned, register_validated, validate_coco
 from halodet.errors import ConfigError
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 
 logger = logging.getLogger(__name__)
 
@@ -21,115 +20,114 @@ USER_DATASETS = ("user_train", "user_val")
 
 
 def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
-    """Check that every dataset of the config is there; draw halodet's own where it is not yet.
+    """Check that all datasets of the config exist, and draw halodet's synthetic ones if needed.
 
     Args:
-        cfg: the run's config.
+        cfg: config.
         train: also check DATASETS.TRAIN, which an evaluation does not need.
 
     Raises:
-        ConfigError: a dataset has an unknown name, or its files are missing: where they were looked for and what to do.
-        halodet.data.DatasetError: one to evaluate on cannot be read, which Detectron2 would find out at the first evaluation.
+        ConfigError: a dataset name is unknown, or its files are missing.
+        DatasetError: a test dataset cannot be read, which Detectron2 would find at the first evaluation only.
     """
-    if train and not cfg.DATASETS.TRAIN:
+    key, flag = ("TRAIN", "train") if train else ("TEST", "val")
+    if not cfg.DATASETS[key]:
         raise ConfigError(
-            "DATASETS.TRAIN is empty: name a dataset to train on, or give --train-json and --train-images"
+            f"DATASETS.{key} is empty. Fix: set it to a dataset name, or give --{flag}-json and --{flag}-images."
         )
-    if not train and not cfg.DATASETS.TEST:
-        raise ConfigError("DATASETS.TEST is empty: name a dataset to evaluate on, or give --val-json and --val-images")
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
-        if name not in DatasetCatalog.list():
-            if name in USER_DATASETS:
-                raise ConfigError(
-                    f"dataset {name} is your own data of an earlier run: give its --{name.removeprefix('user_')}-json again"
-                )
-            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-            raise ConfigError(
-                f"there is no dataset {name!r}" + (f": the nearest are {', '.join(near)}" if near else "")
-            )
+        _check_registered(name)
         if name.startswith("halodet_shapes_"):
             try:
                 DatasetCatalog.get(name)
-            except (ValueError, OSError) as error:  # its folder cannot be written, or holds something else
+            except (ValueError, OSError) as error:  # the folder is not writable or contains other files
                 raise ConfigError(str(error)) from error
             continue
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type", "coco") != "coco" or "json_file" not in metadata.as_dict():
-            raise ConfigError(
-                f"dataset {name} is not one of COCO instances, which is what halodet's training tool evaluates"
-            )
+            raise ConfigError(f"dataset {name!r} is not supported: expected COCO instances (evaluator_type 'coco').")
         for path in (metadata.get("json_file"), metadata.get("image_root")):
             if path is not None and not os.path.exists(path):
                 raise ConfigError(
-                    f"dataset {name} was looked for at {os.path.abspath(path)}, which does not exist: put COCO there, "
-                    "or set DETECTRON2_DATASETS to the folder that holds coco/ (see datasets/README.md)"
+                    f"dataset {name!r}: {os.path.abspath(path)} does not exist. Fix: put the files there, or set "
+                    "DETECTRON2_DATASETS to the folder that contains coco/ (see datasets/README.md)."
                 )
         if name in cfg.DATASETS.TEST and name not in USER_DATASETS:
             with wrap_dataset_errors(name):
                 DatasetCatalog.get(name)
 
 
+def _check_registered(name: str) -> None:
+    if name in DatasetCatalog.list():
+        return
+    if name in USER_DATASETS:
+        flag = f"--{name.removeprefix('user_')}-json"
+        raise ConfigError(f"dataset {name!r} is user data of an earlier run. Fix: give its {flag} again.")
+    close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    raise ConfigError(f"dataset {name!r} is not registered.{hint}")
+
+
 def register_user_data(
     cfg: CfgNode, train_json: str | None, train_images: str | None, val_json: str | None, val_images: str | None
 ) -> CfgNode:
-    """Check a user's COCO json files, register what is usable of them, and fit the config to them.
+    """Validate a user's COCO json files, register their valid part, and adapt the config to it.
 
-    The files stay as they are: what is usable is written to OUTPUT_DIR/data. Each fault found is logged in one line.
+    The files are not changed; the valid part is written to OUTPUT_DIR/data. Each issue is logged on one line.
 
     Args:
-        cfg: the run's config.
-        train_json: COCO json to train on; not needed for an evaluation.
-        train_images: folder its file names are relative to.
+        cfg: config.
+        train_json: COCO json to train on; an evaluation needs none.
+        train_images: folder that its file names are relative to.
         val_json: COCO json to evaluate on.
-        val_images: folder its file names are relative to.
+        val_images: folder that its file names are relative to.
 
     Returns:
-        The config with DATASETS and the number of classes set.
+        The config with DATASETS, the number of classes and INPUT.MASK_FORMAT set.
 
     Raises:
-        ConfigError: a json without its images, or without any.
-        halodet.data.DatasetError: a json that cannot be used.
+        ConfigError: a json is given without its images or the reverse.
+        DatasetError: a json cannot be used.
     """
-    checked: dict[str, ValidatedCoco] = {}
+    validated: dict[str, ValidatedCoco] = {}
     for split, json_file, images in (("train", train_json, train_images), ("val", val_json, val_images)):
         if bool(json_file) != bool(images):
-            raise ConfigError(f"--{split}-json and --{split}-images belong together: only one of them is given")
+            raise ConfigError(f"--{split}-json and --{split}-images must be given together.")
         if json_file:
-            checked[split] = validate_coco(
+            validated[split] = validate_coco(
                 json_file, images, need_masks=cfg.MODEL.MASK_ON, require_annotations=split == "train"
             )
-            for line in checked[split].fault_lines():
-                logger.warning(line)
-    if len(checked) == 2:
-        check_same_categories(checked["train"], checked["val"])
+            for line in validated[split].issue_lines():
+                logger.warning("%s", line)
+    if len(validated) == 2:
+        check_same_categories(validated["train"], validated["val"])
     cfg = cfg.clone()
     cfg.defrost()
     for name, split, images in zip(USER_DATASETS, ("train", "val"), (train_images, val_images), strict=True):
-        if split in checked:
-            register_checked(name, checked[split], images, _cleaned_json(cfg, name))
-        setattr(cfg.DATASETS, "TRAIN" if split == "train" else "TEST", (name,) if split in checked else ())
-    if "val" not in checked:
-        logger.warning("No --val-json was given: nothing is evaluated.")
-    if "train" in checked and any(
-        isinstance(a.get("segmentation"), dict) for a in checked["train"].dataset["annotations"]
-    ):
-        cfg.INPUT.MASK_FORMAT = "bitmask"  # which takes polygons as well; Detectron2's default takes no RLE
-    classes = next(iter(checked.values())).class_names
+        if split in validated:
+            register_validated(name, validated[split], images, _cleaned_json(cfg, name))
+        setattr(cfg.DATASETS, "TRAIN" if split == "train" else "TEST", (name,) if split in validated else ())
+    if "val" not in validated:
+        logger.warning("No --val-json given: the model will not be evaluated.")
+    train = validated["train"].dataset["annotations"] if "train" in validated else ()
+    if any(isinstance(annotation.get("segmentation"), dict) for annotation in train):
+        cfg.INPUT.MASK_FORMAT = "bitmask"  # accepts polygons too; Detectron2's default does not accept RLE
+    classes = next(iter(validated.values())).class_names
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
-    logger.info(f"{len(classes)} classes: {', '.join(classes)}")
+    logger.info("%d classes: %s", len(classes), ", ".join(classes))
     cfg.freeze()
     return cfg
 
 
 def register_user_data_again(cfg: CfgNode, train_images: str | None, val_images: str | None) -> None:
-    """In a process that another one started: register what :func:`register_user_data` wrote there."""
+    """Register the files written by :func:`register_user_data` in another process."""
     for name, images in zip(USER_DATASETS, (train_images, val_images), strict=True):
         if name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) and name not in DatasetCatalog.list():
-            register_coco_instances(name, {}, str(_cleaned_json(cfg, name)), images)
+            register_cleaned(name, images, _cleaned_json(cfg, name))
 
 
 def user_data_files(cfg: CfgNode) -> list[Path]:
-    """What :func:`register_user_data` has written for this run."""
+    """Return the files that :func:`register_user_data` writes for this config."""
     return [_cleaned_json(cfg, name) for name in USER_DATASETS if name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
 
 

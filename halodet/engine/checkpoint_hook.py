@@ -7,8 +7,8 @@ import os
 import shutil
 
 from halodet.checkpoint import Checkpointer, numbered
+from halodet.engine.bad_image_hook import BadImageHook
 from halodet.engine.resume_state import RunState
-from halodet.engine.skipped import BadImageHook
 from halodet.errors import CheckpointWriteError
 from halodet.utils.io import remove_leftovers
 

@@ -39,7 +39,7 @@ class RunState(HookBase):
 
     def __init__(self, stream: ResumableTrainLoader, model: nn.Module, cfg: CfgNode) -> None:
         self.stream, self.model = stream, model
-        self._batch, self._settings = cfg.SOLVER.IMS_PER_BATCH, settings(cfg) | {"dataset": stream.described}
+        self._batch, self._settings = cfg.SOLVER.IMS_PER_BATCH, settings(cfg) | {"dataset": stream.fingerprint}
         self.started = time.time()
         self._random: dict[str, Any] | None = None
         self._of_all: list[dict[str, Any]] | None = None

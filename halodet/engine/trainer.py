@@ -12,6 +12,7 @@ from functools import partial
 from halodet.checkpoint import Checkpointer
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.data.build import build_test_loader, build_train_loader
+from halodet.engine.bad_image_hook import BadImageHook
 from halodet.engine.checkpoint_hook import Checkpoints
 from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm, ddp_anywhere
 from halodet.engine.ema import EMA
@@ -21,12 +22,12 @@ from halodet.engine.precise_bn import PreciseBN
 from halodet.engine.preemption import StopOnSignal
 from halodet.engine.progress import ProgressPrinter, Throughput
 from halodet.engine.resume_state import RunState
-from halodet.engine.skipped import BadImageHook, RobustCOCOEvaluator
 from halodet.engine.stop import log_sentences_only
 from halodet.engine.train_step import Step
 from halodet.engine.visualization import DrawPredictions
 from halodet.engine.wandb_writer import WandbWriter
 from halodet.engine.writers import IgnoreIOErrors
+from halodet.evaluation.build import build_evaluator
 from halodet.evaluation.tta import evaluate_augmented
 from halodet.solver.build import build_optimizer
 from halodet.solver.lr_scaling import scale_to_batch
@@ -159,11 +160,9 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> RobustCOCOEvaluator:
-        """COCO's own evaluation; predictions are written to ``folder`` in OUTPUT_DIR."""
-        # Detectron2's faster COCO evaluation stops on a dataset in which nothing is detected; the official one does not.
-        output_dir = os.path.join(cfg.OUTPUT_DIR, folder)
-        return RobustCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False, report_dir=cfg.OUTPUT_DIR)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:
+        """Build the evaluator of a dataset; predictions are written to ``folder`` in OUTPUT_DIR."""
+        return build_evaluator(cfg, dataset_name, folder)
 
     @classmethod
     def test_into(cls, folder: str, cfg: CfgNode, model: nn.Module) -> dict:

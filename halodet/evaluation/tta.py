@@ -1,4 +1,4 @@
-"""Evaluation with test-time augmentation: each image at several sizes, and mirrored, merged by Detectron2."""
+"""Evaluation with test-time augmentation: multiple scales and horizontal flip, merged by Detectron2."""
 
 from __future__ import annotations
 
@@ -6,42 +6,45 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from halodet.errors import ConfigError
+
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
 from torch import nn
 
 
 def check_tta(cfg: CfgNode, model: nn.Module) -> None:
-    """Check that TEST.AUG can be used with ``model``, which may be on the device ``meta``.
+    """Check that ``model``, which may be on the meta device, supports TEST.AUG.
 
     Raises:
-        ValueError: it is asked for, and cannot; what to change.
+        ConfigError: TEST.AUG.ENABLED is True and the model or another key does not support it.
     """
     if not cfg.TEST.AUG.ENABLED:
         return
     if not isinstance(model, GeneralizedRCNN):
-        raise ValueError(
-            f"TEST.AUG is for R-CNNs, and this model is a {type(model).__name__}: set TEST.AUG.ENABLED to False"
+        raise ConfigError(
+            f"TEST.AUG.ENABLED=True is not supported by {type(model).__name__}: expected an R-CNN. Fix: set it to False."
         )
     if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
-        raise ValueError(
-            "TEST.AUG is neither for keypoints nor for precomputed proposals: set TEST.AUG.ENABLED to False"
+        raise ConfigError(
+            "TEST.AUG.ENABLED=True supports neither keypoints nor precomputed proposals. Fix: set it to False."
         )
     sizes = cfg.TEST.AUG.MIN_SIZES
     if not sizes or min(sizes) < 1 or cfg.TEST.AUG.MAX_SIZE < max(sizes):
-        raise ValueError(
-            f"TEST.AUG.MIN_SIZES is {sizes} and MAX_SIZE {cfg.TEST.AUG.MAX_SIZE}, expected at least one size in pixels, none above MAX_SIZE"
+        raise ConfigError(
+            f"TEST.AUG.MIN_SIZES={sizes}, MAX_SIZE={cfg.TEST.AUG.MAX_SIZE} is invalid: expected one or more sizes in "
+            "pixels, at most MAX_SIZE."
         )
 
 
 def evaluate_augmented(
     test: Callable[[nn.Module], Mapping[str, Any]], cfg: CfgNode, model: nn.Module
 ) -> OrderedDict[str, Any]:
-    """What ``test`` finds of ``model`` under TEST.AUG, each name with ``_TTA`` at its end, as Detectron2's training tool has them.
+    """Evaluate ``model`` with TEST.AUG; result names get the suffix ``_TTA``, as in Detectron2's training tool.
 
     Args:
-        test: evaluates a detector: bbox, segm -> metrics.
-        cfg: the run's config.
+        test: evaluates a detector and returns its metrics by task ("bbox", "segm").
+        cfg: config.
         model: an R-CNN, or one in DistributedDataParallel.
     """
     return OrderedDict((f"{name}_TTA", result) for name, result in test(GeneralizedRCNNWithTTA(cfg, model)).items())

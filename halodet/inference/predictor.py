@@ -7,7 +7,7 @@ from typing import Any
 
 from halodet.checkpoint import load_weights
 from halodet.data.classes import read_classes
-from halodet.data.resize import ResizeShortestEdge
+from halodet.data.transforms import ResizeShortestEdge
 from halodet.errors import HalodetError
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Training and evaluation go on past files and annotations that cannot be used, and say which these are."""
+"""Training and evaluation skip bad images and annotations and report them."""
 
 import functools
 import os
@@ -8,12 +8,13 @@ import struct
 import zlib
 from pathlib import Path
 
+from halodet.config.load import load_config
+from halodet.data.annotations import validate_record
 from halodet.data.bad_images import SKIPPED_KEY, TooManyBadImages
 from halodet.data.build import build_test_loader, build_train_loader
 from halodet.data.dataset_mapper import RobustDatasetMapper
-from halodet.engine import load_config
+from halodet.data.image_io import read_image
 from halodet.errors import ImageError
-from halodet.inference import read_image
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -62,7 +63,7 @@ def good(tmp_path):
 
 
 def bomb(path):
-    """A PNG of 10 kB whose header promises 400 million pixels."""
+    """Write a PNG of 10 kB whose header declares 400 million pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -81,7 +82,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
-def turned(path):
+def rotated(path):
     exif = Image.Exif()
     exif[0x0112] = 6
     noise().save(path, exif=exif)
@@ -90,18 +91,18 @@ def turned(path):
 BAD = {
     "cut.png": (cut, "truncated|broken data stream"),
     "cut.jpg": (cut, "truncated"),
-    "text.jpg": (lambda path: path.write_text("not an image"), "not an image that Pillow can read"),
-    "empty.png": (lambda path: path.write_bytes(b""), "is an empty file"),
+    "text.jpg": (lambda path: path.write_text("not an image"), "not an image"),
+    "empty.png": (lambda path: path.write_bytes(b""), "empty file"),
     "gone.png": (lambda path: None, "does not exist"),
-    "folder.png": (lambda path: path.mkdir(), "is a folder"),
-    "small.png": (lambda path: noise(30, 20).save(path), "is 30 x 20 pixels .upright., and 60 x 40 in the dataset"),
-    "turned.jpg": (turned, "is 40 x 60 pixels .upright., and 60 x 40 in the dataset"),
+    "folder.png": (lambda path: path.mkdir(), "folder"),
+    "small.png": (lambda path: noise(30, 20).save(path), "30 x 20 .*60 x 40"),
+    "rotated.jpg": (rotated, "40 x 60 .*60 x 40"),
     "bomb.png": (bomb, "decompression bomb"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_left_out_and_named_with_the_next_sample(name, tmp_path, good):
+def test_bad_file_is_skipped_and_reported_with_the_next_sample(name, tmp_path, good):
     make, reason = BAD[name]
     make(tmp_path / name)
     mapper = RobustDatasetMapper(config(), is_train=True)
@@ -114,18 +115,18 @@ def test_a_bad_file_is_left_out_and_named_with_the_next_sample(name, tmp_path, g
     assert SKIPPED_KEY not in mapper(good)
 
 
-def test_a_turned_image_of_the_right_size_is_read_upright(tmp_path):
-    turned(tmp_path / "turned.png")
+def test_rotated_image_of_the_right_size_is_read_upright(tmp_path):
+    rotated(tmp_path / "rotated.png")
     cfg = config(
         "INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", "(60,)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"
     )
     mapper = RobustDatasetMapper(cfg, is_train=True)
-    sample = mapper(entry(tmp_path / "turned.png", HEIGHT, WIDTH, [annotation(bbox=[1, 2, 30, 40])]))
+    sample = mapper(entry(tmp_path / "rotated.png", HEIGHT, WIDTH, [annotation(bbox=[1, 2, 30, 40])]))
     assert sample["image"].shape == (3, 90, 60)  # 40 x 60 pixels scaled by 1.5
 
 
 @pytest.mark.parametrize("form", ["BGR", "RGB"])
-def test_a_good_image_is_mapped_as_detectron2_maps_it(good, form):
+def test_good_image_is_mapped_as_by_detectron2(good, form):
     cfg = config("INPUT.FORMAT", form)
     samples = []
     for mapper in (RobustDatasetMapper(cfg, is_train=True), DatasetMapper(cfg, is_train=True)):
@@ -138,7 +139,7 @@ def test_a_good_image_is_mapped_as_detectron2_maps_it(good, form):
     assert torch.equal(ours["instances"].gt_masks.tensor, detectron2s["instances"].gt_masks.tensor)
 
 
-def test_training_reads_an_image_as_inference_does(tmp_path):
+def test_images_are_read_as_for_inference(tmp_path):
     values = np.random.default_rng(1).integers(0, 65536, (HEIGHT, WIDTH)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "16bit.png")
     Image.fromarray(np.random.default_rng(2).integers(0, 256, (HEIGHT, WIDTH, 4), np.uint8), "CMYK").save(
@@ -150,48 +151,52 @@ def test_training_reads_an_image_as_inference_does(tmp_path):
 
 
 RLE = mask_util.encode(np.asfortranarray(np.pad(np.ones((20, 20), np.uint8), ((10, 10), (10, 30)))))
-DEGENERATE = {
-    "no area": ({"bbox": [10, 10, 0, 20]}, "its box has width 0 and height 20"),
-    "backwards": ({"bbox": [30, 30, 10, 10], "bbox_mode": BoxMode.XYXY_ABS}, "its box has width -20 and height -20"),
-    "outside": ({"bbox": [500, 500, 10, 10]}, "lies outside the image of 60 x 40"),
-    "not a number": ({"bbox": [10, float("nan"), 20, 20]}, "not four finite numbers"),
-    "short": ({"bbox": [10, 20]}, "not four finite numbers"),
-    "no mask": ({"segmentation": None}, "'segmentation' is missing"),
-    "empty mask": ({"segmentation": []}, "'segmentation' is []"),
+INVALID = {
+    "no area": ({"bbox": [10, 10, 0, 20]}, "bbox.*0 x 20"),
+    "backwards": ({"bbox": [30, 30, 10, 10], "bbox_mode": BoxMode.XYXY_ABS}, "bbox.*-20 x -20"),
+    "outside": ({"bbox": [500, 500, 10, 10]}, "bbox.*60 x 40"),
+    "not a number": ({"bbox": [10, float("nan"), 20, 20]}, "bbox"),
+    "short": ({"bbox": [10, 20]}, "bbox"),
+    "no mask": ({"segmentation": None}, "segmentation"),
+    "empty mask": ({"segmentation": []}, r"segmentation=\[\]"),
     "line": ({"segmentation": [[1, 2, 3, 4]]}, "has 4 numbers"),
-    "nan in mask": ({"segmentation": [[1, 2, float("nan"), 4, 5, 6]]}, "has nan among its coordinates"),
-    "other size": ({"segmentation": {**RLE, "size": [3, 4]}}, "RLE 'size' is [3, 4]"),
+    "nan in mask": ({"segmentation": [[1, 2, float("nan"), 4, 5, 6]]}, "nan"),
+    "other size": ({"segmentation": {**RLE, "size": [3, 4]}}, r"RLE size=\[3, 4\]"),
     "broken": ({"segmentation": {**RLE, "counts": RLE["counts"][:3]}}, "RLE"),
 }
 
 
-@pytest.mark.parametrize("name", DEGENERATE)
-def test_a_degenerate_annotation_is_left_out_and_the_others_are_kept(name, good):
-    changes, reason = DEGENERATE[name]
+def validated(record):
+    validate_record(record, need_mask=True)
+    return record
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_annotation_is_skipped_and_the_others_are_kept(name, good):
+    changes, reason = INVALID[name]
     mapper = RobustDatasetMapper(config(), is_train=True)
-    sample = mapper(
-        {**good, "annotations": [annotation(), annotation(**changes), annotation(segmentation=RLE, category_id=2)]}
-    )
+    annotations = [annotation(), annotation(**changes), annotation(segmentation=RLE, category_id=2)]
+    sample = mapper(validated({**good, "annotations": annotations}))
     assert sample["instances"].gt_classes.tolist() == [1, 2]
     (record,) = sample[SKIPPED_KEY]
-    assert (record.file, record.annotation) == (good["file_name"], 1) and reason in record.reason
+    assert (record.file, record.annotation) == (good["file_name"], 1) and re.search(reason, record.reason)
 
 
-def test_an_image_without_any_usable_annotation_is_left_out(good):
+def test_image_without_any_valid_annotation_is_skipped(good):
     mapper = RobustDatasetMapper(config(), is_train=True)
-    assert mapper({**good, "annotations": [annotation(bbox=[0, 0, 0, 0]), annotation(iscrowd=1)]}) is None
+    assert mapper(validated({**good, "annotations": [annotation(bbox=[0, 0, 0, 0]), annotation(iscrowd=1)]})) is None
     records = mapper(good)[SKIPPED_KEY]
-    assert [record.annotation for record in records] == [0, None] and "none of its 1 annotations" in records[1].reason
+    assert [record.annotation for record in records] == [0, None] and "1 annotations" in records[1].reason
 
 
-def test_an_image_without_objects_is_learned_from(good):
+def test_image_without_objects_is_used(good):
     sample = RobustDatasetMapper(config("INPUT.CROP.ENABLED", "True"), is_train=True)(
         {**good, "annotations": [annotation(iscrowd=1)]}
     )
     assert len(sample["instances"]) == 0 and SKIPPED_KEY not in sample
 
 
-def test_an_object_cropped_away_is_dropped_without_a_word(good):
+def test_object_outside_the_crop_is_dropped_silently(good):
     cfg = config("INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", "[2, 2]")
     mapper = RobustDatasetMapper(cfg, is_train=True)
     np.random.seed(0)
@@ -209,11 +214,9 @@ def test_very_long_images_keep_a_pixel(tmp_path):
     assert sample["image"].shape == (3, 1, 1333)
 
 
-def test_nothing_but_bad_files_ends_with_one_sentence(tmp_path):
+def test_only_bad_files_is_an_error(tmp_path):
     mapper = RobustDatasetMapper(config(), is_train=True)
-    with pytest.raises(
-        TooManyBadImages, match="^20 images in a row could not be used, the last one .*gone.png .does not exist.: check"
-    ) as error:
+    with pytest.raises(TooManyBadImages, match="20 images in a row .*gone.png .does not exist") as error:
         for _ in range(50):
             mapper(entry(tmp_path / "gone.png"))
     assert "\n" not in str(error.value)
@@ -234,15 +237,15 @@ def registered():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_wrong_folder_ends_training_at_once_in_any_process(registered, tmp_path, workers):
+def test_wrong_image_folder_is_an_error_at_once(registered, tmp_path, workers):
     name = registered([entry(tmp_path / f"{n}.png") for n in range(4)])
     loader = build_train_loader(config("DATASETS.TRAIN", f"('{name}',)", "DATALOADER.NUM_WORKERS", workers))
     with pytest.raises(TooManyBadImages) as error:
         next(iter(loader))
-    assert str(error.value).startswith("4 images in a row could not be used") and "\n" not in str(error.value)
+    assert str(error.value).startswith("4 images") and "\n" not in str(error.value)
 
 
-def test_evaluation_gets_a_blank_image_that_says_so(registered, tmp_path, good):
+def test_evaluation_gets_a_marked_blank_image(registered, tmp_path, good):
     cut(tmp_path / "cut.jpg")
     name = registered([entry(tmp_path / "cut.jpg"), good])
     bad, fine = (batch[0] for batch in build_test_loader(config(), name))
@@ -251,7 +254,7 @@ def test_evaluation_gets_a_blank_image_that_says_so(registered, tmp_path, good):
     assert SKIPPED_KEY not in fine and "annotations" not in fine and fine["image"].any()
 
 
-def test_a_worker_that_is_told_to_end_loads_on(registered, good):
+def test_worker_survives_sigterm(registered, good):
     name = registered([good] * 40)
     batches = iter(build_test_loader(config("DATALOADER.NUM_WORKERS", 1), name))
     next(batches)
@@ -262,7 +265,7 @@ def test_a_worker_that_is_told_to_end_loads_on(registered, good):
 @pytest.mark.skipif(
     not BAD_IMAGES.is_dir(), reason=f"no folder {BAD_IMAGES}; set DETECTRON2_DATASETS to one with bad_inputs"
 )
-def test_of_real_odd_files_exactly_those_that_inference_refuses_are_left_out(good):
+def test_unreadable_real_files_are_skipped(good):
     mapper = RobustDatasetMapper(config(), is_train=True)
     for path in (path for path in sorted(BAD_IMAGES.rglob("*")) if path.is_file() and path.suffix != ".json"):
         try:

@@ -1,4 +1,4 @@
-"""read_image against pictures made here, and against the hostile ones of the test data where they are present."""
+"""Tests of read_image with generated images and, where present, the hostile ones of the test data."""
 
 import io
 import os
@@ -7,8 +7,8 @@ import warnings
 import zlib
 from pathlib import Path
 
+from halodet.data.image_io import read_image
 from halodet.errors import ImageError
-from halodet.inference import read_image
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_colours_come_in_bgr_order(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_is_turned_upright(tmp_path, photo, orientation, suffix):
+def test_exif_orientation_is_applied(tmp_path, photo, orientation, suffix):
     stored = photo.transpose(STORED[orientation]) if orientation in STORED else photo
     exif = Image.Exif()
     exif[274] = orientation
@@ -125,13 +125,13 @@ def test_32_bit_values_are_scaled_from_the_smallest_usual_range(tmp_path, values
     assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == expected
 
 
-def test_nan_pixels_are_refused_with_their_number(tmp_path):
+def test_nan_pixels_are_an_error_with_their_number(tmp_path):
     Image.fromarray(np.array([[0, np.nan, np.inf]], np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ImageError, match="2 of 3 pixels"):
         read_image(tmp_path / "a.tif")
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+def test_transparency_is_composited_on_white(tmp_path):
     rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 0, 51]]], dtype=np.uint8)
     Image.fromarray(rgba).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").tolist() == [[[0, 0, 255], [255, 255, 255], [204, 204, 255]]]
@@ -140,7 +140,7 @@ def test_transparency_is_laid_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "1", "I;16"])
-def test_a_transparent_value_is_laid_on_white(tmp_path, mode):
+def test_a_transparent_value_is_composited_on_white(tmp_path, mode):
     image = Image.new(mode, (2, 1), 0)
     if mode == "P":
         image.putpalette([0, 0, 0, 9, 9, 9])
@@ -162,7 +162,7 @@ def test_the_first_frame_of_several_is_taken(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
-def test_a_truncated_file_is_refused(tmp_path, suffix):
+def test_a_truncated_file_is_an_error(tmp_path, suffix):
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
@@ -171,7 +171,7 @@ def test_a_truncated_file_is_refused(tmp_path, suffix):
         read_image(tmp_path / f"a.{suffix}")
 
 
-def test_unusable_paths_are_refused_with_the_reason(tmp_path):
+def test_unusable_paths_are_an_error_with_the_reason(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "page.jpg").write_text("<html></html>")
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -188,7 +188,7 @@ def test_unusable_paths_are_refused_with_the_reason(tmp_path):
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_decompression_bomb_is_refused_with_the_numbers(tmp_path):
+def test_a_decompression_bomb_is_an_error_with_the_numbers(tmp_path):
     (tmp_path / "bomb.png").write_bytes(_png(b"", width=60_000, height=60_000))
     with pytest.raises(ImageError, match="3600000000.*178956970"):
         read_image(tmp_path / "bomb.png")
@@ -208,8 +208,8 @@ def test_pillow_and_libtiff_print_nothing(tmp_path, photo, capfd, recwarn):
     assert np.array_equal(read_image(tmp_path / "a.tif"), bgr(photo))
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
-    os.write(2, b"still here")
-    assert capfd.readouterr().err == "still here"
+    os.write(2, b"restored")
+    assert capfd.readouterr().err == "restored"
 
 
 def _hostile_files():
@@ -218,7 +218,7 @@ def _hostile_files():
 
 
 @pytest.mark.parametrize("path", _hostile_files(), ids=lambda path: path and path.name)
-def test_a_hostile_image_is_read_or_refused_in_one_line(path, capfd):
+def test_hostile_image_is_read_or_a_one_line_error(path, capfd):
     try:
         image = read_image(path)
     except ImageError as error:
@@ -229,8 +229,8 @@ def test_a_hostile_image_is_read_or_refused_in_one_line(path, capfd):
 
 
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason=f"{HOSTILE} is not there")
-def test_which_hostile_images_are_refused():
-    def refused(path):
+def test_which_hostile_images_are_unreadable():
+    def is_unreadable(path):
         try:
             read_image(path)
         except ImageError:
@@ -238,7 +238,7 @@ def test_which_hostile_images_are_refused():
         return False
 
     assert {
-        path.name for path in HOSTILE.rglob("*") if path.is_file() and path.suffix != ".json" and refused(path)
+        path.name for path in HOSTILE.rglob("*") if path.is_file() and path.suffix != ".json" and is_unreadable(path)
     } == {
         "badwidth.bmp",
         "broken.png",

@@ -172,7 +172,7 @@ def test_registered_names_draw_on_first_use(tmp_path, monkeypatch):
 
 def test_the_truth_scores_a_full_ap_and_passes_the_check(root, dataset):
     json_file = root / "annotations" / "train.json"
-    assert validate_coco(json_file, root / "train").faults == []
+    assert validate_coco(json_file, root / "train").issues == []
     assert len(load_coco_json(str(json_file), str(root / "train"))) == NUM_IMAGES
     truth = COCO(str(json_file))
     perfect = [

@@ -1,4 +1,4 @@
-"""Datasets are found or drawn before a run, and a user's json fits the config to itself."""
+"""Registration of user data, and checks of the datasets of a config."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def test_a_users_json_sets_datasets_classes_and_mask_format(config, shapes, tmp_
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 6
     has_rle = any(isinstance(a["segmentation"], dict) and not a["iscrowd"] for a in data["annotations"][1:])
     assert has_rle and cfg.INPUT.MASK_FORMAT == "bitmask"
-    assert "'category_id' 77 is not among the categories" in caplog.text
+    assert "category_id=77" in caplog.text
     dicts = DatasetCatalog.get("user_train")
     assert sum(len(d["annotations"]) for d in dicts) == len(data["annotations"]) - 1
     prepare_datasets(cfg)
@@ -69,7 +69,7 @@ def test_another_process_registers_what_the_first_one_wrote(config, shapes):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (lambda data: data["annotations"][1].update(id=data["annotations"][0]["id"]), "not unique"),
         (lambda data: data["annotations"][0].update(category_id=77), "category_id=77"),
@@ -79,9 +79,9 @@ def test_another_process_registers_what_the_first_one_wrote(config, shapes):
     ],
     ids=["id twice", "unknown category", "no box", "no file name", "no annotations"],
 )
-def test_a_registered_json_that_detectron2_stops_on_is_told_before_the_run(config, shapes, tmp_path, spoil, message):
+def test_registered_json_that_detectron2_cannot_read_is_an_error(config, shapes, tmp_path, corrupt, message):
     data = json.loads(open(shapes[0]).read())
-    spoil(data)
+    corrupt(data)
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps(data))
     name = "test_registered_broken"
@@ -90,24 +90,22 @@ def test_a_registered_json_that_detectron2_stops_on_is_told_before_the_run(confi
         config.defrost()
         config.DATASETS.TRAIN, config.DATASETS.TEST = (name,), ()
         prepare_datasets(config)
-        with pytest.raises(
-            DatasetError, match=f"cannot read .*broken.json .*{message}.*tools/check_dataset.py"
-        ) as error:
+        with pytest.raises(DatasetError, match=f"broken.json .*{message}.*check_dataset.py") as error:
             Trainer.build_train_loader(config)
         assert "\n" not in str(error.value)
         if data["annotations"]:
             config.DATASETS.TEST = (name,)
-            with pytest.raises(DatasetError, match=f"cannot read .*broken.json .*{message}"):
+            with pytest.raises(DatasetError, match=f"broken.json .*{message}"):
                 prepare_datasets(config)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
 
-def test_what_does_not_belong_together_is_refused(config, shapes, tmp_path):
-    with pytest.raises(ConfigError, match="--val-json and --val-images belong together"):
+def test_contradictory_arguments_are_an_error(config, shapes, tmp_path):
+    with pytest.raises(ConfigError, match="--val-json.*--val-images"):
         register_user_data(config, *shapes, shapes[0], None)
-    with pytest.raises(DatasetError, match="gone.json does not exist"):
+    with pytest.raises(DatasetError, match="gone.json"):
         register_user_data(config, str(tmp_path / "gone.json"), shapes[1], None, None)
     data = json.loads(open(shapes[0]).read())
     data["categories"][2]["name"] = "hexagon"
@@ -117,38 +115,38 @@ def test_what_does_not_belong_together_is_refused(config, shapes, tmp_path):
         register_user_data(config, *shapes, str(other), shapes[1])
 
 
-def test_missing_datasets_are_told_before_training(config):
+def test_missing_datasets_are_an_error(config):
     cfg = config.clone()
     cfg.defrost()
     for train, message in (
-        ((), "DATASETS.TRAIN is empty"),
-        (("coco_2017_trian",), "no dataset 'coco_2017_trian': the nearest are coco_2017_train"),
-        (("user_train",), "give its --train-json again"),
-        (("voc_2007_train",), "voc_2007_train is not one of COCO instances"),
+        ((), "DATASETS.TRAIN"),
+        (("coco_2017_trian",), "coco_2017_trian.*coco_2017_train"),
+        (("user_train",), "--train-json"),
+        (("voc_2007_train",), "voc_2007_train.*COCO"),
     ):
         cfg.DATASETS.TRAIN = train
         with pytest.raises(ConfigError, match=message):
             prepare_datasets(cfg)
 
 
-def test_shapes_that_cannot_be_drawn_are_told(config, tmp_path):
+def test_shapes_that_cannot_be_written_are_an_error(config, tmp_path):
     cfg = config.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("halodet_shapes_train",), ()
     (tmp_path / "file").touch()
     try:
         register_shapes(tmp_path / "file")
-        with pytest.raises(ConfigError, match="cannot write the shapes dataset"):
+        with pytest.raises(ConfigError, match="file"):
             prepare_datasets(cfg)
     finally:
         register_shapes()
 
 
 def test_an_evaluation_needs_something_to_evaluate_on(config, shapes):
-    with pytest.raises(ConfigError, match="DATASETS.TEST is empty"):
+    with pytest.raises(ConfigError, match="DATASETS.TEST"):
         prepare_datasets(register_user_data(config, *shapes, None, None), train=False)
 
 
 def test_a_val_json_alone_does_not_train_on_the_configs_dataset(config, shapes):
-    with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN"):
         prepare_datasets(register_user_data(config, None, None, *shapes))

@@ -1,8 +1,8 @@
-"""Test-time augmentation against the two passes it is made of, merged by hand."""
+"""Test-time augmentation against its two passes, merged by an independent computation."""
 
 import json
 
-from halodet.engine import load_config
+from halodet.config.load import load_config
 from halodet.errors import ConfigError
 
 import numpy as np
@@ -143,20 +143,20 @@ def test_results_are_named_and_filed_apart_during_and_after_training(tmp_path, t
         (
             "retinanet_halo_h4",
             [],
-            "TEST.AUG is for R-CNNs, and this model is a RetinaNet: set TEST.AUG.ENABLED to False",
+            "TEST.AUG.ENABLED.*RetinaNet",
         ),
         (
             "quick/mask_rcnn_halo_shapes",
             ["TEST.AUG.MIN_SIZES", "()"],
-            r"MIN_SIZES is \(\) and MAX_SIZE 4000, expected at least one size",
+            r"MIN_SIZES=\(\)",
         ),
         (
             "quick/mask_rcnn_halo_shapes",
             ["TEST.AUG.MAX_SIZE", "1000"],
-            "MAX_SIZE 1000, expected .* none above MAX_SIZE",
+            "MAX_SIZE=1000",
         ),
     ],
 )
-def test_what_it_cannot_do_is_refused(config, opts, message):
+def test_unsupported_config_is_an_error(config, opts, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config, ["TEST.AUG.ENABLED", "True", *opts])
