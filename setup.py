@@ -23,8 +23,8 @@ setup(
     # Detectron2 is not here: it is not on the package index under its own name (tools/install_detectron2.py gets it), and a user's own
     # build must never be replaced.
     install_requires=[
-        "torch>=2.4,<2.16",
-        "torchvision>=0.19,<0.30",
+        "torch>=2.6,<2.16",
+        "torchvision>=0.21,<0.30",
         "numpy>=1.26.4,<3",
         "Pillow>=11,<14",
         "opencv-python>=4.10,<6",

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Convert weights between timm, HaloNet's classifier form, a bare backbone and a detector, and between .pth and .safetensors.
+"""Convert weights between timm, HaloNet classifiers, bare backbones and detectors, and between .pth and .safetensors.
 
     python tools/convert_weights.py --input last.pth.tar --output backbone.safetensors --to detector
     python tools/convert_weights.py --input model_final.pth --output for_timm.pth --to timm
-    python tools/convert_weights.py --input timm://halonet50ts.a1h_in1k --output filled.pth --to detector --into model_final.pth
+    python tools/convert_weights.py --input timm://halonet50ts.a1h_in1k --output filled.pth --to detector \\
+        --into model_final.pth
 
-No number changes. What has no place in the new form (heads, FPN) is listed. Exit code: 0 written, 2 not.
+The values are unchanged. Tensors without a place in the new form (heads, FPN) are listed. Exit code: 0 if the file was
+written, 2 for invalid arguments or input, 74 if it cannot be written.
 """
 
 from __future__ import annotations
@@ -16,118 +18,92 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from halodet.checkpoint import read_checkpoint, write_weights
-from halodet.checkpoint.convert import FORMS, convert, rename_for
+from halodet.checkpoint import LoadedCheckpoint, read_weights, write_weights
+from halodet.checkpoint.key_mapping import FORMS, convert, rename_for
 from halodet.checkpoint.preprocessing import preprocessing_of
-from halodet.errors import CheckpointError
+from halodet.errors import CheckpointError, HalodetError
 
-from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 
-def read(path: str, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
-    """The local file of ``path``, a path or a URL that Detectron2 knows, and what it holds."""
-    local = path
-    if "://" in path:
-        try:
-            local = PathManager.get_local_path(path)
-        except CheckpointError:
-            raise
-        except Exception as error:  # of whichever handler and network
-            raise CheckpointError(f"{path} could not be fetched ({type(error).__name__}: {error}).") from error
-    checkpoint = read_checkpoint(local, allow_pickle=allow_pickle)
-    if checkpoint.get("__author__") == "Caffe2":
-        raise CheckpointError(
-            f"{path} has Caffe2's names, which are matched only when loading: give the file itself as MODEL.WEIGHTS."
+def run(args: argparse.Namespace) -> None:
+    """Convert as the arguments say and print a summary."""
+    source = _read(args.input, args.allow_pickle)
+    target = _read(args.into, args.allow_pickle) if args.into else None
+    for loaded in filter(None, (source, target)):
+        if os.path.exists(args.output) and os.path.samefile(loaded.path, args.output):
+            raise CheckpointError(f"--output {args.output} is invalid: it is an input. Fix: use another name.")
+    tensors = source.checkpoint["model"]
+    if args.names:
+        tensors = rename_for(args.names, tensors)
+    into = target.checkpoint["model"] if target else None
+    done = convert(tensors, args.to, into=into, prefix=args.prefix)
+    metadata = {"form": args.to, "source": os.path.basename(args.input), **_metadata(source.checkpoint, done.source)}
+    write_weights(args.output, done.tensors, metadata=metadata)
+    numbers = sum(tensor.numel() for tensor in done.tensors.values())
+    print(f"{args.input}: {done.source}, {len(tensors)} tensors")
+    print(f"{args.output}: {args.to}, {len(done.tensors)} tensors, {numbers / 1e6:.2f} M parameters")
+    if args.to in ("timm", "classifier") and not any(name.startswith("head.") for name in done.tensors):
+        print("no classification head: load it with timm's --pretrained-path, not with --initial-checkpoint")
+    if into is not None:
+        print(
+            f"replaced: {done.filled}; as in {args.into}: {len(into) - done.filled} (without optimizer and iteration)"
         )
-    return local, checkpoint
+    if "pixel_std" in metadata:
+        print(f"preprocessing: {metadata['input_format']} with std {metadata['pixel_std']}, saved as metadata")
+        if args.to == "timm" and metadata["input_format"] != "RGB":
+            print("timm ignores this metadata and expects RGB")
+    _print_tensors(f"left out, without a place in form {args.to}", done.left_out)
+    _print_tensors("not in the input, unchanged", {name: done.tensors[name] for name in done.unfilled})
 
 
-def metadata_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, str]:
-    """What goes along with weights of the form ``source``: the pixels their first convolution takes, block and halo of attention."""
-    said = checkpoint.get("metadata") or {}
-    kept = {key: str(said[key]) for key in ("block_size", "halo_size") if key in said}
-    names = (
-        {"head.linear.weight"} if any(name.endswith("head.linear.weight") for name in checkpoint["model"]) else set()
-    )
-    convention = preprocessing_of(checkpoint, "", names if source == "classifier" else set())
-    return kept | (convention.metadata() if convention else {})
+def _read(file: str, allow_pickle: bool) -> LoadedCheckpoint:
+    loaded = read_weights(file, allow_pickle=allow_pickle)
+    if loaded.checkpoint.get("__author__") == "Caffe2":
+        raise CheckpointError(
+            f"{file} has Caffe2's names, which cannot be converted. Fix: set MODEL.WEIGHTS to the file."
+        )
+    return loaded
 
 
-def listed(title: str, tensors: Mapping[str, Tensor]) -> None:
-    """Print ``title`` with the count of ``tensors``, and each of them, if there are any."""
+def _metadata(checkpoint: Mapping[str, Any], source: str) -> dict[str, str]:
+    """Return the preprocessing and the layout of relative position tables, if the checkpoint tells."""
+    saved = checkpoint.get("metadata") or {}
+    layout = {key: str(saved[key]) for key in ("block_size", "halo_size") if key in saved}
+    head = source == "classifier" and any(name.endswith("head.linear.weight") for name in checkpoint["model"])
+    preprocessing = preprocessing_of(checkpoint, "", {"head.linear.weight"} if head else set())
+    return layout | (preprocessing.metadata() if preprocessing else {})
+
+
+def _print_tensors(title: str, tensors: Mapping[str, Tensor]) -> None:
     if tensors:
         print(f"{title}: {len(tensors)}")
     for name, tensor in tensors.items():
         print(f"  {name} {tuple(tensor.shape)}")
 
 
-def run(options: argparse.Namespace) -> None:
-    source, checkpoint = read(options.input, options.allow_pickle)
-    tensors = checkpoint["model"]
-    into_file, into = read(options.into, options.allow_pickle) if options.into else (None, {"model": None})
-    into = into["model"]
-    for path in (source, into_file):
-        if path and os.path.exists(options.output) and os.path.samefile(path, options.output):
-            raise CheckpointError(
-                f"--output {options.output} is what is read, and would be overwritten: give another name."
-            )
-    if options.names:
-        tensors = rename_for(options.names, tensors)
-    done = convert(tensors, options.to, into=into, prefix=options.prefix)
-    metadata = {"form": options.to, "source": os.path.basename(options.input)} | metadata_of(checkpoint, done.source)
-    write_weights(options.output, done.tensors, metadata=metadata)
-    print(f"{options.input}: {done.source}, {len(tensors)} tensors")
-    print(
-        f"{options.output}: {options.to}, {len(done.tensors)} tensors, {sum(t.numel() for t in done.tensors.values()) / 1e6:.2f} M numbers"
-    )
-    if options.to in ("timm", "classifier") and not any(name.startswith("head.") for name in done.tensors):
-        print(
-            "it has no classification head: timm's --pretrained-path takes it and makes a new one, --initial-checkpoint does not"
-        )
-    if into is not None:
-        print(
-            f"filled: {done.filled}; as in {options.into}: {len(into) - done.filled} (without its optimizer and iteration)"
-        )
-    if "pixel_std" in metadata:
-        pixels = f"{metadata['input_format']} over {metadata['pixel_std']}"
-        print(f"trained on {pixels}, which is saved beside them: training adapts the stem to its config")
-        if options.to == "timm" and metadata["input_format"] != "RGB":
-            print("timm's programs do not know, and feed RGB")
-    listed(f"left out, without a place in the form {options.to}", done.left_out)
-    listed(
-        "of the backbone, but not in the input, so left as they were",
-        {name: done.tensors[name] for name in done.unfilled},
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input", required=True, metavar="FILE", help="a checkpoint, or a URL that Detectron2 knows, as timm://NAME"
-    )
-    parser.add_argument("--output", required=True, metavar="FILE", help="what to write, .safetensors or .pth")
+    parser.add_argument("--input", required=True, metavar="FILE", help="checkpoint, or URL such as timm://NAME")
+    parser.add_argument("--output", required=True, metavar="FILE", help="file to write, .safetensors or .pth")
     parser.add_argument(
         "--to", required=True, choices=FORMS, help="form to write; timm and classifier have the same names"
     )
+    parser.add_argument("--into", metavar="FILE", help="checkpoint of a detector whose backbone is replaced")
     parser.add_argument(
-        "--into", metavar="FILE", help="a detector's checkpoint to fill the backbone of; all else in it stays"
+        "--prefix", help="prefix of the backbone in a detector (default: backbone.bottom_up.; without FPN backbone.)"
     )
+    parser.add_argument("--names", choices=("halodet", "timm"), help="rename for HaloNet or for timm's own halonet_h1")
     parser.add_argument(
-        "--prefix", help="of the backbone in a detector (backbone.bottom_up. as under FPN; without FPN it is backbone.)"
+        "--allow-pickle", action="store_true", help="run code that pickle files hold; only for files that you trust"
     )
-    parser.add_argument(
-        "--names", choices=("halodet", "timm"), help="change between HaloNet's names and those of timm's own halonet_h1"
-    )
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="run what a pickle asks for; only for files whose origin you trust"
-    )
-    options = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        run(options)
-    except CheckpointError as error:
+        run(args)
+    except HalodetError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0
 
 

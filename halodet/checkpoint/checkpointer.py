@@ -1,4 +1,4 @@
-"""A checkpointer that reads safely, and copies nothing into a model before the file is known to fit it."""
+"""Checkpointer that reads safely and changes a model only if the file is known to fit it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
-from halodet.checkpoint.identify import identify
-from halodet.checkpoint.io import read_checkpoint, save_torch, write_file
-from halodet.checkpoint.latest import TAG, Found, latest_checkpoint
-from halodet.checkpoint.matching import match, some
+from halodet.checkpoint.io import LoadedCheckpoint, read_checkpoint, save_torch, summarize, with_query, write_file
+from halodet.checkpoint.latest import TAG, latest_checkpoint
+from halodet.checkpoint.matching import match
 from halodet.checkpoint.model_spec import ModelSpec
 from halodet.checkpoint.preprocessing import preprocessing_of
+from halodet.checkpoint.rel_pos import layout_of
 from halodet.checkpoint.report import LoadReport, percent
 from halodet.errors import CheckpointError
 
@@ -27,21 +26,25 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, for which weights that do not arrive are an error instead of lines in the log.
+    """Detectron2's checkpointer, for which weights that do not fit are an error.
 
-    It takes what :mod:`halodet.checkpoint.matching` understands: checkpoints of this package and of Detectron2, backbones alone, classifiers of
-    timm, ResNets. After a load, ``report`` tells what was filled; it is logged once, as a table.
+    It loads what :mod:`halodet.checkpoint.matching` understands: checkpoints of halodet and Detectron2, bare backbones,
+    timm's classifiers, ResNets. After loading, :attr:`report` says what was loaded; it is logged once, as a table.
 
     Args:
-        model: to be filled or saved, as for Detectron2's.
-        save_dir: folder of checkpoints.
-        min_loaded: share, 0 to 1, of what a file should fill, in tensors as in parameters, below which it is refused.
-        exact: take only checkpoints of this very model, all of it; what a run resumes from is always taken so.
-        allow_pickle: read pickle files that may run code.
-        checkpointables: further objects to save and load, as for Detectron2's.
+        model: the model.
+        save_dir: folder of the checkpoints.
+        min_loaded: minimum share, 0 to 1, of the expected tensors and parameters that a file must provide.
+        exact: whether to load only complete checkpoints of this very model. Resuming always does.
+        allow_pickle: whether to run code that pickle files hold.
+        preloaded: a checkpoint in memory, of :func:`~halodet.checkpoint.io.read_weights` or
+            :func:`~halodet.checkpoint.latest.latest_checkpoint`. The first load uses it in place of its file, and so
+            does a search for the checkpoint to resume from if it is in ``save_dir``. It may be given in some ranks
+            only.
+        checkpointables: further objects to save and load.
 
     Raises:
-        CheckpointError: on loading; the model is then as it was.
+        CheckpointError: on loading; the model is unchanged.
     """
 
     def __init__(
@@ -52,98 +55,100 @@ class Checkpointer(DetectionCheckpointer):
         min_loaded: float = 0.95,
         exact: bool = False,
         allow_pickle: bool = False,
+        preloaded: LoadedCheckpoint | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
-        self.min_loaded, self.exact, self.allow_pickle = min_loaded, exact, allow_pickle
+        self.min_loaded, self.exact, self.allow_pickle, self.preloaded = min_loaded, exact, allow_pickle, preloaded
         self.report: LoadReport | None = None
-        self._found: Found | None = None
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As Detectron2's; a run goes on only from a checkpoint that fills all of the model, the newest that can be read.
+        """Load the latest readable checkpoint of ``save_dir`` if ``resume`` is set and there is one, or else ``path``.
 
-        All processes of a run take the one that the first of them finds, and the tag is made to name it.
+        All ranks resume from the checkpoint that rank 0 finds, and the tag is updated to name it.
         """
         before = self.exact
-        found = self._find_newest() if resume else None
-        self.exact = before or found is not None
+        self.exact = before or (resume and self._find_latest() is not None)
         try:
             return super().resume_or_load(path, resume=resume)
         finally:
-            self.exact, self._found = before, None
+            self.exact = before
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As Detectron2's, with what tensors do not tell beside it: the pixels the model takes, block and halo of its attention.
+        """Save a checkpoint and update the tag, both atomically.
 
-        The file, and after it the tag, are written under other names first: at any moment each of them is whole.
+        The checkpoint has metadata that its tensors do not tell: the preprocessing, and the layout of relative position
+        tables.
 
         Raises:
-            CheckpointWriteError: it cannot be written; older checkpoints and the tag are then as they were.
+            CheckpointWriteError: the file cannot be written; older checkpoints and the tag are unchanged.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        target = ModelSpec.of(self.model)
-        metadata = target.convention.metadata() if target.convention else {}
-        windows = set(target.windows.values())
-        if len(windows) == 1:
-            metadata |= dict(zip(("block_size", "halo_size"), map(str, *windows), strict=True))
-        data = {
-            "model": self.model.state_dict(),
-            **{key: part.state_dict() for key, part in self.checkpointables.items()},
-        }
-        data |= ({"metadata": metadata} if metadata else {}) | kwargs
+        spec = ModelSpec.of(self.model)
+        metadata = spec.preprocessing.metadata() if spec.preprocessing else {}
+        layouts = {tuple(layout_of(owner).items()) for owner in spec.tables.values()}
+        if len(layouts) == 1:
+            metadata |= {key: str(size) for key, size in layouts.pop()}
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **parts, **({"metadata": metadata} if metadata else {}), **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         write_file(path, lambda file: self.write(data, file))
         self.tag_last_checkpoint(os.path.basename(path))
 
     def write(self, data: dict[str, Any], file: str) -> None:
-        """Write what a checkpoint holds to ``file``."""
+        """Write the content of a checkpoint to ``file``."""
         save_torch(data, file)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """As Detectron2's; the tag names the old checkpoint or the new one, and is never half written."""
+        """Update the tag atomically."""
         write_file(os.path.join(self.save_dir, TAG), lambda file: Path(file).write_text(last_filename_basename))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """TensorSource the model from ``path``, a file or a name that Detectron2's PathManager knows; return what else the file holds."""
+        """Load ``path``, a file or a URL of Detectron2's PathManager, and return the other entries of the file."""
         self._file, self._with_state = path, checkpointables is None
         try:
             return super().load(path, checkpointables)
         except CheckpointError:
             raise
-        # Detectron2's ways to tell of a file that is not there, and PyTorch's of a state for another optimizer.
+        # Detectron2's errors for a file that does not exist, and PyTorch's for the state of another optimizer.
         except (AssertionError, OSError, RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"MODEL.WEIGHTS {path} cannot be loaded ({' '.join(str(error).split())})") from error
+            raise CheckpointError(f"MODEL.WEIGHTS={path} cannot be loaded ({' '.join(str(error).split())}).") from error
         finally:
-            self._parsed_url_during_load = None
+            self._parsed_url_during_load = self.preloaded = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        kept = self._found is not None and self._found.path == filename
-        checkpoint = self._found.checkpoint if kept else read_checkpoint(filename, allow_pickle=self.allow_pickle)
+        if self.preloaded and os.path.realpath(self.preloaded.path) == os.path.realpath(filename):
+            checkpoint = dict(self.preloaded.checkpoint)
+        else:
+            checkpoint = read_checkpoint(filename, allow_pickle=self.allow_pickle)
         return with_query(checkpoint, self._parsed_url_during_load.query, self._file)
 
-    def _find_newest(self) -> str | None:
-        """The file to resume from, the same one in all processes; None where there is none."""
+    def _find_latest(self) -> str | None:
+        """Return the name of the checkpoint to resume from, the same in all ranks; None if there is none."""
         name = error = None
         if comm.is_main_process():
             try:
-                self._found = latest_checkpoint(self.save_dir, allow_pickle=self.allow_pickle)
-                name = self._found and os.path.basename(self._found.path)
-                if name and name != self._tagged():
-                    self.tag_last_checkpoint(name)
-            except CheckpointError as caught:  # the others wait for what becomes of it
+                loaded = self.preloaded
+                if loaded is None or os.path.realpath(os.path.dirname(loaded.path)) != os.path.realpath(self.save_dir):
+                    loaded = latest_checkpoint(self.save_dir, allow_pickle=self.allow_pickle)
+                if loaded is not None:
+                    self.preloaded, name = loaded, os.path.basename(loaded.path)
+                    if name != self._tagged():
+                        self.tag_last_checkpoint(name)
+            except CheckpointError as caught:  # the other ranks wait
                 error = str(caught)
         name, error = comm.all_gather((name, error))[0]
         if error is not None:
             raise CheckpointError(error)
-        there = comm.all_gather(
+        visible = comm.all_gather(
             name is None or (self._tagged() == name and os.path.isfile(os.path.join(self.save_dir, name)))
         )
-        if not all(there):
+        if not all(visible):
             raise CheckpointError(
-                f"{name} in {self.save_dir} is seen by {sum(there)} of the run's {len(there)} processes only: set OUTPUT_DIR to a folder "
-                "that all machines share, or copy it to each of them"
+                f"{name} in {self.save_dir} is visible on {sum(visible)} of {len(visible)} ranks. Fix: OUTPUT_DIR must "
+                "be on a shared file system, or copied to each machine."
             )
         return name
 
@@ -151,137 +156,133 @@ class Checkpointer(DetectionCheckpointer):
         return os.path.basename(self.get_checkpoint_file()) if self.has_checkpoint() else ""
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        self.report = check_fit(
-            ModelSpec.of(self.model), checkpoint, self._file, min_loaded=self.min_loaded, exact=self.exact
-        )
-        saved = checkpoint.get("trainer", {}).get("_trainer", {}).get("optimizer")
-        if self._with_state and saved and "trainer" in self.checkpointables:
-            _check_optimizer(saved, self.checkpointables["trainer"]._trainer.optimizer, self._file)
+        spec = ModelSpec.of(self.model)
+        self.report = check_fit(spec, checkpoint, self._file, min_loaded=self.min_loaded, exact=self.exact)
+        optimizer_state = checkpoint.get("trainer", {}).get("_trainer", {}).get("optimizer")
+        if self._with_state and optimizer_state and "trainer" in self.checkpointables:
+            _check_optimizer(optimizer_state, self.checkpointables["trainer"]._trainer.optimizer, self._file)
         state = checkpoint.pop("model")
-        filled = {name: fill.make() for name, fill in self.report.match.fills.items()}
-        if self.exact:  # how many batches norms have seen, which is nothing that is missed elsewhere
-            filled |= {name: value for name, value in state.items() if name.endswith("num_batches_tracked")}
-        self.model.load_state_dict(filled, strict=False)
+        values = {name: source.make() for name, source in self.report.match.sources.items()}
+        if self.exact:  # counters of norm layers, which are not required otherwise
+            values |= {name: value for name, value in state.items() if name.endswith("num_batches_tracked")}
+        self.model.load_state_dict(values, strict=False)
         if comm.is_main_process():
-            logger.info(str(self.report))
+            logger.info("%s", self.report)
 
 
-def load_weights(model: nn.Module, weights: str, *, allow_pickle: bool = False, min_loaded: float = 1.0) -> LoadReport:
-    """TensorSource ``model`` from the checkpoint ``weights``, a path or a name that Detectron2's PathManager knows, and tell what was filled.
+def load_weights(
+    model: nn.Module,
+    weights: str,
+    *,
+    allow_pickle: bool = False,
+    min_loaded: float = 1.0,
+    preloaded: LoadedCheckpoint | None = None,
+) -> LoadReport:
+    """Load a checkpoint into ``model`` and report what was loaded.
 
     Args:
-        model: to be filled.
-        weights: of this very model, when all of it must be filled; else of anything that :class:`Checkpointer` understands.
-        allow_pickle: read pickle files that may run code.
-        min_loaded: share, 0 to 1, of what the file should fill, in tensors as in parameters.
+        model: the model.
+        weights: path, or URL of Detectron2's PathManager.
+        allow_pickle: whether to run code that pickle files hold.
+        min_loaded: minimum share, 0 to 1, of the expected tensors and parameters. With 1 the file must be of this very
+            model; otherwise of anything that :class:`Checkpointer` understands.
+        preloaded: the file in memory, see :class:`Checkpointer`.
 
     Raises:
-        CheckpointError: the file cannot be read as a checkpoint, or leaves more of the model as it was; nothing is filled then.
+        CheckpointError: the file is not a checkpoint, or provides too little of the model; the model is unchanged.
     """
     if not weights:
-        raise CheckpointError("MODEL.WEIGHTS is empty: give the path of trained weights")
-    checkpointer = Checkpointer(model, min_loaded=min_loaded, exact=min_loaded >= 1.0, allow_pickle=allow_pickle)
+        raise CheckpointError("MODEL.WEIGHTS is empty: expected the path of trained weights.")
+    options = {"min_loaded": min_loaded, "allow_pickle": allow_pickle, "preloaded": preloaded}
+    checkpointer = Checkpointer(model, exact=min_loaded >= 1.0, **options)
     checkpointer.load(weights, checkpointables=[])
     return checkpointer.report
 
 
-def _check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, file: str) -> None:
-    """CheckpointError where a saved state is not that of such an optimizer: PyTorch would take it, and stop at the next step."""
-    groups = saved["param_groups"]
-    for theirs, ours in zip(groups, optimizer.param_groups, strict=False):
-        other = sorted((set(theirs) ^ set(ours)) & {"momentum", "betas"})
-        if other or len(theirs["params"]) != len(ours["params"]):
-            break
-    else:
-        if len(groups) == len(optimizer.param_groups):
-            return
-    raise CheckpointError(
-        f"{file} has the state of another optimizer, or of one with other parameter groups, than this config's "
-        f"{type(optimizer).__name__}: go on with the SOLVER keys the run was begun with, or begin anew with MODEL.WEIGHTS {file}"
-    )
+def _check_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, file: str) -> None:
+    """Check that a saved state is of such an optimizer: PyTorch would accept another one and fail at the next step."""
 
+    def layout(groups: list[dict[str, Any]]) -> list[tuple]:
+        return [(len(group["params"]), {"momentum", "betas"} & set(group)) for group in groups]
 
-def with_query(checkpoint: dict[str, Any], query: str, file: str) -> dict[str, Any]:
-    """The checkpoint, to be matched as the address asks: Detectron2 has ``?matching_heuristics=True``."""
-    queries = parse_qs(query)
-    if queries.pop("matching_heuristics", ["False"]) == ["True"]:
-        checkpoint["matching_heuristics"] = True
-    if queries:
+    if layout(state["param_groups"]) != layout(optimizer.param_groups):
         raise CheckpointError(
-            f"{file} asks for {', '.join(queries)}, but the only thing to ask for is ?matching_heuristics=True"
+            f"{file} has the state of another optimizer than {type(optimizer).__name__}, or of other parameter groups. "
+            f"Fix: resume with the SOLVER keys of the first start, or start a new run with MODEL.WEIGHTS {file}."
         )
-    return checkpoint
 
 
 def check_fit(
-    target: ModelSpec, checkpoint: Mapping[str, Any], file: str, *, min_loaded: float, exact: bool
+    spec: ModelSpec, checkpoint: Mapping[str, Any], file: str, *, min_loaded: float, exact: bool
 ) -> LoadReport:
-    """Match ``checkpoint`` with a model, and copy nothing.
+    """Match ``checkpoint`` with a model without copying anything.
+
+    Args:
+        spec: the model.
+        checkpoint: as :func:`halodet.checkpoint.io.read_checkpoint` returns it.
+        file: name of the file in messages.
+        min_loaded: minimum share, 0 to 1, of the expected tensors and parameters.
+        exact: whether the file must be a complete checkpoint of this very model, with its preprocessing and its layout
+            of relative position tables.
 
     Raises:
-        CheckpointError: it fills less of the model than asked for, or brings more than the model has a place for (in the same parts of it);
-            the message names the first tensors on both sides, the network that the file looks like, and what differs. With ``exact``
-            also: it says that it was trained on other pixels, or with another block or halo, than the model has.
+        CheckpointError: the file provides too little, or has tensors without a counterpart in parts that the model has.
+            The message names the first tensors and shapes of both sides.
     """
-    report = LoadReport(file, match(target, checkpoint, exact=exact))
+    report = LoadReport(file, match(spec, checkpoint, exact=exact))
     found = report.match
     if exact:
-        enough = len(found.fills) == len(target.shapes) and not found.foreign.total()
+        enough = len(found.sources) == len(spec.shapes) and not found.surplus.total()
     else:
-        used = sum(name.startswith(target.backbone) for name in found.fills)
-        foreign = sum(n for part, n in found.foreign.items() if part in target.backbone_groups)
-        enough = min(report.share, report.tensor_share) >= min_loaded and used >= min_loaded * (used + foreign)
-        # Behind a random first convolution the rest is worth nothing, few parameters as it has.
-        enough = enough and (not used or target.stem is None or target.stem in found.fills)
-    if not enough or not found.fills:
-        raise CheckpointError(_complaint(report, checkpoint, min_loaded, exact))
-    if found.window:
-        old, new = found.window
+        used = sum(name.startswith(spec.backbone) for name in found.sources)
+        surplus = sum(count for group, count in found.surplus.items() if group in spec.backbone_groups)
+        enough = min(report.share, report.tensor_share) >= min_loaded and used >= min_loaded * (used + surplus)
+        # Behind a random first convolution the other weights are useless.
+        enough = enough and (not used or spec.stem is None or spec.stem in found.sources)
+    if not enough or not found.sources:
+        raise CheckpointError(_misfit(report, checkpoint, min_loaded, exact))
+    if found.layouts:
+        old, new = (", ".join(f"{key}={size}" for key, size in layout.items()) for layout in found.layouts)
         raise CheckpointError(
-            f"{file} was trained with attention of block {old[0]} and halo {old[1]}, but the config has {new[0]} and {new[1]}: use the "
-            "config it was trained with"
+            f"{file} was trained with {old}, but the config has {new}. Fix: use the config of the file."
         )
-    old, new = preprocessing_of({"metadata": checkpoint.get("metadata")}, "", set()), report.match.target.convention
+    old, new = preprocessing_of({"metadata": checkpoint.get("metadata")}, "", set()), spec.preprocessing
     if exact and old and new and old != new:
         raise CheckpointError(
-            f"{file} was trained with INPUT.FORMAT {old.order} MODEL.PIXEL_MEAN {list(old.mean)} MODEL.PIXEL_STD {list(old.std)}, but the "
-            f"config has {new.order}, {list(new.mean)} and {list(new.std)}: use the config it was trained with"
+            f"{file} was trained with INPUT.FORMAT {old.order}, MODEL.PIXEL_MEAN {list(old.mean)} and MODEL.PIXEL_STD "
+            f"{list(old.std)}, but the config has {new.order}, {list(new.mean)} and {list(new.std)}. "
+            "Fix: use the config of the file."
         )
     return report
 
 
-def _complaint(report: LoadReport, checkpoint: Mapping[str, Any], min_loaded: float, exact: bool) -> str:
-    found = report.match
-    wanted = list(found.target.shapes) if exact else found.expected
-    unfilled = [name for name in wanted if name not in found.fills]
-    missing = [name for name in unfilled if name not in found.mismatched]
-    part = "model" if exact or found.whole or not found.target.detector else "backbone"
-    said = [
-        f"{len(unfilled)} of the {part}'s {len(wanted)} tensors are missing or of another shape, "
-        f"{percent(report.model_share if exact else report.share)} of its parameters are filled"
+def _misfit(report: LoadReport, checkpoint: Mapping[str, Any], min_loaded: float, exact: bool) -> str:
+    found, spec = report.match, report.match.spec
+    wanted = list(spec.shapes) if exact else found.expected
+    absent = [name for name in wanted if name not in found.sources]
+    missing = [f"{name} {spec.shapes[name]}" for name in absent if name not in found.mismatched]
+    share, part = (report.model_share, "model") if exact else (report.share, report.part)
+    shapes = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
+    facts = [
+        f"{len(absent)} of {len(wanted)} tensors of the {part} are missing or have another shape, {percent(share)} of "
+        "its parameters match" + ("" if exact else f" (MODEL.WEIGHTS_MIN_LOADED={percent(min_loaded)})")
     ]
-    if not exact:
-        said[0] += f" and MODEL.WEIGHTS_MIN_LOADED asks for {percent(min_loaded)} of both"
-    if found.foreign.total():
-        parts = some(group for group, count in found.foreign.items() if count)
-        said.append(
-            f"{found.foreign.total()} tensors of the file belong to parts that the model has ({parts}), and have no place there"
+    if found.surplus.total():
+        groups = summarize([group for group, count in found.surplus.items() if count])
+        facts.append(
+            f"{found.surplus.total()} tensors of the file have no counterpart in parts that the model has ({groups})"
         )
-    if not exact and found.target.stem in missing:
-        said.append("the first convolution is one of the missing")
-    if not found.fills and not found.mismatched:
-        said.append("no tensor of the file has a name of the model's")
-    looks = identify({name: tuple(value.shape) for name, value in checkpoint["model"].items()})
-    own = identify(found.target.shapes)
-    if looks and looks != own:
-        said.append(f"the file looks like {looks}" + (f", the model is {own}" if own else ""))
-    for name, (file, model) in list(found.mismatched.items())[:1]:
-        said.append(f"the first of another shape is {name}, {file} in the file and {model} in the model")
+    if not exact and spec.stem in absent and spec.stem not in found.mismatched:
+        facts.append(f"the first convolution {spec.stem} is missing")
+    if not found.sources and not found.mismatched:
+        facts.append("no name of the file is one of the model")
+    for name, (old, new) in list(found.mismatched.items())[:1]:
+        facts.append(f"first shape mismatch: {name} is {old} in the file and {new} in the model")
     if missing:
-        said.append(f"missing in the file: {some(missing)}")
-    if found.unexpected or found.not_used:
-        said.append(f"unexpected in the file: {some([*found.unexpected, *found.not_used])}")
-    mend = "use the config it was trained with" if exact else "use a file of this model, or the config of the file's"
-    if found.fills and not exact:
-        mend += ", or, where this is meant, a lower MODEL.WEIGHTS_MIN_LOADED"
-    return f"MODEL.WEIGHTS {report.file} does not fit the config: {'; '.join(said)}: {mend}"
+        facts.append(f"missing in the file: {summarize(missing)}")
+    if unexpected := [f"{name} {shapes.get(name, '')}".strip() for name in (*found.unexpected, *found.unused)]:
+        facts.append(f"unexpected in the file: {summarize(unexpected)}")
+    fix = "use the config of the file" if exact else "use a file of this model, or the config of the file"
+    if found.sources and not exact:
+        fix += ", or lower MODEL.WEIGHTS_MIN_LOADED"
+    return f"MODEL.WEIGHTS={report.file} does not fit the config: {'; '.join(facts)}. Fix: {fix}."

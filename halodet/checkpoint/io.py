@@ -1,17 +1,16 @@
-"""Read a checkpoint of any kind, tensors only: nothing that a file brings along is run."""
+"""Read and write checkpoint files; reading runs no code of the file."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
-import struct
-import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 from halodet.checkpoint.safe_pickle import UnsafePickleError, load_pickle, load_torch
 from halodet.errors import CheckpointError, CheckpointWriteError
@@ -21,113 +20,153 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-# Where programs put the state dict; timm's averaged weights go before the ones they average, as in timm.
-SUFFIXES = (".safetensors", ".pth")
+# Keys of the state dict in other programs' files. timm's averaged weights come before the others, as in timm.
 WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema", "model_state")
-_LEGACY_TORCH = (
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save pickled first, before PyTorch 1.6
-)
+SUFFIXES = (".safetensors", ".pth")
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number before PyTorch 1.6
+_AGAIN = "Fix: download or copy it again."
 
 logger = logging.getLogger(__name__)
 
 
-def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """A checkpoint of Detectron2, timm, torchvision, pycls or halodet: ``{"model": flat dict of CPU tensors, named as in the file, ...}``.
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint in memory, so that a run reads its file once.
 
-    What kind a file is, is read from the file: safetensors, ``torch.save``'s zip and its older form, or a pickle of numpy arrays. The
-    state dict is taken out of its wrapper (``model``, ``state_dict_ema``, ``state_dict``, ``model_ema``, ``model_state``, or none); the
-    file's other entries stand beside it. As in Detectron2, a ``.pkl`` without an author is Caffe2's (``__author__``,
-    ``matching_heuristics``; momentum left out) and a ``.pyth`` is pycls's. Entries of the state dict that are no tensors are left out,
-    with a line in the log.
+    Attributes:
+        path: local path of the file.
+        checkpoint: content as :func:`read_checkpoint` returns it.
+    """
 
-    Args:
-        path: of a local file.
-        allow_pickle: run what a pickle asks for. Only for files whose origin you trust.
+    path: str
+    checkpoint: dict[str, Any]
+
+
+def read_weights(weights: str, *, allow_pickle: bool = False) -> LoadedCheckpoint:
+    """Fetch and read ``weights``, a path or URL of Detectron2's PathManager, with or without
+    ``?matching_heuristics=True``.
+
+    Pass the result to :class:`~halodet.checkpoint.checkpointer.Checkpointer` or ``load_weights`` as ``preloaded``, so
+    that the file is not read a second time.
 
     Raises:
-        CheckpointError: no such file, or truncated, damaged, no checkpoint, without tensors, or asking for more than tensors.
+        CheckpointError: the file cannot be fetched or read.
+    """
+    url = urlparse(weights)
+    try:
+        path = PathManager.get_local_path(url._replace(query="").geturl())
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"MODEL.WEIGHTS={weights} cannot be fetched ({reason}).") from error
+    return LoadedCheckpoint(path, with_query(read_checkpoint(path, allow_pickle=allow_pickle), url.query, weights))
+
+
+def with_query(checkpoint: dict[str, Any], query: str, file: str) -> dict[str, Any]:
+    """Apply the query of a checkpoint's URL: Detectron2 has ``?matching_heuristics=True``.
+
+    Raises:
+        CheckpointError: the query is another one.
+    """
+    queries = parse_qs(query)
+    if queries.pop("matching_heuristics", ["False"]) == ["True"]:
+        checkpoint["matching_heuristics"] = True
+    if queries:
+        raise CheckpointError(f"{file} has query {', '.join(queries)}: expected only ?matching_heuristics=True.")
+    return checkpoint
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of halodet, Detectron2, timm, torchvision or pycls.
+
+    The content, not the suffix, determines the format: safetensors, both formats of ``torch.save``, or a pickle of
+    numpy arrays. The state dict may be bare or in one of :data:`WRAPPERS`. As in Detectron2, a ``.pkl`` file without an
+    author is Caffe2's (its momentum is dropped) and a ``.pyth`` file is pycls's. Entries of the state dict that are not
+    tensors are skipped and logged.
+
+    Args:
+        path: path of a local file.
+        allow_pickle: whether to run code that the file holds. Only for files that you trust.
+
+    Returns:
+        ``{"model": {name: CPU tensor}, ...}`` with the other entries of the file.
+
+    Raises:
+        CheckpointError: the file does not exist, is damaged, is not a checkpoint, has no tensors, or needs
+            ``allow_pickle``.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        kind = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise CheckpointError(f"{path} {kind}, expected a file of weights.")
+        found = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise CheckpointError(f"{path} {found}: expected a checkpoint file.")
     try:
         with open(path, "rb") as file:
             start = file.read(512)
-        size = os.path.getsize(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
-    if size == 0:
-        raise CheckpointError(f"{path} is empty (0 bytes), expected a file of weights: get it again.")
     if start.startswith(b"PK\x03\x04"):
-        loaded = _read_torch_zip(path, size, allow_pickle)
+        _check_zip(path)
+        loaded = _load(path, "torch.save file", _torch_load_unsafe if allow_pickle else load_torch)
     elif start.startswith(_LEGACY_TORCH):
-        loaded = _read_torch_legacy(path, size, allow_pickle)
-    elif start[4:9] == b"\0\0\0\0{":  # a length of eight bytes, then json
-        loaded = _read_safetensors(path, size, start)
-    elif start.startswith(b"\x80") or path.endswith(".pkl"):
-        loaded = _read_pickle(path, size, start, allow_pickle)
+        loaded = _load(path, "legacy torch.save file", _torch_load_unsafe if allow_pickle else load_torch)
+    elif start[4:9] == b"\0\0\0\0{":  # a length of eight bytes, then JSON
+        loaded = _load(path, "safetensors file", _load_safetensors)
+    elif start.startswith(b"\x80") or (path.endswith(".pkl") and start[:1] in (b"(", b"}", b"c")):  # protocol 0
+        loaded = _label_caffe2(_load(path, "pickle", _pickle_load_unsafe if allow_pickle else load_pickle))
     else:
-        raise CheckpointError(_no_checkpoint(path, size, start))
-    return _unwrapped(path, loaded)
+        raise CheckpointError(f"{path} {_describe(start)}: expected a .pth, .pkl or .safetensors checkpoint. {_AGAIN}")
+    return _unwrap(path, loaded)
 
 
-def _read_safetensors(path: str, size: int, start: bytes) -> dict[str, Any]:
+def _load(path: str, kind: str, load: Callable[[str], Any]) -> Any:
     try:
-        (length,) = struct.unpack("<Q", start[:8])
-        with open(path, "rb") as file:
-            file.seek(8)
-            header = json.loads(file.read(length)) if 8 + length <= size else None
-        needed = (
-            8 + length + max([0, *(e["data_offsets"][1] for k, e in (header or {}).items() if k != "__metadata__")])
-        )
-    except (struct.error, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        raise CheckpointError(_no_checkpoint(path, size, start)) from error
-    if header is None or needed != size:
+        return load(path)
+    except UnsafePickleError as error:
         raise CheckpointError(
-            f"{path} is truncated or damaged: its header tells of {needed} bytes{' and more' if header is None else ''}, "
-            f"it has {size}: get it again."
-        )
-    try:
-        tensors = safetensors.torch.load_file(path, device="cpu")
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-    except Exception as error:  # its own error type, and KeyError for a dtype that PyTorch does not have
-        raise CheckpointError(
-            f"{path} of {size} bytes is a damaged safetensors file ({_reason(error)}): get it again."
+            f"{path} is a {kind} that {error}: expected tensors, numpy arrays and plain containers only. Fix: if you "
+            "trust its source, add --allow-pickle."
         ) from error
+    except Exception as error:  # damaged files raise nearly anything
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")[:120] or type(error).__name__
+        raise CheckpointError(
+            f"{path} is truncated or damaged: its {os.path.getsize(path)} bytes are not a {kind} ({reason}). {_AGAIN}"
+        ) from error
+
+
+def _load_safetensors(path: str) -> dict[str, Any]:
+    tensors = safetensors.torch.load_file(path, device="cpu")
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
     return {"model": tensors, **({"metadata": metadata} if metadata else {})}
 
 
-def _read_torch_zip(path: str, size: int, allow_pickle: bool) -> Any:
+def _check_zip(path: str) -> None:
+    """Check that a zip file is complete, because PyTorch ignores the checksums, and that it is one of
+    ``torch.save``."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            damaged = next((entry.filename for entry in archive.infolist() if not _intact(archive, entry)), None)
+            # torch.save writes 0 for no checksum.
+            damaged = next(
+                (entry.filename for entry in archive.infolist() if entry.CRC and not _intact(archive, entry)), None
+            )
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise CheckpointError(
-            f"{path} is truncated or damaged: its {size} bytes begin like a checkpoint of torch.save, but the table at the end of it is "
-            "not there: get it again."
+            f"{path} is truncated or damaged: its {os.path.getsize(path)} bytes are part of a torch.save file. {_AGAIN}"
         ) from error
     if damaged is not None:
-        raise CheckpointError(
-            f"{path} is damaged: in its {size} bytes the checksum of {damaged} does not hold: get it again."
-        )
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match. {_AGAIN}")
     if any(name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(f"{path} is a TorchScript program, not weights: save its state_dict() with torch.save.")
+        raise CheckpointError(f"{path} is a TorchScript program: expected weights. Fix: torch.save its state_dict().")
     if not any(name.endswith("/data.pkl") for name in names):
         raise CheckpointError(
-            f"{path} is a zip archive, but not one of torch.save: it holds {', '.join(names[:3]) or 'nothing'}."
+            f"{path} is a zip archive of {', '.join(names[:3]) or 'nothing'}: expected a torch.save file."
         )
-    return _read(path, size, "checkpoint of torch.save", _trusting_torch if allow_pickle else load_torch)
 
 
 def _intact(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
-    # PyTorch does not look at the checksums. 0 is what it writes when told to write none.
-    if entry.CRC == 0:
-        return True
     try:
         with archive.open(entry) as file:
             while file.read(2**20):
@@ -137,96 +176,43 @@ def _intact(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
     return True
 
 
-def _read_torch_legacy(path: str, size: int, allow_pickle: bool) -> Any:
-    # Before PyTorch 2.6 the reader of tar archives ran code even with weights_only.
-    if tarfile.is_tarfile(path):
-        raise CheckpointError(f"{path} is a tar archive, not weights: unpack it.")
-    return _read(path, size, "checkpoint of torch.save's older form", _trusting_torch if allow_pickle else load_torch)
-
-
-def _read_pickle(path: str, size: int, start: bytes, allow_pickle: bool) -> Any:
-    if not start.startswith(b"\x80") and start.lstrip()[:1] not in (
-        b"(",
-        b"}",
-        b"c",
-    ):  # what the oldest pickles begin with
-        raise CheckpointError(_no_checkpoint(path, size, start))
-    loaded = _read(path, size, "pickle", _trusting_pickle if allow_pickle else load_pickle)
-    if (
-        not isinstance(loaded, dict)
-        or "__author__" in loaded
-        or any(isinstance(loaded.get(name), dict) for name in WRAPPERS)
-    ):
-        return loaded
-    blobs = loaded.get("blobs", loaded)
-    blobs = (
-        {name: value for name, value in blobs.items() if not str(name).endswith("_momentum")}
-        if isinstance(blobs, dict)
-        else blobs
-    )
-    return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _read(path: str, size: int, kind: str, load: Callable[[str], Any]) -> Any:
-    try:
-        return load(path)
-    except UnsafePickleError as error:
-        raise CheckpointError(
-            f"{path} is a {kind} that {error}, and only tensors, numpy arrays and plain containers are read: if you trust "
-            "where it comes from, give --allow-pickle."
-        ) from error
-    except Exception as error:  # reading arbitrary bytes raises nearly anything
-        raise CheckpointError(
-            f"{path} is truncated or damaged: its {size} bytes begin like a {kind}, but cannot be read as one ({_reason(error)}): "
-            "get it again."
-        ) from error
-
-
-def _trusting_torch(path: str) -> Any:
-    with open(path, "rb") as file:
+def _torch_load_unsafe(path: str) -> Any:
+    with open(path, "rb") as file:  # by path, PyTorch would go by the suffix
         return torch.load(file, map_location="cpu", weights_only=False)
 
 
-def _trusting_pickle(path: str) -> Any:
+def _pickle_load_unsafe(path: str) -> Any:
     with open(path, "rb") as file:
         return pickle.load(file, encoding="latin1")
 
 
-def _unwrapped(path: str, loaded: Any) -> dict[str, Any]:
+def _label_caffe2(loaded: Any) -> Any:
+    wrapped = isinstance(loaded, dict) and any(isinstance(loaded.get(name), dict) for name in WRAPPERS)
+    if not isinstance(loaded, dict) or "__author__" in loaded or wrapped:
+        return loaded
+    blobs = loaded.get("blobs", loaded)
+    if isinstance(blobs, dict):
+        blobs = {name: value for name, value in blobs.items() if not str(name).endswith("_momentum")}
+    return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _unwrap(path: str, loaded: Any) -> dict[str, Any]:
     if not isinstance(loaded, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors: save the model's state_dict()."
-        )
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}: expected a dict. Fix: save the state_dict().")
     wrapper = next((name for name in WRAPPERS if isinstance(loaded.get(name), dict)), None)
     entries = {} if wrapper is None else {str(key): value for key, value in loaded.items() if key != wrapper}
     state_dict = loaded if wrapper is None else loaded[wrapper]
     if path.endswith(".pyth"):
-        state_dict = {
-            name: value for name, value in state_dict.items() if not str(name).endswith("num_batches_tracked")
-        }
+        state_dict = {name: v for name, v in state_dict.items() if not str(name).endswith("num_batches_tracked")}
         entries |= {"__author__": "pycls", "matching_heuristics": True}
-    tensors, others = {}, {}
-    for name, value in state_dict.items():
-        tensor = _tensor(value)
-        if tensor is None:
-            others[str(name)] = type(value).__name__
-        else:
-            tensors[str(name)] = tensor
+    tensors = {str(name): tensor for name, value in state_dict.items() if (tensor := _tensor(value)) is not None}
+    others = [f"{name} ({type(value).__name__})" for name, value in state_dict.items() if str(name) not in tensors]
     if not tensors:
-        held = ", ".join(list(others)[:5])
-        raise CheckpointError(f"{path} holds no tensors{f': its entries are {held}' if held else ''}.")
+        raise CheckpointError(f"{path} has no tensors{f', only {summarize(others)}' if others else ''}.")
     if others:
-        first = next(iter(others))
-        logger.warning(
-            "%s: %d of the state dict's %d entries are no tensors and left out, first %s (%s)",
-            path,
-            len(others),
-            len(others) + len(tensors),
-            first,
-            others[first],
-        )
-    if wrapper is not None and wrapper != "model":
-        logger.info("%s: the weights are its entry %s", path, wrapper)
+        logger.warning("Skipped %d entries of %s that are not tensors: %s", len(others), path, summarize(others))
+    if wrapper not in (None, "model"):
+        logger.info("Using the weights in entry %s of %s", wrapper, path)
     return {"model": tensors, **entries}
 
 
@@ -235,31 +221,29 @@ def _tensor(value: Any) -> Tensor | None:
         return None if value.is_meta else value.detach()
     if not isinstance(value, np.ndarray | np.number | np.bool_):
         return None
-    array = np.asarray(value)
+    array = np.array(value)
     try:
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=True))
-    except TypeError:  # strings, and numbers that PyTorch does not have
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    except TypeError:  # strings, and types that PyTorch does not have
         return None
 
 
-def _no_checkpoint(path: str, size: int, start: bytes) -> str:
+def _describe(start: bytes) -> str:
+    """Describe a file that is not a checkpoint by its first bytes."""
+    if not start:
+        return "is empty"
     text = start.decode("utf-8", errors="ignore")
-    if b"\0" not in start and text and sum(c.isprintable() or c.isspace() for c in text) >= 0.9 * len(start):
-        kind = "a web page" if "<html" in text.lower() or "<!doctype" in text.lower() else "a text file"
-        begins = f"beginning {' '.join(text.split())[:60]!r}"
-    else:
-        kind, begins = "no checkpoint", f"beginning with the bytes {start[:8].hex(' ')}"
-    return f"{path} is {kind} of {size} bytes, {begins}, expected a .pth, .pkl or .safetensors file of weights: get it again."
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(".")[:120] or type(error).__name__
+    if b"\0" in start or not text or sum(c.isprintable() or c.isspace() for c in text) < 0.9 * len(start):
+        return f"starts with the bytes {start[:8].hex(' ')}"
+    kind = "a web page" if "<html" in text.lower() or "<!doctype" in text.lower() else "a text file"
+    return f"is {kind} that starts with {' '.join(text.split())[:60]!r}"
 
 
 def write_weights(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``tensors`` to a ``.safetensors`` file, or to a ``.pth`` file as ``{"model": tensors, "metadata": metadata}``.
+    """Write ``tensors`` to a ``.safetensors`` file, or to a ``.pth`` file as ``{"model": tensors, "metadata":
+    metadata}``.
 
     Raises:
         CheckpointError: the suffix is another one, or an entry of ``metadata`` is not a string.
@@ -298,3 +282,8 @@ def write_file(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         atomic_write(path, write)
     except OSError as error:
         raise CheckpointWriteError(f"{path} cannot be written ({error.strerror or error}).") from error
+
+
+def summarize(items: list[str], count: int = 3) -> str:
+    """Join the first ``count`` items, and say how many more there are."""
+    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")

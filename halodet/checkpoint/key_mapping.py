@@ -1,11 +1,15 @@
-"""The same layer under other names: one small table of renamings for each kind of file."""
+"""Names of the same weights in different programs: mapping for loading, and conversion between the forms of a file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from halodet.checkpoint.model_spec import BACKBONE, ModelSpec
+from halodet.errors import CheckpointError
+
+from torch import Tensor
 
 Rename = Callable[[str], str]
 
@@ -17,71 +21,195 @@ TORCHVISION = [
     (r"\.downsample\.1\.", ".shortcut.norm."),
     (r"^conv1\.", "stem.conv1."),
 ]
-# Detectron2's ResNets -> HaloNet, whose mixer stands where theirs have the 3×3 convolution.
+# Detectron2's ResNets -> HaloNet, which has a mixer in place of their 3x3 convolution.
 DETECTRON2 = [
     (r"^(stem\.conv1|res\d\.\d+\.(?:conv1|conv3|shortcut))\.weight$", r"\1.conv.weight"),
     (r"^(res\d\.\d+\.)conv2\.weight$", r"\1mixer.conv.weight"),
     (r"^(res\d\.\d+\.)conv2\.norm\.", r"\1norm2."),
 ]
-# A classifier's last layers: HaloNet's and timm's, torchvision's, its conversion to Detectron2's names, MSRA's.
+# HaloNet and timm's own halonet_h1. Names that start with a dot are of a block, such as res2.0.
+_HALONET_TIMM = (
+    ("stem.conv1.norm.", "stem.conv1.bn."),
+    *((f"res{stage + 2}.", f"stages.{stage}.") for stage in range(4)),
+    *((f".conv{i}.conv.", f".conv{i}_1x1.conv.") for i in (1, 3)),
+    *((f".conv{i}.norm.", f".conv{i}_1x1.bn.") for i in (1, 3)),
+    (".mixer.", ".self_attn."),
+    (".norm2.", ".post_attn."),
+    (".shortcut.norm.", ".shortcut.bn."),
+    ("head.linear.", "head.fc."),
+)
+# Last layers of classifiers: HaloNet's and timm's, torchvision's, its conversion to Detectron2's names, MSRA's.
 CLASSIFIER = re.compile(r"^(stem\.fc|head|fc|fc1000|linear|classifier)\.")
-FINAL_CONV = "final_conv."  # timm's, which a detector may do without
+FINAL_CONV = "final_conv."  # timm's, which a detector may lack
+
+FORMS = ("timm", "classifier", "backbone", "detector")
+PREFIXES = ("backbone.bottom_up.", "backbone.")  # of a backbone in a detector, with and without FPN
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
+_HEADS = ("head.", "fc.", "classifier.")
+_NETWORK = re.compile(r"(stem|res\d|stages)\.")
 
 
-def renamings(target: ModelSpec, names: Iterable[str]) -> dict[str, Rename]:
-    """The renamings that may lead from the names of a file to those of a model, by a description for the user, the plainest first."""
-    alone = not any(BACKBONE.match(name) for name in names)
+def key_mappings(spec: ModelSpec, names: Iterable[str]) -> dict[str, Rename]:
+    """Return candidate mappings from the names of a file to those of a model, by description, simplest first."""
+    bare = not any(BACKBONE.match(name) for name in names)
 
-    def into_backbone(rename: Rename) -> Rename:
-        def renamed(name: str) -> str:
+    def into_backbone(*rules: list) -> Rename:
+        def rename(name: str) -> str:
             inside = BACKBONE.match(name)
-            if not inside and not alone:
+            if not inside and not bare:
                 return name
-            return target.backbone + rename(name[inside.end() :] if inside else name)
+            name = name[inside.end() :] if inside else name
+            for group in rules:
+                name = substitute(name, group)
+            return spec.backbone + name
 
-        return renamed
+        return rename
 
-    found: dict[str, Rename] = {
-        "the model's own names": lambda name: name,
-        "the backbone's names": into_backbone(lambda name: name),
-    }
-    if target.kind == "halonet":
-        found["Detectron2's ResNet names"] = into_backbone(lambda name: substitute(name, DETECTRON2))
-        found["torchvision's ResNet names"] = into_backbone(
-            lambda name: substitute(substitute(name, TORCHVISION), DETECTRON2)
-        )
-    elif target.kind == "resnet":
-        found["torchvision's ResNet names"] = into_backbone(lambda name: substitute(name, TORCHVISION))
+    found: dict[str, Rename] = {"none": lambda name: name, "backbone": into_backbone()}
+    if spec.kind == "halonet":
+        found["Detectron2 ResNet"] = into_backbone(DETECTRON2)
+        found["torchvision ResNet"] = into_backbone(TORCHVISION, DETECTRON2)
+    elif spec.kind == "resnet":
+        found["torchvision ResNet"] = into_backbone(TORCHVISION)
     return found
 
 
-def by_suffix(target: ModelSpec, names: Iterable[str]) -> Rename:
-    """Detectron2's matching heuristics: a tensor of the model takes the file's with the longest name that is the end of its own."""
+def by_suffix(spec: ModelSpec, names: Iterable[str]) -> Rename:
+    """Return Detectron2's matching heuristics: each tensor of the model takes the file's longest name that ends its own
+    name."""
     known, taken = set(names), {}
-    for name in target.shapes:
+    for name in spec.shapes:
         parts = name.split(".")
-        ends = [".".join(parts[i:]) for i in range(len(parts))]
-        end = next((e for e in ends if e in known), None)
-        if end is not None:
-            taken[end] = None if end in taken else name  # two that claim the same tensor: neither is sure of it
+        suffixes = (".".join(parts[i:]) for i in range(len(parts)))
+        suffix = next((suffix for suffix in suffixes if suffix in known), None)
+        if suffix is not None:
+            taken[suffix] = None if suffix in taken else name  # ambiguous names match nothing
     return lambda name: taken.get(name) or name
 
 
 def substitute(name: str, rules: list[tuple[str, str | Callable]]) -> str:
-    """``name`` after every rule (pattern, replacement), in order."""
+    """Apply all rules (pattern, replacement) in order."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def shared_prefixes(names: Iterable[str]) -> list[str]:
-    """The dotted beginnings that all names share, from none to the longest: what a wrapper may have put before them."""
+    """Return the dotted prefixes that all names share, which a wrapper may have added, from the empty one to the
+    longest."""
     names = list(names)
-    first = names[0].split(".")[:-1] if names else []
     found = [""]
-    for part in first:
+    for part in names[0].split(".")[:-1] if names else []:
         prefix = f"{found[-1]}{part}."
         if not all(name.startswith(prefix) for name in names):
             break
         found.append(prefix)
     return found
+
+
+@dataclass
+class Conversion:
+    """Result of :func:`convert`.
+
+    Attributes:
+        source: form of the input, ``"detector"``, ``"classifier"`` or ``"backbone"``.
+        tensors: the converted weights.
+        left_out: tensors of the input without a place in the new form, under their old names.
+        filled: number of tensors of ``into`` that were replaced.
+        unfilled: names of tensors of the backbone of ``into`` that were not replaced.
+    """
+
+    source: str
+    tensors: dict[str, Tensor]
+    left_out: dict[str, Tensor] = field(default_factory=dict)
+    filled: int = 0
+    unfilled: list[str] = field(default_factory=list)
+
+
+def convert(
+    tensors: Mapping[str, Tensor], form: str, *, into: Mapping[str, Tensor] | None = None, prefix: str | None = None
+) -> Conversion:
+    """Rename weights to another form; the tensors themselves are unchanged.
+
+    Args:
+        tensors: weights of a detector, a classifier (timm's or HaloNet's) or a backbone.
+        form: ``"timm"`` or ``"classifier"``, whose names are the same: no prefix, with the classification head if there
+            is one; ``"backbone"``: no prefix, no head; ``"detector"``: prefixed names, no head.
+        into: weights of a detector whose backbone is replaced.
+        prefix: prefix of the backbone in a detector; defaults to that of ``into``, of ``tensors``, or
+            ``backbone.bottom_up.``.
+
+    Raises:
+        CheckpointError: the weights are of no known form, or their shapes differ from those of ``into``.
+    """
+    if form not in FORMS:
+        raise CheckpointError(f"form={form!r} is invalid: expected one of {', '.join(FORMS)}.")
+    if into is not None and form != "detector":
+        raise CheckpointError(f"form={form!r} is invalid with into: expected detector.")
+    if prefix is not None and (form != "detector" or not re.fullmatch(r"(\w+\.)+", prefix)):
+        raise CheckpointError(
+            f"prefix={prefix!r} is invalid: expected form detector, and a prefix that ends with a dot."
+        )
+    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    own = backbone_prefix(tensors)
+    if not any(_NETWORK.match(name[len(own) :]) for name in tensors if name.startswith(own)):
+        first = next(iter(tensors), "none")
+        raise CheckpointError(f"the weights start with {first}: expected names such as stem.*, res2.* or stages.*.")
+    others = {n: t for n, t in tensors.items() if (not n.startswith(own) if own else n.startswith(_HEADS))}
+    network = {name[len(own) :]: tensor for name, tensor in tensors.items() if name not in others}
+    heads = {name: tensor for name, tensor in others.items() if not own and name.startswith(_HEADS)}
+    source = "detector" if own else "classifier" if heads else "backbone"
+    if into is not None:
+        return _fill(source, network, others, into, prefix)
+    if form == "detector":
+        target, kept = prefix or own or PREFIXES[0], others if own else {}
+    else:
+        target, kept = "", heads if form != "backbone" else {}
+    names = {n: n if n in kept else target + n[len(own) :] for n in tensors if n in kept or n not in others}
+    converted = {new: tensors[old] for old, new in names.items()}
+    return Conversion(source, converted, {name: tensor for name, tensor in others.items() if name not in kept})
+
+
+def backbone_prefix(tensors: Mapping[str, Tensor]) -> str:
+    """Return the prefix of the backbone in a detector: one of :data:`PREFIXES`; empty if the weights are not a
+    detector's."""
+    return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
+
+
+def rename_for(network: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights, with or without a prefix, for HaloNet (``"halodet"``) or for timm's own halonet_h1 (``"timm"``).
+
+    Raises:
+        CheckpointError: a tensor has no place in the other network.
+    """
+    to_timm = network == "timm"
+    foreign = r"mixer\.conv\.|\.se\.|head\.final\." if to_timm else r"stem\.conv[23]\.|conv2|\.attn|final_conv\."
+    pairs = _HALONET_TIMM if to_timm else [(new, old) for old, new in _HALONET_TIMM]
+    rules = [((r"(?<=\d)" if old[0] == "." else r"\b") + re.escape(old), new) for old, new in pairs]
+    for name in tensors:
+        if re.search(foreign, name):
+            goal = "timm's halonet_h1" if to_timm else "HaloNet"
+            raise CheckpointError(f"{goal} has no place for {name}: expected a network with attention in every block.")
+    return {substitute(name, rules): tensor for name, tensor in tensors.items()}
+
+
+def _fill(
+    source: str, network: dict[str, Tensor], others: dict[str, Tensor], into: Mapping[str, Tensor], prefix: str | None
+) -> Conversion:
+    prefix = prefix or backbone_prefix(into)
+    if not prefix:
+        raise CheckpointError(f"into is not a detector: expected names that start with {' or '.join(PREFIXES)}.")
+    for name, tensor in network.items():
+        current = into.get(prefix + name)
+        if current is not None and current.shape != tensor.shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(tensor.shape)}: expected {tuple(current.shape)}, as in the detector."
+            )
+    filled = {prefix + name: tensor for name, tensor in network.items() if prefix + name in into}
+    backbone = [name for name in into if name.startswith(prefix) and _NETWORK.match(name[len(prefix) :])]
+    if not filled:
+        first = backbone[0] if backbone else prefix + "*"
+        raise CheckpointError(f"no tensor has a place in the detector, whose backbone starts with {first}.")
+    left_out = {name: tensor for name, tensor in network.items() if prefix + name not in into} | others
+    tensors = {name: filled.get(name, tensor) for name, tensor in into.items()}
+    return Conversion(source, tensors, left_out, len(filled), [name for name in backbone if name not in filled])

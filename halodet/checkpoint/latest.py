@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder a run goes on from: the newest that can be read."""
+"""Find the latest readable checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -6,44 +6,30 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from halodet.checkpoint.io import read_checkpoint
+from halodet.checkpoint.io import LoadedCheckpoint, read_checkpoint
 from halodet.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 TAG = "last_checkpoint"
-RUN_STATE = "RunState"  # the hook that tells, among a checkpoint's hooks, when its run was started
+RUN_STATE = "RunState"  # name of the hook whose state holds the start time of the run
 _NAME = re.compile(r"model_(\d+|final)\.pth")
 
 
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint of a run, and what was read of it."""
+def latest_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> LoadedCheckpoint | None:
+    """Read the latest checkpoint in ``folder`` that is complete: model, optimizer and iteration.
 
-    path: str
-    checkpoint: dict[str, Any]
+    The candidates are ``model_0000123.pth``, ``model_final.pth`` and the file that the tag ``last_checkpoint`` names.
+    If the tagged file is readable, only files of later iterations are read besides it: a killed run may not have
+    written its tag. Of two runs in one folder, the one that started later wins. Unreadable files are logged.
 
-    @property
-    def age(self) -> tuple[float, int]:
-        """What is newer is larger: when the run was started (seconds since 1970; 0 where the file does not say), then its iteration."""
-        trainer = self.checkpoint["trainer"]
-        state = trainer.get("hooks", {}).get(RUN_STATE, {})
-        return float(state.get("started", 0.0)), trainer["iteration"]
-
-
-def latest_checkpoint(folder: str | os.PathLike, *, allow_pickle: bool = False) -> Found | None:
-    """The newest checkpoint in ``folder`` that can be read whole and holds model, optimizer and iteration; None where there is none at all.
-
-    Looked at are ``model_0000123.pth``, ``model_final.pth`` and what the tag ``last_checkpoint`` names. Where the tag names a good one,
-    only those that may be newer are read: a run that was killed may not have come to write its tag. Of two runs in one folder the one that
-    was started later counts. Those that cannot be used are named in a warning.
+    Returns:
+        The checkpoint, or None if the folder has neither checkpoints nor a tag.
 
     Raises:
-        CheckpointError: there are checkpoints, or a tag, but none that can be used.
+        CheckpointError: none of the checkpoints is usable.
     """
     folder = Path(folder)
     tag = _read_tag(folder)
@@ -54,56 +40,61 @@ def latest_checkpoint(folder: str | os.PathLike, *, allow_pickle: bool = False) 
         if name == tag or (iteration is not None and iteration <= tagged):
             continue
         found = _read(folder / name, broken, allow_pickle)
-        if found is not None and (best is None or found.age > best.age):
+        if found is not None and (best is None or _age(found) > _age(best)):
             best = found
     if best is None:
         if tag is None and not broken:
             return None
-        reasons = "; ".join(broken.values()) or f"{folder / TAG} names {tag or 'nothing'}, and no checkpoint is there"
+        reasons = "; ".join(broken.values()) or f"{folder / TAG} names {tag or 'nothing'}, which does not exist"
         raise CheckpointError(
-            f"{folder} has no checkpoint to go on from ({reasons}): put one back, or begin anew without --resume"
+            f"OUTPUT_DIR={folder} has no checkpoint to resume from ({reasons}). Fix: restore one, or start "
+            "without --resume."
         )
     name = os.path.basename(best.path)
     for reason in broken.values():
-        logger.warning("A checkpoint cannot be used: %s Going on from %s, the newest that can.", reason, name)
+        logger.warning("Skipped unusable checkpoint: %s Resuming from %s.", reason, name)
     if tag is not None and name != tag and tag not in broken:
-        logger.warning("%s names %r, but the newest checkpoint is %s: going on from it.", folder / TAG, tag, name)
+        logger.warning("%s names %r, but the latest checkpoint is %s. Resuming from it.", folder / TAG, tag, name)
     return best
 
 
-def numbered(folder: str | os.PathLike) -> list[str]:
-    """Names of the checkpoints ``model_0000123.pth`` in ``folder``, the newest first."""
+def numbered(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the checkpoints ``model_0000123.pth`` in ``folder``, latest first."""
     return [name for name, iteration in _names(Path(folder)) if iteration is not None]
 
 
 def _names(folder: Path) -> Iterator[tuple[str, int | None]]:
-    """Names of checkpoints and their iterations, the last ones first; None for the final one's, which its name does not tell."""
+    """Yield names of checkpoints and their iterations, latest first; None for that of ``model_final.pth``."""
     found = [(match[0], match[1]) for path in folder.glob("model_*.pth") if (match := _NAME.fullmatch(path.name))]
     iterations = {name: None if number == "final" else int(number) for name, number in found}
     yield from sorted(iterations.items(), key=lambda item: float("inf") if item[1] is None else item[1], reverse=True)
 
 
 def _read_tag(folder: Path) -> str | None:
-    """What the tag says; None where there is no tag."""
     try:
         return (folder / TAG).read_text(encoding="utf-8", errors="replace").strip("\0 \r\n\t")
     except OSError:
         return None
 
 
-def _read(path: Path, broken: dict[str, str], allow_pickle: bool) -> Found | None:
+def _read(path: Path, broken: dict[str, str], allow_pickle: bool) -> LoadedCheckpoint | None:
     try:
         checkpoint = read_checkpoint(path, allow_pickle=allow_pickle)
     except (CheckpointError, OSError) as error:
         broken[path.name] = str(error)
         return None
     trainer = checkpoint.get("trainer")
-    whole = (
-        isinstance(trainer, Mapping)
-        and isinstance(trainer.get("iteration"), int)
-        and "optimizer" in trainer.get("_trainer", {})
-    )
-    if not whole:
-        broken[path.name] = f"{path} holds weights, but not the iteration and the optimizer of a run."
+    if (
+        not isinstance(trainer, Mapping)
+        or not isinstance(trainer.get("iteration"), int)
+        or "optimizer" not in trainer.get("_trainer", {})
+    ):
+        broken[path.name] = f"{path} has weights, but no iteration and optimizer state."
         return None
-    return Found(str(path), checkpoint)
+    return LoadedCheckpoint(str(path), checkpoint)
+
+
+def _age(loaded: LoadedCheckpoint) -> tuple[float, int]:
+    """Return the start time of the run in seconds since 1970 (0 if unknown), then the iteration."""
+    trainer = loaded.checkpoint["trainer"]
+    return float(trainer.get("hooks", {}).get(RUN_STATE, {}).get("started", 0.0)), trainer["iteration"]

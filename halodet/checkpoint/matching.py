@@ -1,29 +1,36 @@
-"""Whose tensor goes where: which tensor of a checkpoint fills which one of a model, under which name, and how it is adapted."""
+"""Match the tensors of a checkpoint with those of a model, by name and shape."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from halodet.checkpoint.key_mapping import CLASSIFIER, FINAL_CONV, Rename, by_suffix, renamings, shared_prefixes
+from halodet.checkpoint.io import summarize
+from halodet.checkpoint.key_mapping import CLASSIFIER, FINAL_CONV, Rename, by_suffix, key_mappings, shared_prefixes
 from halodet.checkpoint.model_spec import BACKBONE, NOT_WEIGHTS, ModelSpec, group_of
-from halodet.checkpoint.preprocessing import Preprocessing, adapt_stem, preprocessing_of, same_mean
-from halodet.checkpoint.rel_pos import TABLE, block_and_halo, resize_table
+from halodet.checkpoint.preprocessing import adapt_stem, preprocessing_of, same_mean
+from halodet.checkpoint.rel_pos import infer_layout, layout_of, resize
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor
 
 STATISTICS = re.compile(r"\.running_(mean|var)$")
+Layout = dict[str, int]
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """How one tensor of the model is filled: ``make`` gives the values, ``resized`` says that it is a table of another length."""
+    """How to make the value of one tensor of the model.
+
+    Args:
+        make: returns the value.
+        resized: whether it is a resized relative position table.
+    """
 
     make: Callable[[], Tensor]
     resized: bool = False
@@ -31,231 +38,224 @@ class TensorSource:
 
 @dataclass
 class Match:
-    """What :func:`match` found.
+    """Result of :func:`match`.
 
     Args:
-        target: the model.
-        naming: the names by which the file was understood.
-        fills: by name of the model's tensors, those that the file fills.
-        mismatched: shapes in the file and in the model of tensors that have the same name only.
-        expected: the model's tensors that a file of this kind should fill.
-        unexpected: the file's tensors that have no place in the model.
-        foreign: those of them that belong to parts the model has: a network of another depth or kind. Part -> count.
-        not_used: the file's tensors that belong to a classifier.
-        notes: sentences for the user.
-        whole: the file holds (a part of) a whole detector, not a backbone alone.
-        window: block and halo of attention in the file and in the model, where ``exact`` is asked for and they differ.
+        spec: the model.
+        key_mapping: description of the key mapping in use.
+        sources: source of each tensor of the model that the file provides, by name.
+        mismatched: shapes in the file and in the model of tensors that agree only in their names.
+        expected: names of the model's tensors that a file of this kind should provide.
+        unexpected: names of the file's tensors without a counterpart in the model.
+        surplus: number of unexpected tensors in the groups of modules that the model has, which hint at another
+            architecture.
+        unused: names of the file's tensors of a classification head.
+        notes: remarks for the user.
+        whole: whether the file holds a detector, or part of one, and not only a backbone.
+        layouts: layouts of a relative position table in the file and in the model, if ``exact`` is set and they differ.
     """
 
-    target: ModelSpec
-    naming: str = ""
-    fills: dict[str, TensorSource] = field(default_factory=dict)
+    spec: ModelSpec
+    key_mapping: str = "none"
+    sources: dict[str, TensorSource] = field(default_factory=dict)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     expected: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    foreign: Counter[str] = field(default_factory=Counter)
-    not_used: list[str] = field(default_factory=list)
+    surplus: Counter[str] = field(default_factory=Counter)
+    unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     whole: bool = False
-    window: tuple[tuple[int, int], tuple[int, int]] | None = None
+    layouts: tuple[Layout, Layout] | None = None
 
     @property
     def missing(self) -> list[str]:
-        """The model's tensors, of those expected, for which the file has nothing."""
-        return [name for name in self.expected if name not in self.fills and name not in self.mismatched]
+        """Names of the expected tensors that the file does not have."""
+        return [name for name in self.expected if name not in self.sources and name not in self.mismatched]
 
     @property
     def score(self) -> tuple[int, int]:
-        """How well the names fit: tensors filled, then tensors found."""
-        return len(self.fills), len(self.fills) + len(self.mismatched)
+        """Number of tensors that match, then of those whose names match."""
+        return len(self.sources), len(self.sources) + len(self.mismatched)
 
 
-def match(target: ModelSpec, checkpoint: Mapping[str, Any], *, exact: bool = False) -> Match:
-    """Find the naming under which ``checkpoint`` fills most of ``target``, and what it fills; nothing is copied.
+def match(spec: ModelSpec, checkpoint: Mapping[str, Any], *, exact: bool = False) -> Match:
+    """Find the key mapping under which ``checkpoint`` provides most tensors of a model. Nothing is copied.
 
     Args:
-        target: the model.
+        spec: the model.
         checkpoint: as :func:`halodet.checkpoint.io.read_checkpoint` returns it.
-        exact: the file must be of this very model: names may differ by a wrapper's prefix, and nothing is adapted.
+        exact: whether the file must be of this very model: only a wrapper's prefix may differ, and nothing is adapted.
     """
     tensors = {name: value for name, value in checkpoint["model"].items() if not NOT_WEIGHTS.search(name)}
     if checkpoint.get("__author__") == "Caffe2":
         tensors, _ = convert_c2_detectron_names(tensors)
-    best: Match | None = None
+    best, best_names = Match(spec), {}
     for prefix in shared_prefixes(tensors):
         names = {name.removeprefix(prefix): value for name, value in tensors.items()}
-        ways = renamings(target, names)
+        candidates = key_mappings(spec, names)
         if exact:
-            ways = dict(list(ways.items())[:1])
+            candidates = {"none": candidates["none"]}
         if checkpoint.get("matching_heuristics"):
-            ways["Detectron2's matching heuristics"] = by_suffix(target, names)
-        for naming, rename in ways.items():
-            found = _under(target, names, naming, rename, checkpoint, exact)
-            if best is None or found.score > best.score:
-                best = found
-                best_names = names
+            candidates["Detectron2 matching heuristics"] = by_suffix(spec, names)
+        for description, rename in candidates.items():
+            found = _match_under(spec, names, description, rename, checkpoint.get("metadata") or {}, exact)
+            if not best_names or found.score > best.score:
+                best, best_names = found, names
                 if prefix:
-                    found.notes.insert(0, f"prefix {prefix} taken off the file's names")
-    if best is None:  # a file without tensors
-        best, best_names = Match(target), {}
+                    found.notes.insert(0, f"removed prefix {prefix} from the file's names")
     if not exact:
-        if checkpoint.get("__author__") == "Caffe2" and not any("_gn_" in name for name in checkpoint["model"]):
-            _unfold_norms(best, best_names)
-        says = checkpoint.get("__author__") == "Caffe2" or "pixel_std" in (checkpoint.get("metadata") or {})
-        if not best.whole or says:
-            _adapt_input(best, checkpoint, best_names)
-        elif target.convention:
-            best.notes.append(
-                f"the file does not say on which pixels it was trained: it must be those of the config, {target.convention}"
-            )
+        _add_statistics(best, checkpoint, best_names)
+        _adapt_preprocessing(best, checkpoint, best_names)
         _note_stride(best, checkpoint)
-    _expect(best, best_names)
+    _set_expected(best, best_names)
     return best
 
 
-def _under(
-    target: ModelSpec, names: dict[str, Tensor], naming: str, rename: Rename, checkpoint: Mapping[str, Any], exact: bool
+def _match_under(
+    spec: ModelSpec,
+    names: dict[str, Tensor],
+    description: str,
+    rename: Rename,
+    metadata: Mapping[str, Any],
+    exact: bool,
 ) -> Match:
-    found = Match(target, naming)
-    alone = not any(BACKBONE.match(name) for name in names)
-    attention: list[str] = []
-    statistics: list[str] = []
-    pairs: set[tuple[tuple[int, int], tuple[int, int]]] = set()
-    groups = {group_of(name, target.backbone) for name in target.shapes}
+    found = Match(spec, description)
+    bare = not any(BACKBONE.match(name) for name in names)
+    groups = {group_of(name, spec.backbone) for name in spec.shapes}
+    replaced: list[str] = []
+    statistics = 0
+    resized: dict[str, None] = {}
     for name, value in names.items():
-        goal = rename(name)
-        shape = tuple(value.shape)
-        if _is_resnet(naming) and target.has_attention(goal) and re.search(r"\.(mixer|norm2)\.", goal):
-            attention.append(name)
-        elif goal in target.shapes:
-            old, new = _table_sizes(target, goal, shape, checkpoint)
-            if old != new and exact:
-                found.window = (old, new)
-            if old != new and not exact:
-                pairs.add((old, new))
-                found.fills[goal] = TensorSource(partial(resize_table, value, old, new), resized=True)
-            elif shape == target.shapes[goal]:
-                found.fills[goal] = TensorSource(partial(_itself, value))
+        goal, shape = rename(name), tuple(value.shape)
+        if _is_resnet(description) and spec.in_replaced_mixer(goal):
+            replaced.append(name)
+        elif goal in spec.shapes:
+            layouts = _layouts(spec, goal, shape, metadata)
+            if layouts and exact:
+                found.layouts = layouts
+            if layouts and not exact:
+                old, new = (", ".join(f"{key}={size}" for key, size in layout.items()) for layout in layouts)
+                resized[f"resized relative position tables from {old} to {new}"] = None
+                found.sources[goal] = TensorSource(partial(resize, spec.tables[goal], value, layouts[0]), resized=True)
+            elif shape == spec.shapes[goal]:
+                found.sources[goal] = TensorSource(partial(_identity, value))
             else:
-                found.mismatched[goal] = (shape, target.shapes[goal])
-        elif alone and (CLASSIFIER.match(name) or name.startswith(FINAL_CONV)):
-            found.not_used.append(name)
-        elif STATISTICS.search(goal) and STATISTICS.sub(".weight", goal) in target.shapes:
-            statistics.append(name)
-            found.foreign["norms"] += exact
+                found.mismatched[goal] = (shape, spec.shapes[goal])
+        elif bare and (CLASSIFIER.match(name) or name.startswith(FINAL_CONV)):
+            found.unused.append(name)
+        elif STATISTICS.search(goal) and STATISTICS.sub(".weight", goal) in spec.shapes:
+            statistics += 1
+            found.surplus["norms"] += exact
         else:
             found.unexpected.append(name)
-            group = group_of(goal, target.backbone)
-            found.foreign[group] += group in groups
-    if attention:
+            group = group_of(goal, spec.backbone)
+            found.surplus[group] += group in groups
+    if replaced:
         found.notes.append(
-            f"attention stands where the file has the 3×3 convolutions {some(attention)}: they are left out"
+            f"skipped 3x3 weights of blocks that use attention or another mixer here: {summarize(replaced)}"
         )
     if statistics:
-        found.notes.append("the model's norms keep no statistics: the file's batch norm statistics are left out")
-    for old, new in sorted(pairs):
-        found.notes.append(
-            f"relative tables resized by offset from block {old[0]}, halo {old[1]} (the file's, as far as their length tells) "
-            f"to block {new[0]}, halo {new[1]}"
-        )
-    found.whole = any(not name.startswith(target.backbone) for name in (*found.fills, *found.mismatched))
+        found.notes.append(f"skipped {statistics} batch norm statistics, which the model's norm layers do not have")
+    found.notes += resized
+    found.whole = any(not name.startswith(spec.backbone) for name in (*found.sources, *found.mismatched))
     return found
 
 
-def _table_sizes(target: ModelSpec, name: str, shape: tuple[int, ...], checkpoint: Mapping[str, Any]) -> tuple:
-    """Block and halo of a relative table in the file and in the model; the same for any other tensor, and for tables of another depth."""
-    new = target.windows.get(TABLE.sub(".pos_embed.", name)) if TABLE.search(name) else None
-    if new is None or len(shape) != 2 or shape[1:] != target.shapes[name][1:] or shape[0] % 2 == 0:
-        return new, new
-    old = block_and_halo(shape[0], new, checkpoint.get("metadata") or {})
-    return (old, new) if old[0] >= 1 else (new, new)
+def _layouts(spec: ModelSpec, name: str, shape: tuple[int, ...], metadata: Mapping) -> tuple[Layout, Layout] | None:
+    """Return the layouts of a relative position table in the file and in the model, if they differ and it can be
+    resized."""
+    owner = spec.tables.get(name)
+    new = layout_of(owner) if owner is not None else {}
+    if not new or len(shape) != 2 or shape[1:] != spec.shapes[name][1:] or shape[0] % 2 == 0:
+        return None
+    old = infer_layout(owner, shape[0], metadata)
+    return (old, new) if old != new and min(old["block_size"], 1) == 1 else None
 
 
-def _unfold_norms(found: Match, names: dict[str, Tensor]) -> None:
-    """A ResNet whose norms are folded to a scale and a shift has mean 0 and variance 1."""
-    goals = [n for n in found.target.shapes if STATISTICS.search(n) and STATISTICS.sub(".weight", n) in found.fills]
-    resnet = _is_resnet(found.naming) or found.target.kind == "resnet"
+def _add_statistics(found: Match, checkpoint: Mapping[str, Any], names: dict[str, Tensor]) -> None:
+    """Add the statistics of Caffe2's ResNets, whose norm layers are folded to a scale and a shift: mean 0 and variance
+    1."""
+    if checkpoint.get("__author__") != "Caffe2" or any("_gn_" in name for name in checkpoint["model"]):
+        return
+    spec = found.spec
+    goals = [n for n in spec.shapes if STATISTICS.search(n) and STATISTICS.sub(".weight", n) in found.sources]
+    resnet = _is_resnet(found.key_mapping) or spec.kind == "resnet"
     if not resnet or not goals or any(STATISTICS.search(name) for name in names):
         return
     for goal in goals:
-        shape = found.target.shapes[goal]
-        found.fills[goal] = TensorSource(partial(torch.zeros if goal.endswith("mean") else torch.ones, shape))
-    note = "the file's norms are folded to a scale and a shift: running means are 0 and variances 1"
-    if found.target.norm != "FrozenBN":
-        note += f", which is right for FrozenBN only, and this model's norms are {found.target.norm}"
+        make = torch.zeros if goal.endswith("mean") else torch.ones
+        found.sources[goal] = TensorSource(partial(make, spec.shapes[goal]))
+    note = "set running means to 0 and variances to 1, because the file's norm layers are folded"
+    if spec.norm != "FrozenBN":
+        note += f"; this is right for FrozenBN only, and the model has {spec.norm}"
     found.notes.append(note)
 
 
-def _adapt_input(found: Match, checkpoint: Mapping[str, Any], names: dict[str, Tensor]) -> None:
-    """Turn the first convolution from the pixels that the file's network was trained on to the model's."""
-    target = found.target
-    stem = target.stem
-    old = preprocessing_of(checkpoint, found.naming, set(names))
-    new = target.convention
-    if stem not in found.fills or old is None or new is None:
+def _adapt_preprocessing(found: Match, checkpoint: Mapping[str, Any], names: dict[str, Tensor]) -> None:
+    """Adapt the first convolution from the preprocessing of the file to that of the model."""
+    stem, new = found.spec.stem, found.spec.preprocessing
+    if (
+        found.whole
+        and checkpoint.get("__author__") != "Caffe2"
+        and "pixel_std" not in (checkpoint.get("metadata") or {})
+    ):
+        if new:
+            found.notes.append(f"the file does not name its preprocessing; assumed that of the config, {new}")
+        return
+    old = preprocessing_of(checkpoint, found.key_mapping, set(names))
+    if stem not in found.sources or old is None or new is None:
         return
     if not same_mean(old, new):
         found.notes.append(
-            f"PIXEL_MEAN is not that of the file's network ({old.order} {old.mean}): set it, or its first maps are off"
+            f"MODEL.PIXEL_MEAN differs from the file's ({old.order} {old.mean}), so the features differ. Fix: set it"
         )
     if (old.order, old.std) != (new.order, new.std):
-        found.fills[stem] = TensorSource(partial(_adapted, found.fills[stem].make, old, new))
-        found.notes.append(f"the stem's convolution is turned from {old} to {new}")
+        make = found.sources[stem].make
+        found.sources[stem] = TensorSource(lambda: adapt_stem(make(), old, new))
+        found.notes.append(f"adapted the stem convolution from {old} to {new}")
 
 
 def _note_stride(found: Match, checkpoint: Mapping[str, Any]) -> None:
-    if not found.fills or found.target.kind == "other":
+    if not found.sources or found.spec.kind == "other":
         return
-    in_1x1 = checkpoint.get("__author__") == "Caffe2"
-    if in_1x1 and not found.target.stride_in_1x1:
+    author, in_1x1 = checkpoint.get("__author__"), found.spec.stride_in_1x1
+    if author == "Caffe2" and not in_1x1:
         found.notes.append(
-            "MSRA's ResNets halve a map in a stage's first 1×1, this model in the 3×3: torchvision's fit better"
+            "MSRA's ResNets have their strides in the 1x1 convolutions, this model in the 3x3; torchvision's "
+            "weights fit better"
         )
-    elif (
-        found.naming.startswith("torchvision") or checkpoint.get("__author__") == "torchvision"
-    ) and found.target.stride_in_1x1:
+    elif (author == "torchvision" or found.key_mapping.startswith("torchvision")) and in_1x1:
         found.notes.append(
-            "torchvision's ResNets halve a map in a stage's 3×3, this model in the first 1×1: set STRIDE_IN_1X1 to False"
+            "torchvision's ResNets have their strides in the 3x3 convolutions, this model in the 1x1. Fix: "
+            "MODEL.RESNETS.STRIDE_IN_1X1 False"
         )
 
 
-def _expect(found: Match, names: Mapping[str, Tensor]) -> None:
-    """What the file should fill: the backbone or the whole model, less what a ResNet does not have where it comes from one."""
-    target = found.target
-    wanted = [name for name in target.shapes if found.whole or name.startswith(target.backbone)]
-    absent: dict[str, int] = {}
-    if _is_resnet(found.naming):
-        has_se = any(".se." in name for name in names)
-        for name in list(wanted):
-            inner = name.removeprefix(target.backbone)
-            part = "squeeze-excitation" if ".se." in inner and not has_se else None
-            if target.has_attention(name) and re.search(r"\.(mixer|norm2)\.", inner):
-                part = "attention"
-            if not target.detector and CLASSIFIER.match(inner):
-                part = "the classifier"
-            if part:
-                wanted.remove(name)
-                absent[part] = absent.get(part, 0) + 1
+def _set_expected(found: Match, names: Mapping[str, Tensor]) -> None:
+    """Set what the file should provide: the backbone or the whole model, without what a ResNet lacks if it is one."""
+    spec = found.spec
+    found.expected = [name for name in spec.shapes if found.whole or name.startswith(spec.backbone)]
+    if not _is_resnet(found.key_mapping):
+        return
+    lacks_se = not any(".se." in name for name in names)
+    absent: dict[str, list[str]] = {}
+    for name in found.expected:
+        if spec.in_replaced_mixer(name):
+            absent.setdefault("other mixers", []).append(name)
+        elif ".se." in name.removeprefix(spec.backbone) and lacks_se:
+            absent.setdefault("squeeze-excitation", []).append(name)
+        elif not spec.detector and CLASSIFIER.match(name):
+            absent.setdefault("the classifier", []).append(name)
     if absent:
-        found.notes.append(
-            "without counterpart in a ResNet: " + ", ".join(f"{n} tensors of {part}" for part, n in absent.items())
-        )
-    found.expected = wanted
+        counts = ", ".join(f"{len(group)} tensors of {part}" for part, group in absent.items())
+        found.notes.append(f"a ResNet does not provide {counts}")
+        gone = {name for group in absent.values() for name in group}
+        found.expected = [name for name in found.expected if name not in gone]
 
 
-def _is_resnet(naming: str) -> bool:
-    return naming.endswith("ResNet names")
+def _is_resnet(key_mapping: str) -> bool:
+    return key_mapping.endswith("ResNet")
 
 
-def some(names: Iterable[str], count: int = 3) -> str:
-    """The first few of them, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _itself(value: Tensor) -> Tensor:
+def _identity(value: Tensor) -> Tensor:
     return value
-
-
-def _adapted(make: Callable[[], Tensor], old: Preprocessing, new: Preprocessing) -> Tensor:
-    return adapt_stem(make(), old, new)

@@ -1,17 +1,19 @@
-"""What a model offers to a checkpoint: the names and shapes of its tensors, and what else decides how weights fit it."""
+"""Description of a model for matching: names and shapes of its tensors, and what else decides how weights fit it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from halodet.checkpoint.preprocessing import Preprocessing
+from halodet.checkpoint.rel_pos import rel_pos_tables
 
 from torch import nn
 
-# Where a file's or a model's backbone lies: under FPN, or bare. "backbone.fpn_lateral2" is no part of it.
+# Prefix of a backbone in a file or a model, under FPN or bare. "backbone.fpn_lateral2" is not part of it.
 BACKBONE = re.compile(r"^backbone\.(bottom_up\.|(?=(stem|res\d|stages|final_conv|layer\d|conv1|bn1)\.))")
-# Counters, and what old Detectron2 checkpoints keep although the config sets it: no part of what is learned.
+# Counters, and constants that old Detectron2 checkpoints hold although the config sets them.
 NOT_WEIGHTS = re.compile(r"(^|\.)num_batches_tracked$|anchor_generator\.cell_anchors|^pixel_(mean|std)$")
 
 
@@ -20,15 +22,17 @@ class ModelSpec:
     """A model as :func:`halodet.checkpoint.matching.match` sees it.
 
     Args:
-        shapes: shape of every tensor of the state dict that is learned, by name, the backbone's first.
-        backbone: what the names of the backbone's tensors begin with; empty for a model that is a backbone.
-        kind: of the backbone, ``"halonet"``, ``"resnet"`` (Detectron2's) or ``"other"``.
-        norm: of the backbone, ``"BN"``, ``"FrozenBN"`` or ``"GN"`` (also none, or another without statistics).
-        stride_in_1x1: a ResNet's stages begin with a 1×1 convolution of stride 2 (not with a 3×3 one).
-        windows: block and halo of every halo attention, in pixels, by what the names of its relative tables begin with.
-        pixel_mean: of the input, by channel, in the order of ``input_format``; None where the model does not say.
-        pixel_std: likewise.
-        input_format: ``"RGB"`` or ``"BGR"``.
+        shapes: shape of every learned tensor of the state dict by name, the backbone's first.
+        backbone: prefix of the names of the backbone's tensors; empty for a model that is a backbone.
+        kind: ``"halonet"``, ``"resnet"`` (Detectron2's) or ``"other"``.
+        norm: norm layers of the backbone, ``"BN"``, ``"FrozenBN"`` or ``"GN"`` (any without statistics).
+        stride_in_1x1: whether the stages of a ResNet have their stride in the first 1x1 convolution, not in the 3x3
+            one.
+        tables: module that owns each relative position table, by name of the table.
+        replaced: prefixes of HaloNet blocks in which a mixer other than the 3x3 convolution is used.
+        pixel_mean: mean of the input by channel, in the order of ``input_format``; None if unknown.
+        pixel_std: standard deviation of the input, likewise.
+        input_format: ``"RGB"`` or ``"BGR"``; None if unknown.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -36,22 +40,23 @@ class ModelSpec:
     kind: str
     norm: str
     stride_in_1x1: bool
-    windows: dict[str, tuple[int, int]]
+    tables: Mapping[str, nn.Module]
+    replaced: tuple[str, ...]
     pixel_mean: tuple[float, ...] | None
     pixel_std: tuple[float, ...] | None
     input_format: str | None
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSpec:
-        """The description of ``model``, which may be on any device; on ``meta`` it has no mean and deviation."""
+        """Describe ``model``. On the meta device it has no mean and standard deviation."""
         state = model.state_dict()
         shapes = {name: tuple(value.shape) for name, value in state.items() if not NOT_WEIGHTS.search(name)}
-        # Detectron2 has backbones with other names inside as well, such as backbone.net. of its ViTDet.
-        other = "backbone." if any(name.startswith("backbone.") for name in shapes) else ""
-        backbone = next((m[0] for m in map(BACKBONE.match, shapes) if m), other)
-        # A backbone under FPN comes after the FPN's own layers in the model; people read from the input on.
+        # Detectron2 has backbones with other names inside, such as backbone.net. of its ViTDet.
+        default = "backbone." if any(name.startswith("backbone.") for name in shapes) else ""
+        backbone = next((m[0] for m in map(BACKBONE.match, shapes) if m), default)
+        # In the model, a backbone comes after the FPN that uses it.
         shapes = dict(sorted(shapes.items(), key=lambda item: not item[0].startswith(backbone)))
-        norms = {name.rsplit(".", 1)[-1] for name in state if name.startswith(backbone)}
+        buffers = {name.rsplit(".", 1)[-1] for name in state if name.startswith(backbone)}
         kinds = {"stem.conv1.conv.weight": "halonet", "stem.conv1.weight": "resnet"}
         kind = next((kinds[name] for name in kinds if backbone + name in shapes), "other")
         if kind == "halonet" and backbone + "res2.0.conv1.conv.weight" not in shapes:
@@ -62,13 +67,14 @@ class ModelSpec:
             shapes=shapes,
             backbone=backbone,
             kind=kind,
-            norm="BN" if "num_batches_tracked" in norms else "FrozenBN" if "running_mean" in norms else "GN",
+            norm="BN" if "num_batches_tracked" in buffers else "FrozenBN" if "running_mean" in buffers else "GN",
             stride_in_1x1=tuple(getattr(first, "stride", ())) == (2, 2),
-            windows={
-                f"{name}.pos_embed.": (module.block_size, module.halo_size)
-                for name, module in modules.items()
-                if hasattr(module, "pos_embed") and hasattr(module, "block_size") and hasattr(module, "halo_size")
-            },
+            tables=rel_pos_tables(modules),
+            replaced=tuple(
+                name.removesuffix("mixer")
+                for name in modules
+                if re.search(r"(^|\.)res\d\.\d+\.mixer$", name) and f"{name}.conv.weight" not in shapes
+            ),
             pixel_mean=_three_numbers(getattr(model, "pixel_mean", None)),
             pixel_std=_three_numbers(getattr(model, "pixel_std", None)),
             input_format=getattr(model, "input_format", None),
@@ -76,39 +82,34 @@ class ModelSpec:
 
     @property
     def backbone_groups(self) -> set[str]:
-        """The groups of modules (:func:`group_of`) that the backbone has."""
+        """Groups of modules (:func:`group_of`) of the backbone."""
         return {group_of(name, self.backbone) for name in self.shapes if name.startswith(self.backbone)}
 
     @property
     def stem(self) -> str | None:
-        """Name of the convolution that takes the image; None where none is known."""
+        """Name of the first convolution; None if unknown."""
         inside = (n for n, shape in self.shapes.items() if n.startswith(f"{self.backbone}stem.") and len(shape) == 4)
         return next(inside, None)
 
     @property
     def detector(self) -> bool:
-        """Whether there is more than a backbone."""
+        """Whether the model is more than a backbone."""
         return bool(self.backbone)
 
     @property
-    def convention(self) -> Preprocessing | None:
-        """The pixels the model takes, where it says so."""
+    def preprocessing(self) -> Preprocessing | None:
+        """Preprocessing of the model's input; None if unknown."""
         if self.pixel_std is None or self.pixel_mean is None or sorted(self.input_format or "") != sorted("RGB"):
             return None
         return Preprocessing(self.input_format, self.pixel_mean, self.pixel_std)
 
-    def block(self, name: str) -> str:
-        """What the names in the same residual block as ``name`` begin with; the name itself outside of blocks."""
-        inside = re.match(re.escape(self.backbone) + r"res\d\.\d+\.", name)
-        return inside[0] if inside else name
-
-    def has_attention(self, name: str) -> bool:
-        """Whether ``name`` would lie in a HaloNet's block that has attention in the place of the 3×3 convolution."""
-        return f"{self.block(name)}mixer.q.weight" in self.shapes
+    def in_replaced_mixer(self, name: str) -> bool:
+        """Return whether ``name`` is in, or normalizes, a mixer that is used instead of the 3x3 convolution."""
+        return name.startswith(tuple(f"{block}{part}." for block in self.replaced for part in ("mixer", "norm2")))
 
 
 def group_of(name: str, backbone: str) -> str:
-    """The group of modules a tensor is counted in: a stage of the backbone, the FPN, a head."""
+    """Return the group of modules that a tensor is counted in: a stage of the backbone, the FPN or a head."""
     parts = name.removeprefix(backbone).split(".") if name.startswith(backbone) else name.split(".")
     if name.startswith(backbone):
         return ".".join(parts[:2]) if parts[0] == "stages" else parts[0]
@@ -120,8 +121,6 @@ def group_of(name: str, backbone: str) -> str:
 
 
 def _three_numbers(buffer: object) -> tuple[float, ...] | None:
-    return (
-        None
-        if buffer is None or buffer.is_meta or buffer.numel() != 3
-        else tuple(round(v, 4) for v in buffer.flatten().tolist())
-    )
+    if buffer is None or buffer.is_meta or buffer.numel() != 3:
+        return None
+    return tuple(round(value, 4) for value in buffer.flatten().tolist())

@@ -1,4 +1,4 @@
-"""What values of a pixel a network was trained on, and its first convolution for others."""
+"""Input preprocessing that a network was trained with, and the adaptation of its first convolution to another one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Order, mean and standard deviation of the channels that a network takes, of pixels from 0 to 255.
+    """Channel order, mean and standard deviation of a network's input.
 
     Args:
         order: ``"RGB"`` or ``"BGR"``.
-        mean: taken off, by channel in that order.
-        std: divided by, by channel in that order.
+        mean: mean by channel in that order, of pixels from 0 to 255.
+        std: standard deviation by channel in that order, of pixels from 0 to 255.
     """
 
     order: str
@@ -25,52 +25,53 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def metadata(self) -> dict[str, str]:
-        """As entries to be saved beside weights; :func:`preprocessing_of` reads them."""
+        """Return metadata of a checkpoint; :func:`preprocessing_of` reads it."""
         mean, std = (" ".join(f"{value:.10g}" for value in values) for values in (self.mean, self.std))
         return {"input_format": self.order, "pixel_mean": mean, "pixel_std": std}
 
     def __str__(self) -> str:
-        return f"{self.order} over {', '.join(f'{value:g}' for value in self.std)}"
+        return f"{self.order} with std {', '.join(f'{value:g}' for value in self.std)}"
 
 
-# As Detectron2 documents them beside its models, and as torchvision and timm train.
+# As Detectron2 documents them for its models, and as torchvision and timm train.
 TORCHVISION = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 MSRA = Preprocessing("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
 
 
 def adapt_stem(weight: Tensor, old: Preprocessing, new: Preprocessing) -> Tensor:
-    """A first convolution (out, 3, k, k), trained on ``old`` pixels, that gives the same on ``new`` ones where their means agree."""
-    colours = [old.order.index(colour) for colour in new.order]
-    factor = torch.tensor([new.std[i] / old.std[colour] for i, colour in enumerate(colours)], dtype=torch.float64)
-    return (weight[:, colours].double() * factor.view(1, 3, 1, 1).to(weight.device)).to(weight.dtype)
+    """Adapt a first convolution (out, 3, k, k) so that it gives the same output on ``new`` input, where the means
+    agree."""
+    channels = [old.order.index(channel) for channel in new.order]
+    factor = torch.tensor([new.std[i] / old.std[channel] for i, channel in enumerate(channels)], dtype=torch.float64)
+    return (weight[:, channels].double() * factor.view(1, 3, 1, 1).to(weight.device)).to(weight.dtype)
 
 
 def same_mean(old: Preprocessing, new: Preprocessing) -> bool:
-    """Whether the two take the same off every colour, to a hundredth of a grey level."""
-    return all(abs(old.mean[old.order.index(colour)] - new.mean[i]) < 0.01 for i, colour in enumerate(new.order))
+    """Return whether the means of each color differ by less than 0.01."""
+    return all(abs(old.mean[old.order.index(channel)] - new.mean[i]) < 0.01 for i, channel in enumerate(new.order))
 
 
-def preprocessing_of(checkpoint: Mapping[str, Any], style: str, names: set[str]) -> Preprocessing | None:
-    """What a file of backbone weights was trained on, where it says so or its kind tells."""
+def preprocessing_of(checkpoint: Mapping[str, Any], key_mapping: str, names: set[str]) -> Preprocessing | None:
+    """Return the preprocessing that a checkpoint names or that follows from its kind; None if unknown."""
     metadata = checkpoint.get("metadata") or {}
     try:
         if "pixel_std" in metadata:
             mean, std = (tuple(map(float, metadata[key].split())) for key in ("pixel_mean", "pixel_std"))
             if len(mean) == len(std) == 3 and sorted(metadata["input_format"]) == sorted("RGB"):
                 return Preprocessing(metadata["input_format"], mean, std)
-        given = vars(checkpoint["args"]) if hasattr(checkpoint.get("args"), "__dict__") else {}
-        if given.get("mean") and given.get("std"):  # of timm's training script, where not its default
-            metadata = given
+        args = vars(checkpoint["args"]) if hasattr(checkpoint.get("args"), "__dict__") else {}
+        if args.get("mean") and args.get("std"):  # timm's training script, where they are not its defaults
+            metadata = args
         if "std" in metadata:  # timm's, of pixels from 0 to 1
             mean, std = (tuple(round(255 * float(value), 4) for value in metadata[key]) for key in ("mean", "std"))
             if len(mean) == len(std) == 3:
                 return Preprocessing("RGB", mean, std)
     except (KeyError, TypeError, ValueError, AttributeError):
-        pass  # of another program: the kind of file tells then
+        pass  # metadata of another program
     author = checkpoint.get("__author__")
     if author == "Caffe2":
         return MSRA
-    # HaloNet's classifier form is trained by timm's script, with timm's own constants.
-    if author == "torchvision" or style.startswith("torchvision") or "head.linear.weight" in names:
+    # HaloNet classifiers are trained by timm's script, with timm's constants.
+    if author == "torchvision" or key_mapping.startswith("torchvision") or "head.linear.weight" in names:
         return TORCHVISION
     return None

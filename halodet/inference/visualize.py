@@ -1,4 +1,4 @@
-"""Drawing detections on an image."""
+"""Drawing of detections on an image."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from detectron2.utils.visualizer import Visualizer
 
 __all__ = ["draw"]
 
-_READABLE = 320  # a shorter side is enlarged to this many pixels, so that labels can be read
-_MAX_ENLARGED = 4.0
-_MAX_SIDE = 4096  # a longer side is shrunk to this: matplotlib takes about 150 bytes for each pixel
+_MIN_SIDE = 320  # a shorter side is enlarged to this, so that labels are readable
+_MAX_SCALE = 4.0
+_MAX_SIDE = 4096  # a longer side is shrunk to this: matplotlib needs about 150 bytes per pixel
 
 
-def draw(image_bgr: np.ndarray, instances: Instances, class_names: list[str], *, threshold: float) -> np.ndarray:
-    """Draw the boxes, masks and labels of the instances that score at least ``threshold`` on an (H, W, 3) uint8 BGR image.
+def draw(image: np.ndarray, instances: Instances, class_names: list[str], *, threshold: float) -> np.ndarray:
+    """Draw boxes, masks and labels on an image; each class has a fixed color.
 
-    Returns a uint8 BGR drawing: of the image's size, except that an image whose short side is below 320 pixels is enlarged (four times
-    at most) and one whose long side is above 4096 pixels is shrunk. Each class keeps its colour from image to image.
+    Args:
+        image: (H, W, 3) uint8 BGR image.
+        instances: predictions in pixels of the image.
+        class_names: name of each class.
+        threshold: minimum score.
 
-    Raises:
-        IndexError: a predicted class has no entry in ``class_names``.
+    Returns:
+        (H', W', 3) uint8 BGR drawing: of the image's size, but enlarged up to four times if its short side is below 320
+        pixels, and shrunk if its long side is above 4096.
     """
     kept = instances[instances.scores >= threshold].to("cpu")
     boxes, masks = kept.pred_boxes, kept.pred_masks if kept.has("pred_masks") else None
-    image_bgr, boxes, masks = _shrink(image_bgr, boxes, masks)
-    height, width = image_bgr.shape[:2]
-    scale = min(max(_READABLE / min(height, width), 1.0), _MAX_ENLARGED, _MAX_SIDE / max(height, width))
-    visualizer = Visualizer(
-        np.ascontiguousarray(image_bgr[:, :, ::-1]), Metadata(thing_classes=class_names), scale=scale
-    )
+    image, boxes, masks = _shrink(image, boxes, masks)
+    height, width = image.shape[:2]
+    scale = min(max(_MIN_SIDE / min(height, width), 1.0), _MAX_SCALE, _MAX_SIDE / max(height, width))
+    visualizer = Visualizer(np.ascontiguousarray(image[:, :, ::-1]), Metadata(thing_classes=class_names), scale=scale)
     classes = kept.pred_classes.tolist()
-    colours = colormap(rgb=True, maximum=1)
-    # overlay_instances rather than draw_instance_predictions, whose colours are drawn by lot.
+    colors = colormap(rgb=True, maximum=1)
+    # draw_instance_predictions would choose random colors.
     visualizer.overlay_instances(
         boxes=boxes,
         masks=masks,
         labels=[f"{class_names[k]} {score:.0%}" for k, score in zip(classes, kept.scores.tolist(), strict=True)],
-        assigned_colors=[colours[k % len(colours)] for k in classes],
+        assigned_colors=[colors[k % len(colors)] for k in classes],
     )
     return np.ascontiguousarray(visualizer.output.get_image()[:, :, ::-1])
 
@@ -49,7 +51,7 @@ def draw(image_bgr: np.ndarray, instances: Instances, class_names: list[str], *,
 def _shrink(
     image: np.ndarray, boxes: Boxes, masks: torch.Tensor | None
 ) -> tuple[np.ndarray, Boxes, torch.Tensor | None]:
-    """Bring the long side down to ``_MAX_SIDE``; done before Visualizer, whose own ``scale`` still copies the whole image many times."""
+    """Shrink the long side to ``_MAX_SIDE`` before Visualizer, which copies the full image many times."""
     old_height, old_width = image.shape[:2]
     ratio = _MAX_SIDE / max(old_height, old_width)
     if ratio >= 1:

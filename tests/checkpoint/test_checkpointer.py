@@ -4,7 +4,6 @@ import logging
 import pickle
 
 from halodet.checkpoint import Checkpointer, load_weights
-from halodet.checkpoint.identify import identify
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.engine import Trainer, load_config
 from halodet.errors import CheckpointError
@@ -15,9 +14,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from safetensors.torch import save_file
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models import resnet50
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = "mask_rcnn_halo_h0"
@@ -87,18 +85,15 @@ def test_files_that_arrive(files, name):
         if not key.endswith("num_batches_tracked")
     )
     assert checkpointer.report.share == checkpointer.report.model_share == 1.0
-    assert ("prefix encoder. taken off" in str(checkpointer.report)) == (name == "prefix")
+    assert ("removed prefix encoder." in str(checkpointer.report)) == (name == "prefix")
 
 
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("variant.pth", ["does not fit the config", "the file looks like HaloNet H1, the model is HaloNet H0",
-                         "the first of another shape is backbone.bottom_up.res2.0.conv3.conv.weight, (64, 64, 1, 1) in the file and "
-                         "(32, 64, 1, 1) in the model", "unexpected in the file: res4.7", "95.0 %"]),
-        ("strange.pth", ["no tensor of the file has a name of the model's", "0.0 % of its parameters", "missing in the file: backbone.",
-                         "unexpected in the file: a0.weight, a1.weight, a2.weight and 2 more"]),
-        ("half.pth", ["does not fit the config", "missing in the file: backbone."]),
+        ("variant.pth", ["backbone.bottom_up.res2.0.conv3.conv.weight", "(64, 64, 1, 1)", "(32, 64, 1, 1)", "res4.7", "95.0 %"]),
+        ("strange.pth", [" 0.0 %", "missing in the file: backbone.bottom_up.stem", "a0.weight (3, 3), a1.weight (3, 3), a2.weight (3, 3)"]),
+        ("half.pth", ["missing in the file: backbone."]),
         ("truncated.pth", ["truncated.pth"]),
         ("code.pkl", ["code.pkl"]),
         ("code.pth", ["code.pth"]),
@@ -117,7 +112,7 @@ def test_files_that_do_not(files, file, words):
 
 
 def test_a_file_without_a_matching_name_is_refused_whatever_is_asked_for(files):
-    with pytest.raises(CheckpointError, match="no tensor of the file"):
+    with pytest.raises(CheckpointError, match="strange.pth"):
         Checkpointer(detector(), min_loaded=0.0).load(str(files / "strange.pth"))
     checkpointer = Checkpointer(detector(), min_loaded=0.1)
     checkpointer.load(str(files / "half.pth"))
@@ -158,7 +153,7 @@ def test_detectron2s_query_and_nothing_else(files, tmp_path):
     checkpointer = Checkpointer(detector())
     checkpointer.load(f"{tmp_path / 'ends.pth'}?matching_heuristics=True")
     assert checkpointer.report.model_share == 1.0
-    with pytest.raises(CheckpointError, match="asks for colour"):
+    with pytest.raises(CheckpointError, match="colour"):
         checkpointer.load(f"{tmp_path / 'ends.pth'}?colour=red")
 
 
@@ -187,9 +182,7 @@ def test_a_run_resumes_only_from_all_of_its_model(files, tmp_path):
     torch.save(data, tmp_path / "model_0000009.pth")
     model = detector()
     before, fresh = snapshot(model), Counter()
-    with pytest.raises(
-        CheckpointError, match="1 of the model's .*missing in the file: roi_heads.mask_head.predictor.bias"
-    ):
+    with pytest.raises(CheckpointError, match="1 of .*roi_heads.mask_head.predictor.bias"):
         Checkpointer(model, str(tmp_path), trainer=fresh).resume_or_load("", resume=True)
     assert unchanged(model, before) and fresh.value == 0
     Checkpointer(model, str(tmp_path)).resume_or_load(str(tmp_path / "model_0000009.pth"), resume=False)
@@ -198,9 +191,7 @@ def test_a_run_resumes_only_from_all_of_its_model(files, tmp_path):
 def test_batch_norms_without_statistics_are_refused_although_they_are_few_parameters(tmp_path):
     state = {name: value for name, value in detector().state_dict().items() if ".running_" not in name}
     torch.save({"model": state}, tmp_path / "no_statistics.pth")
-    with pytest.raises(
-        CheckpointError, match="99.. % of its parameters are filled.*missing in the file: .*running_mean"
-    ):
+    with pytest.raises(CheckpointError, match="99.. %.*running_mean"):
         Checkpointer(detector()).load(str(tmp_path / "no_statistics.pth"))
 
 
@@ -213,7 +204,7 @@ def test_what_tensors_do_not_tell_is_saved_beside_them(tmp_path):
     assert saved["metadata"] == {**pixels, "block_size": "12", "halo_size": "2"} and saved["iteration"] == 3
     checkpointer = Checkpointer(detector(CONFIG, "MODEL.HALONET.BLOCK_SIZE", "10"))  # a window of 16 as well
     checkpointer.load(str(tmp_path / "b12h2.pth"))
-    assert "resized by offset from block 12, halo 2" in str(checkpointer.report)
+    assert "from block_size=12, halo_size=2" in str(checkpointer.report)
     Checkpointer(detector("mask_rcnn_r50"), str(tmp_path)).save("r50")
     assert torch.load(tmp_path / "r50.pth", weights_only=True)["metadata"] == pixels
 
@@ -232,7 +223,7 @@ def test_pixels_of_another_order_are_refused_where_nothing_is_trained_and_adapte
     other = detector(CONFIG, *rgb)
     with pytest.raises(
         CheckpointError,
-        match=r"bgr.pth was trained with INPUT.FORMAT BGR .*PIXEL_MEAN \[103.53.*config has RGB, \[123.675",
+        match=r"bgr.pth .*INPUT.FORMAT BGR.*PIXEL_MEAN \[103.53.*RGB, \[123.675",
     ):
         load_weights(other, str(tmp_path / "bgr.pth"))
     Checkpointer(other).load(str(tmp_path / "bgr.pth"))
@@ -247,7 +238,7 @@ def test_a_state_of_another_optimizer_is_told_in_one_sentence(tmp_path):
 
     source, model = detector(), detector()
     Checkpointer(source, str(tmp_path), optimizer=optimizer(source, 1)).save("model_0000001")
-    with pytest.raises(CheckpointError, match="model_0000001.pth cannot be loaded .*parameter groups") as caught:
+    with pytest.raises(CheckpointError, match="model_0000001.pth .*parameter group") as caught:
         Checkpointer(model, str(tmp_path), optimizer=optimizer(model, 2)).load(str(tmp_path / "model_0000001.pth"))
     assert "\n" not in str(caught.value)
 
@@ -265,12 +256,12 @@ def test_evaluation_takes_safetensors_and_no_less_than_all(tmp_path):
     report = load_weights(model, str(tmp_path / "model.safetensors"))
     assert unchanged(model, snapshot(source)) and report.model_share == 1.0
     save_file(source.backbone.bottom_up.state_dict(), tmp_path / "backbone.safetensors")
-    with pytest.raises(CheckpointError, match="use the config it was trained with"):
+    with pytest.raises(CheckpointError, match="backbone.safetensors"):
         load_weights(model, str(tmp_path / "backbone.safetensors"))
     assert load_weights(model, str(tmp_path / "backbone.safetensors"), min_loaded=0.99).share == 1.0
-    with pytest.raises(CheckpointError, match="other shape"):  # another halo is another model
+    with pytest.raises(CheckpointError, match="pos_embed"):  # another halo is another model
         load_weights(detector(CONFIG, "MODEL.HALONET.HALO_SIZE", "2"), str(tmp_path / "model.safetensors"))
-    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS"):
         load_weights(model, "")
 
 
@@ -293,26 +284,6 @@ def test_a_model_in_distributed_data_parallel_is_filled(files):
         assert unchanged(model.module, source) and checkpointer.report.model_share == 1.0
     finally:
         distributed.destroy_process_group()
-
-
-def test_networks_are_told_by_their_tensors():
-    def shapes(state, prefix=""):
-        return {prefix + name: tuple(value.shape) for name, value in state.items()}
-
-    with torch.device("meta"):
-        for variant in ("H0", "H3", "R101-SE-halo-b32h3"):
-            assert identify(shapes(HaloNet(variant, num_classes=10).state_dict(), "module.")) == f"HaloNet {variant}"
-        assert identify(shapes(resnet50().state_dict())) == "a ResNet-50"
-        assert identify(shapes(nn.Sequential(nn.Linear(3, 3)).state_dict())) is None
-    assert identify(shapes(detector("mask_rcnn_r101", "MODEL.RESNETS.NORM", "FrozenBN").state_dict())) == "a ResNet-101"
-    assert identify({}) is None
-
-
-def test_timms_networks_are_told_by_their_tensors():
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    with torch.device("meta"):
-        state = timm.create_model("halonet26t").state_dict()
-    assert identify({name: tuple(value.shape) for name, value in state.items()}) == "timm's halonet26t"
 
 
 class NoImages(list):
@@ -338,7 +309,7 @@ def test_the_trainer_loads_and_saves_through_it(files, tmp_path, monkeypatch):
     hook = next(hook for hook in trainer._hooks if hasattr(hook, "checkpointer"))
     assert isinstance(trainer.checkpointer, Checkpointer) and hook.checkpointer is trainer.checkpointer
     before = snapshot(trainer.model)
-    with pytest.raises(CheckpointError, match="looks like HaloNet H1"):
+    with pytest.raises(CheckpointError, match="variant.pth"):
         trainer.resume_or_load(resume=True)
     assert unchanged(trainer.model, before)
     assert trainer.checkpointer.min_loaded == 0.95 and not trainer.checkpointer.allow_pickle

@@ -43,9 +43,9 @@ def test_groups_and_counts():
     text = str(found)
     assert (
         "a.pth" in text
-        and "86.4 % of what it should fill (10 tensors of the model), 94.8 % of all of the backbone" in text
+        and "Loaded 86.4 % of the expected parameters (10 tensors of the model), 94.8 % of the backbone" in text
     )
-    assert "Unexpected: 1 tensors, extra.one." in text
+    assert "Unexpected: 1 tensors, extra.one" in text
     assert "roi_heads.box_predictor.bias (7,) in the file, (6,) in the model" in text
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from halodet.checkpoint.convert import convert, rename_for
+from halodet.checkpoint.key_mapping import convert, rename_for
 from halodet.engine import load_config
 from halodet.errors import CheckpointError
 from halodet.models import VARIANTS, HaloNet, HaloNetVariant
@@ -129,30 +129,30 @@ def test_timms_own_h1_and_ours_exchange_names():
     assert list(rename_for("timm", renamed)) == list(theirs)
     prefixed = rename_for("timm", {f"backbone.bottom_up.{name}": t for name, t in ours.items()})
     assert set(prefixed) == {f"backbone.bottom_up.{name}" for name in theirs}
-    with pytest.raises(CheckpointError, match="HaloNet has no place for"):
+    with pytest.raises(CheckpointError, match="HaloNet"):
         with torch.device("meta"):
             rename_for("halodet", timm.create_model("halonet26t").state_dict())
     with torch.device("meta"):
         hybrid = HaloNet(HaloNetVariant((1, 1, 1, 1)), num_classes=2).state_dict()
-    with pytest.raises(CheckpointError, match="no place for res2.0.mixer.conv.weight"):
+    with pytest.raises(CheckpointError, match="res2.0.mixer.conv.weight"):
         rename_for("timm", hybrid)
 
 
 def test_what_cannot_be_converted(detector, classifier):
     wrong = dict(classifier, **{"res2.0.conv1.conv.weight": torch.ones(1, 2, 3, 4)})
     for arguments, options, reason in (
-        ((wrong, "detector"), {"into": detector}, r"res2.0.conv1.conv.weight has shape \(1, 2, 3, 4\), but"),
-        ((classifier, "detector"), {"into": classifier}, "what is to be filled is no detector"),
-        ((classifier, "timm"), {"into": detector}, "only a detector can be filled"),
-        ((classifier, "detector"), {"prefix": "backbone"}, "ends with a dot"),
-        ((classifier, "timm"), {"prefix": "backbone."}, "only a detector has one"),
-        (({"layer1.0.weight": torch.ones(1)}, "detector"), {}, "no weights of HaloNet .* the first is layer1.0.weight"),
+        ((wrong, "detector"), {"into": detector}, r"res2.0.conv1.conv.weight .*\(1, 2, 3, 4\)"),
+        ((classifier, "detector"), {"into": classifier}, "into"),
+        ((classifier, "timm"), {"into": detector}, "timm"),
+        ((classifier, "detector"), {"prefix": "backbone"}, "prefix='backbone'"),
+        ((classifier, "timm"), {"prefix": "backbone."}, "prefix='backbone.'"),
+        (({"layer1.0.weight": torch.ones(1)}, "detector"), {}, "layer1.0.weight"),
         (
             ({"stages.0.0.x": torch.ones(1)}, "detector"),
             {"into": detector},
-            "no tensor fits the detector, whose backbone begins with",
+            "backbone.bottom_up.stem",
         ),
-        ((classifier, "onnx"), {}, "the form is 'onnx'"),
+        ((classifier, "onnx"), {}, "form='onnx'"),
     ):
         with pytest.raises(CheckpointError, match=reason):
             convert(*arguments, **options)
