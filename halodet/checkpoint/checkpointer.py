@@ -13,7 +13,6 @@ from halodet.checkpoint.latest import TAG, latest_checkpoint
 from halodet.checkpoint.matching import match
 from halodet.checkpoint.model_spec import ModelSpec
 from halodet.checkpoint.preprocessing import preprocessing_of
-from halodet.checkpoint.rel_pos import layout_of
 from halodet.checkpoint.report import LoadReport, percent
 from halodet.errors import CheckpointError
 
@@ -87,7 +86,7 @@ class Checkpointer(DetectionCheckpointer):
             return
         spec = ModelSpec.of(self.model)
         metadata = spec.preprocessing.metadata() if spec.preprocessing else {}
-        layouts = {tuple(layout_of(owner).items()) for owner in spec.tables.values()}
+        layouts = {tuple(owner.rel_pos_layout().items()) for owner in spec.tables.values()}
         if len(layouts) == 1:
             metadata |= {key: str(size) for key, size in layouts.pop()}
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}

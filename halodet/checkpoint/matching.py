@@ -13,7 +13,6 @@ from halodet.checkpoint.io import summarize
 from halodet.checkpoint.key_mapping import CLASSIFIER, FINAL_CONV, Rename, by_suffix, key_mappings, shared_prefixes
 from halodet.checkpoint.model_spec import BACKBONE, NOT_WEIGHTS, ModelSpec, group_of
 from halodet.checkpoint.preprocessing import adapt_stem, preprocessing_of, same_mean
-from halodet.checkpoint.rel_pos import infer_layout, layout_of, resize
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
@@ -130,13 +129,16 @@ def _match_under(
         if _is_resnet(description) and spec.in_replaced_mixer(goal):
             replaced.append(name)
         elif goal in spec.shapes:
-            layouts = _layouts(spec, goal, shape, metadata)
-            if layouts and exact:
-                found.layouts = layouts
-            if layouts and not exact:
-                old, new = (", ".join(f"{key}={size}" for key, size in layout.items()) for layout in layouts)
-                resized[f"resized relative position tables from {old} to {new}"] = None
-                found.sources[goal] = TensorSource(partial(resize, spec.tables[goal], value, layouts[0]), resized=True)
+            owner = spec.tables.get(goal)
+            old = owner.infer_rel_pos_layout(len(value), metadata) if owner is not None and value.ndim == 2 else {}
+            new = owner.rel_pos_layout() if old else {}
+            if old != new and exact:
+                found.layouts = old, new
+            table = owner.resize_rel_pos(value, old) if old != new and not exact else None
+            if table is not None and tuple(table.shape) == spec.shapes[goal]:
+                sizes = (", ".join(f"{key}={size}" for key, size in layout.items()) for layout in (old, new))
+                resized["resized relative position tables from {} to {}".format(*sizes)] = None
+                found.sources[goal] = TensorSource(partial(_identity, table), resized=True)
             elif shape == spec.shapes[goal]:
                 found.sources[goal] = TensorSource(partial(_identity, value))
             else:
@@ -159,17 +161,6 @@ def _match_under(
     found.notes += resized
     found.whole = any(not name.startswith(spec.backbone) for name in (*found.sources, *found.mismatched))
     return found
-
-
-def _layouts(spec: ModelSpec, name: str, shape: tuple[int, ...], metadata: Mapping) -> tuple[Layout, Layout] | None:
-    """Return the layouts of a relative position table in the file and in the model, if they differ and it can be
-    resized."""
-    owner = spec.tables.get(name)
-    new = layout_of(owner) if owner is not None else {}
-    if not new or len(shape) != 2 or shape[1:] != spec.shapes[name][1:] or shape[0] % 2 == 0:
-        return None
-    old = infer_layout(owner, shape[0], metadata)
-    return (old, new) if old != new and min(old["block_size"], 1) == 1 else None
 
 
 def _add_statistics(found: Match, checkpoint: Mapping[str, Any], names: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from halodet.checkpoint.preprocessing import Preprocessing
-from halodet.checkpoint.rel_pos import rel_pos_tables
+from halodet.mixers import Mixer
 
 from torch import nn
 
@@ -28,7 +28,7 @@ class ModelSpec:
         norm: norm layers of the backbone, ``"BN"``, ``"FrozenBN"`` or ``"GN"`` (any without statistics).
         stride_in_1x1: whether the stages of a ResNet have their stride in the first 1x1 convolution, not in the 3x3
             one.
-        tables: module that owns each relative position table, by name of the table.
+        tables: mixer that owns each relative position table, by name of the table.
         replaced: prefixes of HaloNet blocks in which a mixer other than the 3x3 convolution is used.
         pixel_mean: mean of the input by channel, in the order of ``input_format``; None if unknown.
         pixel_std: standard deviation of the input, likewise.
@@ -40,7 +40,7 @@ class ModelSpec:
     kind: str
     norm: str
     stride_in_1x1: bool
-    tables: Mapping[str, nn.Module]
+    tables: Mapping[str, Mixer]
     replaced: tuple[str, ...]
     pixel_mean: tuple[float, ...] | None
     pixel_std: tuple[float, ...] | None
@@ -69,7 +69,12 @@ class ModelSpec:
             kind=kind,
             norm="BN" if "num_batches_tracked" in buffers else "FrozenBN" if "running_mean" in buffers else "GN",
             stride_in_1x1=tuple(getattr(first, "stride", ())) == (2, 2),
-            tables=rel_pos_tables(modules),
+            tables={
+                f"{name}.{table}": module
+                for name, module in modules.items()
+                if isinstance(module, Mixer)
+                for table in module.rel_pos_tables
+            },
             replaced=tuple(
                 name.removesuffix("mixer")
                 for name in modules

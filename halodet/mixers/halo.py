@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from halodet.attention import BACKENDS, BORDERS, halo_attention
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
+from halodet.mixers.rel_pos import infer_block_and_halo, resize_table
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +137,14 @@ class HaloMixer(Mixer):
 
     def rel_pos_layout(self) -> dict[str, int]:
         return {"block_size": self.block_size, "halo_size": self.halo_size}
+
+    def infer_rel_pos_layout(self, rows: int, metadata: Mapping[str, Any]) -> dict[str, int]:
+        block, halo = infer_block_and_halo(rows, (self.block_size, self.halo_size), metadata)
+        return {"block_size": block, "halo_size": halo} if block >= 1 and rows % 2 else self.rel_pos_layout()
+
+    def resize_rel_pos(self, table: Tensor, layout: Mapping[str, int]) -> Tensor:
+        old, new = (layout["block_size"], layout["halo_size"]), (self.block_size, self.halo_size)
+        return table if old == new else resize_table(table, old, new)
 
 
 def check_heads(num_heads: int, qk_channels: int, value_channels: int) -> None:

@@ -4,9 +4,9 @@ import dataclasses
 
 from halodet.checkpoint import ModelSpec, match
 from halodet.checkpoint.preprocessing import Preprocessing
-from halodet.checkpoint.rel_pos import resize_table
 from halodet.checkpoint.report import LoadReport
 from halodet.engine import load_config
+from halodet.mixers.rel_pos import resize_table
 from halodet.models import VARIANTS, HaloNet
 
 import pytest

@@ -1,7 +1,8 @@
 """Relative position tables for another block or halo: the same offset keeps its row, seen in the tables and in attention's output."""
 
-from halodet.checkpoint.rel_pos import block_and_halo, resize_table
 from halodet.mixers.halo import HaloMixer
+from halodet.mixers.rel_pos import KNOWN, infer_block_and_halo, resize_table
+from halodet.models import VARIANTS
 
 import pytest
 import torch
@@ -52,15 +53,19 @@ def test_attention_gives_the_same_where_both_see_the_whole_map(old, new, side):
 
 
 def test_block_and_halo_of_a_file():
-    assert block_and_halo(27, (8, 3), {}) == (8, 3)
-    assert block_and_halo(27, (32, 3), {}) == (8, 3)  # same halo
-    assert block_and_halo(27, (8, 4), {}) == (8, 3)  # same block
-    assert block_and_halo(27, (12, 2), {}) == (8, 3)  # the only one known
-    assert block_and_halo(31, (10, 4), {}) == (10, 3)  # of three with this window, the one that shares the block
-    assert block_and_halo(21, (8, 3), {}) == (7, 2)  # timm's haloregnetz_b
-    assert block_and_halo(17, (4, 2), {}) == (5, 2)  # none known: the model's halo
-    assert block_and_halo(31, (10, 3), {"block_size": "12", "halo_size": "2"}) == (
+    assert infer_block_and_halo(27, (8, 3), {}) == (8, 3)
+    assert infer_block_and_halo(27, (32, 3), {}) == (8, 3)  # same halo
+    assert infer_block_and_halo(27, (8, 4), {}) == (8, 3)  # same block
+    assert infer_block_and_halo(27, (12, 2), {}) == (8, 3)  # the only one known
+    assert infer_block_and_halo(31, (10, 4), {}) == (10, 3)  # of three with this window, the one that shares the block
+    assert infer_block_and_halo(21, (8, 3), {}) == (7, 2)  # timm's haloregnetz_b
+    assert infer_block_and_halo(17, (4, 2), {}) == (5, 2)  # none known: the model's halo
+    assert infer_block_and_halo(31, (10, 3), {"block_size": "12", "halo_size": "2"}) == (
         12,
         2,
     )  # what the file says comes first
-    assert block_and_halo(27, (10, 3), {"block_size": "12", "halo_size": "2"}) == (8, 3)  # unless it cannot be
+    assert infer_block_and_halo(27, (10, 3), {"block_size": "12", "halo_size": "2"}) == (8, 3)  # unless it cannot be
+
+
+def test_the_sizes_of_all_variants_are_known():
+    assert {(variant.block_size, variant.halo_size) for variant in VARIANTS.values()} <= set(KNOWN)
