@@ -16,9 +16,34 @@ from torch.utils.checkpoint import checkpoint
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [
     pytest.mark.triton,
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(triton_unavailable_reason(DEVICE) is not None, reason=str(triton_unavailable_reason(DEVICE))),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_interpreter():
+    """Skip what takes the interpreter most of its time: patching the language at every call inside a kernel, where it is
+    patched already, and checking every integer for overflow."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if DEVICE.type == "cuda" or not hasattr(interpreter, "_LangPatchScope"):  # a GPU, or an older Triton
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch_lang = interpreter._patch_lang
+
+        def patch_once(fn):
+            modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+            patched = not any(tl.core.is_builtin(module.add) for module in modules)
+            return interpreter._LangPatchScope() if patched else patch_lang(fn)
+
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        options = interpreter.interpreter_builder.options
+        before = options.sanitize_overflow
+        object.__setattr__(options, "sanitize_overflow", False)
+        yield
+        object.__setattr__(options, "sanitize_overflow", before)
 
 
 def make(layout, batch=1, heads=1, depth=4, value_depth=4, extra=0, seed=0):
