@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halodet.checkpoint import LoadedCheckpoint, read_weights, write_weights
-from halodet.checkpoint.key_mapping import FORMS, convert, rename_for
+from halodet.checkpoint.key_mapping import FORMS, convert
 from halodet.checkpoint.preprocessing import preprocessing_of
 from halodet.errors import CheckpointError, HalodetError
 
@@ -34,10 +34,8 @@ def run(args: argparse.Namespace) -> None:
         if os.path.exists(args.output) and os.path.samefile(loaded.path, args.output):
             raise CheckpointError(f"--output {args.output} is invalid: it is an input. Fix: use another name.")
     tensors = source.checkpoint["model"]
-    if args.names:
-        tensors = rename_for(args.names, tensors)
     into = target.checkpoint["model"] if target else None
-    done = convert(tensors, args.to, into=into, prefix=args.prefix)
+    done = convert(tensors, args.to, into=into)
     metadata = {"form": args.to, "source": os.path.basename(args.input), **_metadata(source.checkpoint, done.source)}
     write_weights(args.output, done.tensors, metadata=metadata)
     numbers = sum(tensor.numel() for tensor in done.tensors.values())
@@ -91,10 +89,6 @@ def main(argv: list[str] | None = None) -> int:
         "--to", required=True, choices=FORMS, help="form to write; timm and classifier have the same names"
     )
     parser.add_argument("--into", metavar="FILE", help="checkpoint of a detector whose backbone is replaced")
-    parser.add_argument(
-        "--prefix", help="prefix of the backbone in a detector (default: backbone.bottom_up.; without FPN backbone.)"
-    )
-    parser.add_argument("--names", choices=("halodet", "timm"), help="rename for HaloNet or for timm's own halonet_h1")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="run code that pickle files hold; only for files that you trust"
     )

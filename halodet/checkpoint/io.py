@@ -131,7 +131,7 @@ def _load(path: str, kind: str, load: Callable[[str], Any]) -> Any:
     except Exception as error:  # damaged files raise nearly anything
         reason = (str(error).splitlines() or [""])[0].rstrip(".")[:120] or type(error).__name__
         raise CheckpointError(
-            f"{path} is truncated or damaged: its {os.path.getsize(path)} bytes are not a {kind} ({reason}). {_AGAIN}"
+            f"{path} is not a {kind}, or is truncated or damaged ({os.path.getsize(path)} bytes; {reason}). {_AGAIN}"
         ) from error
 
 
@@ -147,7 +147,6 @@ def _check_zip(path: str) -> None:
     ``torch.save``."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
             # torch.save writes 0 for no checksum.
             damaged = next(
                 (entry.filename for entry in archive.infolist() if entry.CRC and not _intact(archive, entry)), None
@@ -158,12 +157,6 @@ def _check_zip(path: str) -> None:
         ) from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match. {_AGAIN}")
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(f"{path} is a TorchScript program: expected weights. Fix: torch.save its state_dict().")
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise CheckpointError(
-            f"{path} is a zip archive of {', '.join(names[:3]) or 'nothing'}: expected a torch.save file."
-        )
 
 
 def _intact(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:

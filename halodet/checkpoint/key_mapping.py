@@ -27,17 +27,6 @@ DETECTRON2 = [
     (r"^(res\d\.\d+\.)conv2\.weight$", r"\1mixer.conv.weight"),
     (r"^(res\d\.\d+\.)conv2\.norm\.", r"\1norm2."),
 ]
-# HaloNet and timm's own halonet_h1. Names that start with a dot are of a block, such as res2.0.
-_HALONET_TIMM = (
-    ("stem.conv1.norm.", "stem.conv1.bn."),
-    *((f"res{stage + 2}.", f"stages.{stage}.") for stage in range(4)),
-    *((f".conv{i}.conv.", f".conv{i}_1x1.conv.") for i in (1, 3)),
-    *((f".conv{i}.norm.", f".conv{i}_1x1.bn.") for i in (1, 3)),
-    (".mixer.", ".self_attn."),
-    (".norm2.", ".post_attn."),
-    (".shortcut.norm.", ".shortcut.bn."),
-    ("head.linear.", "head.fc."),
-)
 # Last layers of classifiers: HaloNet's and timm's, torchvision's, its conversion to Detectron2's names, MSRA's.
 CLASSIFIER = re.compile(r"^(stem\.fc|head|fc|fc1000|linear|classifier)\.")
 FINAL_CONV = "final_conv."  # timm's, which a detector may lack
@@ -126,18 +115,14 @@ class Conversion:
     unfilled: list[str] = field(default_factory=list)
 
 
-def convert(
-    tensors: Mapping[str, Tensor], form: str, *, into: Mapping[str, Tensor] | None = None, prefix: str | None = None
-) -> Conversion:
+def convert(tensors: Mapping[str, Tensor], form: str, *, into: Mapping[str, Tensor] | None = None) -> Conversion:
     """Rename weights to another form; the tensors themselves are unchanged.
 
     Args:
         tensors: weights of a detector, a classifier (timm's or HaloNet's) or a backbone.
         form: ``"timm"`` or ``"classifier"``, whose names are the same: no prefix, with the classification head if there
-            is one; ``"backbone"``: no prefix, no head; ``"detector"``: prefixed names, no head.
+            is one; ``"backbone"``: no prefix, no head; ``"detector"``: names with a prefix, no head.
         into: weights of a detector whose backbone is replaced.
-        prefix: prefix of the backbone in a detector; defaults to that of ``into``, of ``tensors``, or
-            ``backbone.bottom_up.``.
 
     Raises:
         CheckpointError: the weights are of no known form, or their shapes differ from those of ``into``.
@@ -146,10 +131,6 @@ def convert(
         raise CheckpointError(f"form={form!r} is invalid: expected one of {', '.join(FORMS)}.")
     if into is not None and form != "detector":
         raise CheckpointError(f"form={form!r} is invalid with into: expected detector.")
-    if prefix is not None and (form != "detector" or not re.fullmatch(r"(\w+\.)+", prefix)):
-        raise CheckpointError(
-            f"prefix={prefix!r} is invalid: expected form detector, and a prefix that ends with a dot."
-        )
     tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     own = backbone_prefix(tensors)
     if not any(_NETWORK.match(name[len(own) :]) for name in tensors if name.startswith(own)):
@@ -160,43 +141,21 @@ def convert(
     heads = {name: tensor for name, tensor in others.items() if not own and name.startswith(_HEADS)}
     source = "detector" if own else "classifier" if heads else "backbone"
     if into is not None:
-        return _fill(source, network, others, into, prefix)
-    if form == "detector":
-        target, kept = prefix or own or PREFIXES[0], others if own else {}
-    else:
-        target, kept = "", heads if form != "backbone" else {}
-    names = {n: n if n in kept else target + n[len(own) :] for n in tensors if n in kept or n not in others}
-    converted = {new: tensors[old] for old, new in names.items()}
-    return Conversion(source, converted, {name: tensor for name, tensor in others.items() if name not in kept})
+        return _fill(source, network, others, into)
+    target = (own or PREFIXES[0]) if form == "detector" else ""
+    kept = {} if form == "backbone" else heads if form != "detector" else others if own else {}
+    left_out = {name: tensor for name, tensor in others.items() if name not in kept}
+    names = {name: name if name in kept else target + name[len(own) :] for name in tensors if name not in left_out}
+    return Conversion(source, {new: tensors[old] for old, new in names.items()}, left_out)
 
 
 def backbone_prefix(tensors: Mapping[str, Tensor]) -> str:
-    """Return the prefix of the backbone in a detector: one of :data:`PREFIXES`; empty if the weights are not a
-    detector's."""
+    """Return the prefix of the backbone in a detector, one of :data:`PREFIXES`; empty for other weights."""
     return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
 
 
-def rename_for(network: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights, with or without a prefix, for HaloNet (``"halodet"``) or for timm's own halonet_h1 (``"timm"``).
-
-    Raises:
-        CheckpointError: a tensor has no place in the other network.
-    """
-    to_timm = network == "timm"
-    foreign = r"mixer\.conv\.|\.se\.|head\.final\." if to_timm else r"stem\.conv[23]\.|conv2|\.attn|final_conv\."
-    pairs = _HALONET_TIMM if to_timm else [(new, old) for old, new in _HALONET_TIMM]
-    rules = [((r"(?<=\d)" if old[0] == "." else r"\b") + re.escape(old), new) for old, new in pairs]
-    for name in tensors:
-        if re.search(foreign, name):
-            goal = "timm's halonet_h1" if to_timm else "HaloNet"
-            raise CheckpointError(f"{goal} has no place for {name}: expected a network with attention in every block.")
-    return {substitute(name, rules): tensor for name, tensor in tensors.items()}
-
-
-def _fill(
-    source: str, network: dict[str, Tensor], others: dict[str, Tensor], into: Mapping[str, Tensor], prefix: str | None
-) -> Conversion:
-    prefix = prefix or backbone_prefix(into)
+def _fill(source: str, network: dict[str, Tensor], others: dict[str, Tensor], into: Mapping[str, Tensor]) -> Conversion:
+    prefix = backbone_prefix(into)
     if not prefix:
         raise CheckpointError(f"into is not a detector: expected names that start with {' or '.join(PREFIXES)}.")
     for name, tensor in network.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from typing import IO, Any
+from typing import Any
 
 from halodet.checkpoint.io import read_checkpoint, save_torch, write_file
 from halodet.errors import CheckpointError
@@ -41,11 +41,6 @@ class TimmHandler(PathHandler):
             if force or not os.path.isfile(local):
                 _convert(config, local)
         return local
-
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
-        if mode not in ("r", "rb"):
-            raise CheckpointError(f"mode={mode!r} is invalid for {path}: expected r or rb.")
-        return open(self._get_local_path(path), mode, buffering)
 
 
 def _local_file(name: str) -> str:

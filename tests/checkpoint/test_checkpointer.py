@@ -1,4 +1,4 @@
-"""Loading into real detectors: what arrives, what is refused, in which words, and that a refused file leaves the model as it was."""
+"""Loading into detectors: what loads, what is an error, and that an error leaves the model unchanged."""
 
 import logging
 import pickle
@@ -74,7 +74,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["right", "prefix"])
-def test_files_that_arrive(files, name):
+def test_files_that_load(files, name):
     source = torch.load(files / "right.pth", weights_only=True)["model"]
     model = detector()
     checkpointer = Checkpointer(model)
@@ -101,7 +101,7 @@ def test_files_that_arrive(files, name):
         ("gone.pth", ["gone.pth"]),
     ],
 )  # fmt: skip
-def test_files_that_do_not(files, file, words):
+def test_files_that_do_not_load(files, file, words):
     model = detector()
     before = snapshot(model)
     with pytest.raises(CheckpointError) as caught:
@@ -111,7 +111,7 @@ def test_files_that_do_not(files, file, words):
     assert unchanged(model, before) and not (files / "marker").exists()
 
 
-def test_a_file_without_a_matching_name_is_refused_whatever_is_asked_for(files):
+def test_a_file_without_a_matching_name_is_an_error_at_any_threshold(files):
     with pytest.raises(CheckpointError, match="strange.pth"):
         Checkpointer(detector(), min_loaded=0.0).load(str(files / "strange.pth"))
     checkpointer = Checkpointer(detector(), min_loaded=0.1)
@@ -136,11 +136,11 @@ def test_the_table_is_logged_once_in_place_of_warnings(files, caplog):
             )
     finally:
         logging.getLogger("halodet").propagate = propagate
-    told = [record for record in caplog.records if "roi_heads" in record.getMessage()]
+    logged = [record for record in caplog.records if "roi_heads" in record.getMessage()]
     assert (
-        len(told) == 1
-        and told[0].name.startswith("halodet.checkpoint")
-        and "proposal_generator" in told[0].getMessage()
+        len(logged) == 1
+        and logged[0].name.startswith("halodet.checkpoint")
+        and "proposal_generator" in logged[0].getMessage()
     )
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -195,7 +195,7 @@ def test_batch_norms_without_statistics_are_refused_although_they_are_few_parame
         Checkpointer(detector()).load(str(tmp_path / "no_statistics.pth"))
 
 
-def test_what_tensors_do_not_tell_is_saved_beside_them(tmp_path):
+def test_metadata_is_saved_with_the_tensors(tmp_path):
     pixels = {"input_format": "BGR", "pixel_mean": "103.53 116.28 123.675", "pixel_std": "57.375 57.12 58.395"}
     Checkpointer(
         detector(CONFIG, "MODEL.HALONET.BLOCK_SIZE", "12", "MODEL.HALONET.HALO_SIZE", "2"), str(tmp_path)
@@ -209,7 +209,7 @@ def test_what_tensors_do_not_tell_is_saved_beside_them(tmp_path):
     assert torch.load(tmp_path / "r50.pth", weights_only=True)["metadata"] == pixels
 
 
-def test_pixels_of_another_order_are_refused_where_nothing_is_trained_and_adapted_where_it_is(tmp_path):
+def test_another_channel_order_is_an_error_in_evaluation_and_adapted_in_training(tmp_path):
     model = detector(CONFIG)
     Checkpointer(model, str(tmp_path)).save("bgr")
     rgb = [
@@ -231,7 +231,7 @@ def test_pixels_of_another_order_are_refused_where_nothing_is_trained_and_adapte
     torch.testing.assert_close(stems[1], stems[0].flip(1))
 
 
-def test_a_state_of_another_optimizer_is_told_in_one_sentence(tmp_path):
+def test_a_state_of_another_optimizer_is_an_error(tmp_path):
     def optimizer(model, groups):
         parameters = list(model.parameters())
         return torch.optim.SGD([{"params": parameters[i::groups]} for i in range(groups)], lr=0.1)
@@ -287,7 +287,7 @@ def test_a_model_in_distributed_data_parallel_is_filled(files):
 
 
 class NoImages(list):
-    """In the place of the stream of training data."""
+    """Replaces the training data."""
 
     described = "0 images"
 

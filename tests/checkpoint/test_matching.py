@@ -124,13 +124,13 @@ def test_timms_final_conv_is_not_used_where_the_backbone_has_none():
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_a_file_says_of_its_pixels_comes_first(whole):
+def test_preprocessing_in_the_metadata_comes_first(whole):
     """Saved by our own conversion, the convention holds for a backbone by any name, and for a detector filled with one."""
     source, model = classifier(), small_detector()
     state = {PREFIX + n: v for n, v in source.state_dict().items() if not n.startswith("head.")}
     state |= {n: v for n, v in model.state_dict().items() if not n.startswith(PREFIX)} if whole else {}
-    said = Preprocessing("RGB", (127.5, 127.5, 127.5), (127.5, 51.0, 25.5)).metadata()
-    found, values = filled(model, state, metadata=said)
+    metadata = Preprocessing("RGB", (127.5, 127.5, 127.5), (127.5, 51.0, 25.5)).metadata()
+    found, values = filled(model, state, metadata=metadata)
     stem = source.state_dict()["stem.conv1.conv.weight"]
     factors = [57.375 / 25.5, 57.12 / 51.0, 58.395 / 127.5]  # the config's BGR deviations over the file's
     expected = torch.stack([stem[:, 2 - i] * factor for i, factor in enumerate(factors)], 1)
@@ -143,9 +143,7 @@ def test_what_a_file_says_of_its_pixels_comes_first(whole):
     _, other = filled(
         model, source.state_dict(), metadata={"pixel_std": "none", "pixel_mean": "", "input_format": "grey"}
     )
-    assert torch.equal(other[PREFIX + "stem.conv1.conv.weight"], stem.flip(1)), (
-        "words of another program are passed over"
-    )
+    assert torch.equal(other[PREFIX + "stem.conv1.conv.weight"], stem.flip(1)), "metadata of another program is ignored"
 
 
 def test_tables_of_another_block_or_halo_are_resized_by_offset():
@@ -168,7 +166,7 @@ def test_tables_of_another_block_or_halo_are_resized_by_offset():
     assert exact.mismatched.keys() == tables
 
 
-def test_tables_are_told_apart_by_what_the_file_says_where_their_lengths_agree():
+def test_metadata_distinguishes_tables_of_the_same_length():
     source = classifier(block_size=12, halo_size=2)
     model = small_detector("MODEL.HALONET.BLOCK_SIZE", "10", "MODEL.HALONET.HALO_SIZE", "3")
     name = "res4.0.mixer.pos_embed.width_rel"

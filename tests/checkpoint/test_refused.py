@@ -1,4 +1,4 @@
-"""Files that look right and are not: of deeper networks, of other pixels, other windows, other optimizers."""
+"""Files that fit only in part: of deeper networks, other preprocessing, other windows, other optimizers."""
 
 import argparse
 import dataclasses
@@ -56,7 +56,7 @@ def test_a_deeper_halonet_even_where_all_of_the_model_is_filled():
     assert len(match(ModelSpec.of(model), {"model": deep.state_dict()}).sources) == len(ModelSpec.of(model).shapes)
 
 
-def test_squeeze_excitation_that_the_model_has_not():
+def test_squeeze_excitation_that_the_model_lacks():
     source = detector(SMALL, "MODEL.HALONET.SE_RATIO", "0.25").state_dict()
     for exact in (True, False):
         refuse(detector(SMALL), source, "res3", exact=exact)
@@ -85,7 +85,7 @@ def test_group_norms_are_no_folded_batch_norms():
     refuse(frozen, gn, "running_mean", __author__="Detectron2 Model Zoo")
 
 
-def test_pixels_of_a_detector_that_does_not_say_them_are_asked_about():
+def test_unknown_preprocessing_of_a_detector_is_noted():
     model = detector("mask_rcnn_r50")
     notes = match(ModelSpec.of(model), {"model": model.state_dict(), "__author__": "Detectron2 Model Zoo"}).notes
     assert len(notes) == 1 and "BGR with std 57.375, 57.12, 58.395" in notes[0]
@@ -95,15 +95,15 @@ def test_pixels_of_timm_backbones_are_adapted_too():
     pytest.importorskip("timm", reason="timm is not installed")
     model = detector("mask_rcnn_halonet26t")
     state = {name: torch.randn_like(value.float()) for name, value in model.state_dict().items()}
-    said = Preprocessing("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)).metadata()
-    found = match(ModelSpec.of(model), {"model": state, "metadata": said})
+    metadata = Preprocessing("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)).metadata()
+    found = match(ModelSpec.of(model), {"model": state, "metadata": metadata})
     stem = "backbone.bottom_up.stem.conv1.conv.weight"
     expected = state[stem].flip(1) * torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
     torch.testing.assert_close(found.sources[stem].make(), expected)
     assert any("BGR with std 1, 1, 1 to RGB with std 58.395" in note for note in found.notes)
 
 
-def test_the_mean_timms_script_was_given_is_believed():
+def test_the_mean_of_timms_arguments_is_used():
     model = detector(SMALL)
     state = HaloNet(
         dataclasses.replace(VARIANTS["H1"], depths=(1, 2, 2, 1), base_width=32, stem_channels=32, bottleneck_ratio=2.0)
@@ -147,7 +147,7 @@ def test_a_file_of_somebody_else(tmp_path):
 
 
 class Run:
-    """As much of a trainer as a checkpoint holds."""
+    """The part of a trainer that a checkpoint holds."""
 
     def __init__(self, model, kind, **options):
         self._trainer = SimpleTrainer(model, [], kind(model.parameters(), lr=0.1, **options))

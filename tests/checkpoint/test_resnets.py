@@ -78,7 +78,7 @@ def test_every_tensor_of_torchvisions_resnet_has_its_place(resnet):
             continue
         goal = "backbone.bottom_up." + ours(name)
         if name.startswith("layer4") and (".conv2." in name or ".bn2." in name):
-            assert goal not in found.sources  # attention, and its norm, stand there
+            assert goal not in found.sources  # attention and its norm are there
             continue
         untouched.remove(goal)
         expected = value.flip(1) if name == "conv1.weight" else value  # the config's images are BGR
@@ -103,7 +103,7 @@ def test_every_tensor_of_torchvisions_resnet_has_its_place(resnet):
     ],
 )  # fmt: skip
 def test_the_maps_are_torchvisions(resnet, config, opts, tmp_path):
-    """The same photo in torchvision's convention and in the config's: naming and adaptation are right if all maps agree."""
+    """The same image with torchvision's preprocessing and the config's gives the same maps."""
     torch.save(resnet.state_dict(), tmp_path / "resnet50.pth")
     model = detector(config, *opts)
     checkpointer = Checkpointer(model)
@@ -181,7 +181,7 @@ def test_detectron1s_detectors_fill_what_detectron2_fills(resnet, tmp_path):
     torch.testing.assert_close(stem, resnet.conv1.weight * torch.tensor([57.375, 57.12, 58.395]).view(1, 3, 1, 1))
 
 
-def test_msras_files_in_halonet_say_what_does_not_fit(resnet):
+def test_msras_files_in_halonet_are_noted_where_they_differ(resnet):
     model = detector("mask_rcnn_r50_se")
     found = match(ModelSpec.of(model), {"model": msra(resnet), "__author__": "Caffe2", "matching_heuristics": True})
     stem = found.sources["backbone.bottom_up.stem.conv1.conv.weight"].make()
@@ -198,7 +198,7 @@ def test_msras_files_in_halonet_say_what_does_not_fit(resnet):
 
 
 def test_torchvisions_weights_as_detectron2_converts_them(resnet):
-    """Detectron2's tool renames them and keeps the classifier as ``stem.fc``; its conversion is told by its author entry."""
+    """Detectron2's tool renames them and keeps the classifier as ``stem.fc``; its author entry identifies the conversion."""
     state = {f"stem.{name}": value for name, value in resnet.state_dict().items() if name.startswith("fc")}
     for name, value in resnet.state_dict().items():
         if not name.startswith("fc"):
@@ -216,7 +216,7 @@ def test_torchvisions_weights_as_detectron2_converts_them(resnet):
         assert any("STRIDE_IN_1X1 False" in note for note in found.notes) == (config == "mask_rcnn_r50")
 
 
-def test_another_mean_is_told(resnet):
+def test_another_mean_is_noted(resnet):
     found = match(
         ModelSpec.of(detector("mask_rcnn_r50", "MODEL.PIXEL_MEAN", "[0.0, 0.0, 0.0]")), {"model": resnet.state_dict()}
     )

@@ -134,8 +134,6 @@ def test_refusals_are_one_sentence_and_write_nothing(trained, tmp_path, capsys):
         (tmp_path / "R-50.pkl", [], "Caffe2"),
         ("timm://no/name", [], "timm://no/name"),
         (trained, ["--into", tmp_path / "none.pth"], "none.pth"),
-        (trained, ["--prefix", "backbone"], "prefix"),
-        (trained, ["--names", "timm"], "mixer.conv.weight"),
     ):
         assert run("--input", source, "--output", output, "--to", "detector", *more) == 2
         error = capsys.readouterr().err

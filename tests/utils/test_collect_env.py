@@ -26,7 +26,7 @@ def test_report_names_what_is_here():
     assert "All that halodet needs is here." in report.stdout
 
 
-def test_what_is_missing_comes_with_its_mend(tmp_path):
+def test_what_is_missing_comes_with_its_fix(tmp_path):
     # a broken package that is found first stands in for one that is not installed
     (tmp_path / "detectron2.py").write_text("raise ImportError('libsomething is not here')\n")
     report = run(PYTHONPATH=str(tmp_path))

@@ -87,7 +87,7 @@ except CheckpointWriteError as error:
 """
 
 
-def test_a_file_that_the_system_cuts_short_is_told_and_leaves_the_old_one(tmp_path):
+def test_a_write_that_the_system_limits_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.pth"
     write_weights(path, {"w": torch.ones(2)})
     run = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True)
@@ -95,7 +95,7 @@ def test_a_file_that_the_system_cuts_short_is_told_and_leaves_the_old_one(tmp_pa
     assert os.listdir(tmp_path) == ["a.pth"] and read_checkpoint(path)["model"]["w"].tolist() == [1, 1]
 
 
-def test_what_a_killed_process_leaves_is_removed(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     killed = (
         "import os, sys; from halodet.utils.io import atomic_write; atomic_write(sys.argv[1], lambda file: os._exit(9))"
     )
