@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from halodet.utils.threads import set_thread_defaults
+
 if TYPE_CHECKING:
     from halodet.attention import halo_attention
     from halodet.backbones import TimmBackbone
@@ -85,6 +87,8 @@ def _register_with_detectron2() -> None:
         for room in ("backbones", "checkpoint", "data"):
             importlib.import_module(f"halodet.{room}")
 
+
+set_thread_defaults()  # before PyTorch is imported
 
 # collect_env reports a broken Detectron2, so it must be able to start with one.
 if importlib.util.find_spec("detectron2") is not None and "halodet.utils.collect_env" not in sys.orig_argv:

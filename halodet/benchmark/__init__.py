@@ -1,1 +1,1 @@
-"""What the benchmark tools measure with: contenders side by side in one process, memory in processes of their own."""
+"""Benchmarks of attention layers and models against other implementations."""

@@ -1,4 +1,4 @@
-"""Halo attention layers to compare: ours and those a user could take instead, each with its projections and on the same input."""
+"""Halo attention layers to compare: halodet's and alternatives, each with its projections and on the same input."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Contender -> the package it needs.
-CONTENDERS = {
+# Implementation -> package that it needs.
+IMPLEMENTATIONS = {
     "halodet": "halodet",
     "timm": "timm",
     "halonet-pytorch": "halonet_pytorch",
     "flex-attention": "torch.nn.attention",
 }
-# Block and halo -> who uses them.
+# Block and halo size -> networks that use them.
 BLOCKS = {
     (8, 3): "H0 H1 H2, halonet50ts",
     (10, 3): "H3 H7",
@@ -31,11 +31,12 @@ BLOCKS = {
     (7, 2): "haloregnetz_b",
 }
 CHANNELS = {8: 128, 16: 256, 32: 512}  # by stride, as in ResNet-50
+MODES = ("forward", "forward+backward")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One layer on one map; 8 heads, as timm has them, and as many channels out as in."""
+class Case:
+    """Size of one layer and its input; the layer has as many output as input channels."""
 
     batch: int
     channels: int
@@ -48,25 +49,13 @@ class Setting:
     def __str__(self) -> str:
         return f"{self.batch}×{self.channels}×{self.height}×{self.width} b{self.block} h{self.halo}"
 
-    def work(self, element_size: int, *, train: bool) -> tuple[float, float]:
-        """Operations and bytes that cannot be left out: projections and attention read and write every map once, and no score is ever
-        written; training does all of it three times, and what is recomputed does not count."""
-        pixels = self.height * self.width
-        window = self.block + 2 * self.halo
-        pairs = pixels * window**2
-        forward = (
-            2 * 3 * self.channels**2 * pixels + 2 * 2 * self.channels * pairs + 2 * 2 * window * self.channels * pixels
-        )
-        moved = 8 * self.channels * pixels * element_size  # x, q, k, v; q, k, v again; the result
-        return self.batch * forward * (3 if train else 1), self.batch * moved * (3 if train else 1)
 
-
-def settings(
+def make_cases(
     sizes: list[tuple[int, int]], strides: list[int], batches: list[int], blocks: list[tuple[int, int]]
-) -> list[Setting]:
-    """Every combination, on maps of images padded to a multiple of 32 pixels as an FPN wants them."""
+) -> list[Case]:
+    """Return all combinations, for images padded to a multiple of 32 pixels as an FPN needs them."""
     return [
-        Setting(batch, CHANNELS[stride], -(-height // 32) * 32 // stride, -(-width // 32) * 32 // stride, block, halo)
+        Case(batch, CHANNELS[stride], -(-height // 32) * 32 // stride, -(-width // 32) * 32 // stride, block, halo)
         for batch in batches
         for height, width in sizes
         for stride in strides
@@ -74,13 +63,13 @@ def settings(
     ]
 
 
-def available(name: str) -> bool:
-    """Whether a contender's package is installed."""
-    return importlib.util.find_spec(CONTENDERS[name].split(".")[0]) is not None
+def is_installed(name: str) -> bool:
+    """Return whether the package of an implementation is installed."""
+    return importlib.util.find_spec(IMPLEMENTATIONS[name].split(".")[0]) is not None
 
 
-class _ToBlocks(nn.Module):
-    """Pads a map to whole blocks for a layer that takes no other, and cuts the result."""
+class _PadToBlocks(nn.Module):
+    """Pad the input of a layer that requires a multiple of the block size, and crop its output."""
 
     def __init__(self, layer: nn.Module, block: int) -> None:
         super().__init__()
@@ -102,7 +91,7 @@ def _flex_attention() -> Callable[..., Tensor]:
 
 
 class _Flex(HaloMixer):
-    """The same layer through FlexAttention: windows gathered, relative logits added by a score function."""
+    """The same layer with FlexAttention: gathered windows, relative logits in a score_mod."""
 
     def forward(self, x: Tensor) -> Tensor:
         block, halo, window = self.block_size, self.halo_size, self.block_size + 2 * self.halo_size
@@ -127,38 +116,36 @@ class _Flex(HaloMixer):
         return out.reshape(batch, -1, rows * block, columns * block)[..., :height, :width]
 
 
-def build_layer(name: str, setting: Setting, border: str, backend: str = "auto") -> nn.Module:
-    """The layer of a contender; ``border`` and ``backend`` are ours to choose, timm and FlexAttention have zeros, halonet-pytorch masks."""
-    common = {"num_heads": setting.heads, "block_size": setting.block, "halo_size": setting.halo}
+def build_layer(name: str, case: Case, border: str, backend: str = "auto") -> nn.Module:
+    """Build the layer of an implementation.
+
+    ``border`` and ``backend`` apply to halodet; timm and FlexAttention use zeros, halonet-pytorch masks.
+    """
+    common = {"num_heads": case.heads, "block_size": case.block, "halo_size": case.halo}
     if name == "halodet":
-        return HaloMixer(setting.channels, setting.channels, **common, border=border, backend=backend)
+        return HaloMixer(case.channels, case.channels, **common, border=border, backend=backend)
     if name == "timm":
         from timm.layers.halo_attn import HaloAttn
 
-        return _ToBlocks(HaloAttn(setting.channels, **common), setting.block)
+        return _PadToBlocks(HaloAttn(case.channels, **common), case.block)
     if name == "halonet-pytorch":
         from halonet_pytorch import HaloAttention
 
-        depth = setting.channels // setting.heads
-        layer = HaloAttention(
-            dim=setting.channels, block_size=setting.block, halo_size=setting.halo, dim_head=depth, heads=setting.heads
-        )
+        sizes = {"block_size": case.block, "halo_size": case.halo, "heads": case.heads}
+        layer = HaloAttention(dim=case.channels, dim_head=case.channels // case.heads, **sizes)
         layer.to_out = nn.Identity()  # the others have no output projection
-        return _ToBlocks(layer, setting.block)
-    return _Flex(setting.channels, setting.channels, **common, border="zero")
+        return _PadToBlocks(layer, case.block)
+    return _Flex(case.channels, case.channels, **common, border="zero")
 
 
 def build_call(
-    name: str, setting: Setting, mode: str, border: str, backend: str, device: torch.device, dtype: torch.dtype
+    name: str, case: Case, mode: str, border: str, backend: str, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
-    """A call without arguments that runs a contender once: ``mode`` is ``"forward"`` or ``"training"`` (forward and backward)."""
+    """Return a call that runs an implementation once; ``mode`` is one of :data:`MODES`."""
     generator = torch.Generator().manual_seed(0)
-    layer = build_layer(name, setting, border, backend).to(device, dtype)
-    x, grad = (
-        torch.randn(setting.batch, setting.channels, setting.height, setting.width, generator=generator)
-        for _ in range(2)
-    )
-    x, grad = x.to(device, dtype), grad.to(device, dtype)
+    layer = build_layer(name, case, border, backend).to(device, dtype)
+    size = (case.batch, case.channels, case.height, case.width)
+    x, grad = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
     return partial(_forward, layer, x) if mode == "forward" else partial(_train, layer, x.requires_grad_(), grad)
 
 

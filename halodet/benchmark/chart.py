@@ -1,4 +1,4 @@
-"""Pictures of measurements: how many times as long contenders take as one of them, and curves over a training run."""
+"""Charts: bars of time ratios and curves of training metrics."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
-_MARKED = 50  # points of a curve up to which each is marked
-_CROWDED = 200  # points of a curve beyond which they cannot be told apart
+_MAX_MARKED = 50  # curves of at most this many points get markers
+_MAX_DISTINCT = 200  # longer curves are drawn pale, with their running median
 
 
 def draw_ratios(
     panels: dict[str, tuple[list[str], dict[str, list[float | None]]]],
     title: str,
     path: Path,
-    xlabel: str = "time / time of halodet (above 1: halodet is faster)",
+    xlabel: str,
 ) -> None:
-    """Draw one panel of horizontal bars per entry, all with the same rows, and write them to ``path`` (PNG, SVG, PDF).
+    """Draw panels of horizontal bars with shared rows.
 
     Args:
-        panels: title of a panel -> (label of each row, name in the legend -> its ratio in each row, None where there is none).
-        title: of the whole.
-        path: the file; its ending says the format.
-        xlabel: what the ratios are.
+        panels: panel title -> (row labels, legend name -> ratio per row; None for a missing one).
+        title: figure title.
+        path: output file; its suffix selects the format.
+        xlabel: label of the ratio axis.
     """
     rows = max(len(labels) for labels, _ in panels.values())
     figure, axes = plt.subplots(
         1, len(panels), figsize=(6.5 * len(panels), 1.4 + 0.34 * rows), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, (name, (labels, ratios)) in zip(axes[0], panels.items(), strict=True):
+    for axis, (panel, (labels, ratios)) in zip(axes[0], panels.items(), strict=True):
         height = 0.8 / max(1, len(ratios))
-        for i, (contender, values) in enumerate(ratios.items()):
+        for i, (name, values) in enumerate(ratios.items()):
             at = [row + (i - (len(ratios) - 1) / 2) * height for row in range(len(values))]
-            axis.barh(at, [value or 0 for value in values], height, label=contender)
+            axis.barh(at, [value or 0 for value in values], height, label=name)
             for y, value in zip(at, values, strict=True):
                 if value:
                     axis.text(value, y, f" {value:.2f}", va="center", fontsize=6)
         axis.axvline(1, color="black", linewidth=1)
-        axis.set(title=name, xlabel=xlabel, yticks=range(len(labels)), yticklabels=labels)
+        axis.set(title=panel, xlabel=xlabel, yticks=range(len(labels)), yticklabels=labels)
         axis.tick_params(axis="y", labelsize=7)
         axis.margins(x=0.12, y=0.01)
     axes[0][0].invert_yaxis()
@@ -63,18 +63,15 @@ def draw_curves(
     dashed_label: str = "",
     units: dict[str, str] | None = None,
 ) -> None:
-    """Draw curves over iterations, one panel per metric and three in a row, each run in one colour, and write them to ``path``.
-
-    All panels have the same axis of iterations. A curve of more points than can be told apart is drawn pale, with its running median on it.
+    """Draw curves over iterations, one panel per metric (three per row, one shared x axis) and one colour per run.
 
     Args:
-        panels: name of a metric -> name of a run -> iteration -> value; values that are no finite numbers are left out. A run may be
-            missing in some panels.
-        title: of the whole; may be empty.
-        path: the file; its ending says the format, one of :func:`known_formats`.
-        dashed: as ``panels``: further curves of some of them, drawn dashed in the colour of their run.
-        dashed_label: what these are.
-        units: name of a metric -> what stands at its axis.
+        panels: metric -> run -> iteration -> value; non-finite values are skipped, a run may be missing in a panel.
+        title: figure title; may be empty.
+        path: output file; its suffix, one of :func:`known_formats`, selects the format.
+        dashed: further curves, as ``panels``, drawn dashed in the colour of their run.
+        dashed_label: legend entry of the dashed curves.
+        units: metric -> label of its y axis.
     """
     dashed = dashed or {}
     colours = {
@@ -92,16 +89,16 @@ def draw_curves(
         for style, curves in (("-", runs), ("--", dashed.get(metric, {}))):
             for run, curve in curves.items():
                 points = np.array([point for point in curve.items() if math.isfinite(point[1])]).reshape(-1, 2)
-                crowded = len(points) > _CROWDED
-                if crowded:
+                dense = len(points) > _MAX_DISTINCT
+                if dense:
                     axis.plot(*points.T, color=colours[run], linewidth=0.5, alpha=0.25, zorder=1)
                     points[:, 1] = _running_median(points[:, 1])
-                few = len(points) <= _MARKED
+                few = len(points) <= _MAX_MARKED
                 axis.plot(*points.T, color=colours[run], linestyle=style, marker="o" if few else "", markersize=3)
         axis.set(title=metric, xlabel="iteration", ylabel=(units or {}).get(metric, ""))
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
-    # One legend for all panels, since a run may be missing in the first.
+    # One legend for all panels: a run may be missing in the first.
     handles = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
     if any(dashed.values()):
         handles.append(Line2D([], [], color="grey", linestyle="--", label=dashed_label))
@@ -114,12 +111,12 @@ def draw_curves(
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
-    """The median of the values around each one; steps stay steps."""
-    half = len(values) // _CROWDED
+    """Return the running median, which preserves steps."""
+    half = len(values) // _MAX_DISTINCT
     padded = np.pad(values, half, mode="reflect")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
 
 
 def known_formats() -> list[str]:
-    """Endings of the files that pictures can be written to."""
+    """Return the suffixes of the supported output formats."""
     return sorted(FigureCanvasAgg.get_supported_filetypes())

@@ -1,151 +1,144 @@
-"""Time, memory and the machine's own peak, measured so that contenders can be compared on a machine that does other things too."""
+"""Interleaved timing and peak memory of several implementations."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-# glibc gives blocks above a limit back to the system at every free, and gets them page by page again: what a contender costs then depends
-# on whether its largest tensor lies above or below. With these limits every contender reuses its memory.
-EVEN_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2 << 30)}
 
 
-def use_even_allocator() -> None:
-    """Start this program again with an allocator that treats all tensor sizes alike (glibc only; elsewhere nothing happens)."""
-    if sys.platform == "linux" and any(name not in os.environ for name in EVEN_ALLOCATOR):
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **EVEN_ALLOCATOR})
+def compare(
+    builders: Mapping[str, Callable[[], Callable[[], object]]],
+    *,
+    reference: str,
+    rounds: int,
+    device: torch.device,
+    warmup: int = 2,
+    on_round: Callable[[int], object] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Time implementations in turns, so that other load on the machine affects all of them alike.
 
-
-def release_memory() -> None:
-    """Give what the allocator keeps for later back to the system (glibc only; elsewhere nothing happens)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue, so that a clock read after it tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def interleave(
-    calls: dict[str, Callable[[], object]], *, rounds: int, device: torch.device, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Time every call once a round, one after the other, so that what disturbs the machine disturbs all of them.
+    Args:
+        builders: name -> function that returns the call to time.
+        reference: name of the implementation that ratios are relative to.
+        rounds: number of timed calls of each implementation.
+        device: device to synchronize with.
+        warmup: number of untimed calls before (compilation, autotuning, allocation).
+        on_round: called with the number of every finished round, 0 or less during warm-up.
 
     Returns:
-        Name -> seconds of each round; round i of one belongs with round i of another.
+        Name -> ``{"ms": median time, "ratio": median over rounds of time / time of the reference}``, the latter only
+        if the reference did not fail; or ``{"failed": first line of the error}``.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(warmup + rounds):
-        for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    calls: dict[str, Callable[[], object]] = {}
+    failures: dict[str, str] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in builders}
+    for i in range(1 - warmup, rounds + 1):
+        for name, build in builders.items():
+            if name in failures:
+                continue
+            try:
+                if name not in calls:
+                    calls[name] = build()
+                _synchronize(device)
+                start = time.perf_counter()
+                calls[name]()
+                _synchronize(device)
+                elapsed = time.perf_counter() - start
+            except Exception as error:  # other implementations may raise anything; a failure is a result
+                calls.pop(name, None)
+                failures[name] = first_line(error)
+                continue
+            if i > 0:
+                seconds[name].append(elapsed)
+        if on_round:
+            on_round(i)
+    results: dict[str, dict[str, Any]] = {}
+    for name, times in seconds.items():
+        results[name] = {"failed": failures[name]} if name in failures else {"ms": statistics.median(times) * 1e3}
+        if name not in failures and seconds.get(reference) and reference not in failures:
+            results[name]["ratio"] = median_ratio(times, seconds[reference])
+    return results
 
 
-def ratio(slower: list[float], faster: list[float]) -> float:
-    """How many times as long the first took: the median over rounds."""
-    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def median_ratio(times: list[float], reference: list[float]) -> float:
+    """Return the median over rounds of time / time of the reference."""
+    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive values."""
+    """Return the geometric mean of positive values."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object, device: torch.device) -> int | None:
-    """Bytes that one call needs at its peak beyond what is held before it.
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object, device: torch.device) -> dict[str, Any]:
+    """Measure the peak memory of one call beyond what is allocated before it.
 
     Args:
-        build: a function of a module (it may have to be sent to another process) that makes the call from ``arguments``.
-        arguments: what it is given.
-        device: on a GPU its allocator is asked; on the CPU a fresh process tells how far its memory grew (Linux).
+        build: picklable function that returns the call.
+        arguments: arguments of ``build``.
+        device: on a GPU the allocator is queried; on the CPU (Linux) the call runs in a new process.
 
     Returns:
-        The bytes, or None where the system does not tell.
+        ``{"peak_mib": MiB}``, ``{"failed": reason}``, or ``{}`` where the system does not report it.
     """
-    if device.type == "cuda":
-        call = build(*arguments)
-        call()  # compiles and tunes what is to be compiled and tuned
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if sys.platform != "linux":
-        return None
-    release_memory()  # the other process may need what this one does not use
+    try:
+        if device.type == "cuda":
+            return {"peak_mib": _cuda_peak(build(*arguments), device) / 2**20}
+        return {"peak_mib": _process_peak(build, arguments) / 2**20} if sys.platform == "linux" else {}
+    except Exception as error:  # as in compare()
+        return {"failed": first_line(error)}
+
+
+def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _process_peak(build: Callable[..., Callable[[], object]], arguments: tuple[object, ...]) -> int:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_growth, args=(sender, build, arguments))
+    process = context.Process(target=_send_peak, args=(sender, build, arguments))
     process.start()
     sender.close()
     try:
         return receiver.recv()
     except EOFError:
-        raise RuntimeError(
-            f"the process that was to measure memory ended with code {process.exitcode} before it told"
-        ) from None
+        process.join()
+        raise RuntimeError(f"the process that measures memory ended with exit code {process.exitcode}") from None
     finally:
         process.join()
 
 
-def _growth(sender, build: Callable[..., Callable[[], object]], arguments: tuple[object, ...]) -> None:
+def _send_peak(sender: Connection, build: Callable[..., Callable[[], object]], arguments: tuple[object, ...]) -> None:
     call = build(*arguments)
-    before = _status("VmRSS")
+    before = _status_bytes("VmRSS")
     call()
-    sender.send(max(0, _status("VmHWM") - before))
+    sender.send(max(0, _status_bytes("VmHWM") - before))
 
 
-def _status(field: str) -> int:
+def _status_bytes(field: str) -> int:
     with open("/proc/self/status", encoding="ascii") as lines:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a device reaches at best: operations per second in matrix products, bytes per second (read and written) in copies."""
-
-    matrix_rate: float
-    copy_rate: float
-
-
-def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure the best of what PyTorch offers for matrix products (product, 1×1 convolution) and a copy that no cache holds."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    pixels = torch.randn(1, size, size // 32, 32, device=device, dtype=dtype).contiguous(
-        memory_format=torch.channels_last
-    )
-    kernel = torch.randn(size, size, 1, 1, device=device, dtype=dtype)
-    large = torch.empty(
-        (2 << 30 if device.type == "cuda" else 256 << 20) // a.element_size(), device=device, dtype=dtype
-    ).fill_(1)
-    target = torch.empty_like(large)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "product": lambda: a @ a,
-        "convolution": lambda: F.conv2d(pixels, kernel),
-        "copy": lambda: target.copy_(large),
-    }
-    with torch.no_grad():
-        best = {name: min(seconds) for name, seconds in interleave(calls, rounds=10, device=device).items()}
-    moved = 2 * large.numel() * large.element_size()
-    return Machine(2 * size**3 / min(best["product"], best["convolution"]), moved / best["copy"])

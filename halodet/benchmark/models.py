@@ -1,4 +1,4 @@
-"""Backbones under a feature pyramid and whole Mask R-CNNs to compare: ours and Detectron2's, alike in everything but the backbone."""
+"""Backbones with FPN and Mask R-CNNs to compare: halodet's and Detectron2's, identical except for the backbone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = ("backbone", "detector")
 MODES = ("forward", "training")
 LEVELS = ["p2", "p3", "p4", "p5", "p6"]
 OURS = ("mask_rcnn_halo_h4", "mask_rcnn_r50_se_halo_b8h3", "mask_rcnn_r50")
-OBJECTS = 8  # in each image; COCO has 7.3
+OBJECTS = 8  # per image; COCO has 7.3
 NORMS = {
     "BatchNorm2d": "BN",
     "SyncBatchNorm": "SyncBN",
@@ -38,19 +38,19 @@ NORMS = {
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all contenders are given: images in pixels, how many, and where and how they are computed."""
+class Case:
+    """Image size in pixels, batch size, device and autocast dtype of a comparison."""
 
     height: int
     width: int
     batch: int = 1
     device: str = "cpu"
-    dtype: torch.dtype = torch.float32  # of autocast
+    dtype: torch.dtype = torch.float32
     channels_last: bool = False
 
     def __str__(self) -> str:
-        layout = ", channels last" if self.channels_last else ""
-        return f"{self.batch}×3×{self.height}×{self.width}, {str(self.dtype).removeprefix('torch.')}{layout}"
+        memory_format = ", channels last" if self.channels_last else ""
+        return f"{self.batch}×3×{self.height}×{self.width}, {str(self.dtype).removeprefix('torch.')}{memory_format}"
 
 
 def _detectron2_config():
@@ -80,7 +80,7 @@ def _vitdet_b() -> Backbone:
         use_rel_pos=True,
         out_feature="last_feat",
     )
-    # not padded to a square, so that it sees images of the size the others see
+    # Not padded to a square, so that all models get the same image size.
     return SimpleFeaturePyramid(vit, "last_feat", 256, (4.0, 2.0, 1.0, 0.5), top_block=LastLevelMaxPool())
 
 
@@ -92,31 +92,29 @@ DETECTRON2: dict[str, Callable[[], Backbone]] = {
 
 
 def build_pyramid(name: str) -> Backbone:
-    """A backbone with p2 … p6 and random weights: one of :data:`DETECTRON2`, or that of a halodet config.
+    """Build a backbone with p2 ... p6 and random weights: a key of :data:`DETECTRON2`, or a halodet config.
 
     Raises:
-        ConfigError: there is no such config, or it is not usable.
+        ConfigError: the config does not exist or is invalid.
     """
     if name not in DETECTRON2:
         return build_backbone(load_config(name, ["MODEL.DEVICE", "cpu"]))
     with warnings.catch_warnings():
-        # what Detectron2 imports from timm has moved, which is nothing a user could act on
+        # Detectron2 imports from a deprecated timm module.
         warnings.filterwarnings("ignore", message=".*timm.models.layers.*")
         return DETECTRON2[name]()
 
 
 def check_config(name: str) -> None:
-    """See, without building anything, that a config is usable and its backbone gives what the heads take.
+    """Check, on the meta device, that the backbone of a config has the levels that the heads need.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it does not, or the config is invalid.
     """
     with torch.device("meta"):
         levels = list(build_pyramid(name).output_shape())
     if levels != LEVELS:
-        raise ConfigError(
-            f"the backbone of {name} gives {', '.join(levels)}, and Mask R-CNN's heads take {', '.join(LEVELS)}"
-        )
+        raise ConfigError(f"--config-file={name} has backbone outputs {levels}, expected {LEVELS} for Mask R-CNN")
 
 
 @functools.cache
@@ -124,56 +122,52 @@ def _noise(shape: tuple[int, ...], scale: float, device: torch.device) -> Tensor
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-class _SteadyRPN(RPN):
-    """Detectron2's RPN, which computes and trains its predictions but proposes from noise: as many boxes whatever the backbone."""
+class _FixedRPN(RPN):
+    """RPN that computes and trains its predictions but proposes from fixed noise: equal work for every backbone."""
 
     def predict_proposals(self, anchors, logits, deltas, image_sizes):
-        logits, deltas = (
-            [_noise(tuple(x.shape), scale, x.device) for x in maps] for maps, scale in ((logits, 1.0), (deltas, 0.1))
-        )
+        logits = [_noise(tuple(x.shape), 1.0, x.device) for x in logits]
+        deltas = [_noise(tuple(x.shape), 0.1, x.device) for x in deltas]
         return super().predict_proposals(anchors, logits, deltas, image_sizes)
 
 
-class _SteadyOutputs(FastRCNNOutputLayers):
-    """Detectron2's box predictor, whose detections come from noise: some thousand candidates, always the full number kept."""
+class _FixedOutputs(FastRCNNOutputLayers):
+    """Box predictor with detections from fixed noise: enough candidates to always keep the maximum number."""
 
     def inference(self, predictions, proposals):
-        logits, deltas = (
-            _noise(tuple(x.shape), scale, x.device) for x, scale in zip(predictions, (2.0, 0.1), strict=True)
-        )
-        return super().inference((logits, deltas), proposals)
+        scales = (2.0, 0.1)
+        noise = tuple(_noise(tuple(x.shape), scale, x.device) for x, scale in zip(predictions, scales, strict=True))
+        return super().inference(noise, proposals)
 
 
-def build_model(name: str, kind: str, setting: Setting) -> nn.Module:
-    """A contender with random weights, on its device.
+def build_model(name: str, kind: str, case: Case) -> nn.Module:
+    """Build a model with random weights on its device.
 
     Args:
-        name: a backbone as for :func:`build_pyramid`.
-        kind: ``"backbone"``, with its pyramid, or ``"detector"``: it with the heads of Detectron2's mask_rcnn_R_50_FPN_1x.
-        setting: says device and memory format.
+        name: backbone, see :func:`build_pyramid`.
+        kind: ``"backbone"`` (with FPN), or ``"detector"``: with the heads of Detectron2's mask_rcnn_R_50_FPN_1x.
+        case: device and memory format.
 
     Raises:
-        ConfigError: as :func:`build_pyramid`.
+        ConfigError: see :func:`build_pyramid`.
     """
     torch.manual_seed(0)
     model = pyramid = build_pyramid(name)
     if kind == "detector":
         cfg, shapes = _detectron2_config(), pyramid.output_shape()
-        outputs = _SteadyOutputs(cfg, ShapeSpec(channels=cfg.MODEL.ROI_BOX_HEAD.FC_DIM))
+        outputs = _FixedOutputs(cfg, ShapeSpec(channels=cfg.MODEL.ROI_BOX_HEAD.FC_DIM))
         model = GeneralizedRCNN(
             backbone=pyramid,
-            proposal_generator=_SteadyRPN(cfg, shapes),
+            proposal_generator=_FixedRPN(cfg, shapes),
             roi_heads=StandardROIHeads(cfg, shapes, box_predictor=outputs),
             pixel_mean=cfg.MODEL.PIXEL_MEAN,
             pixel_std=cfg.MODEL.PIXEL_STD,
         )
-    return model.to(
-        setting.device, memory_format=torch.channels_last if setting.channels_last else torch.preserve_format
-    )
+    return model.to(case.device, memory_format=torch.channels_last if case.channels_last else torch.preserve_format)
 
 
 def describe(model: nn.Module) -> dict:
-    """Million parameters, how many of them are trained, and the names of its norms as Detectron2's configs have them."""
+    """Return parameters and trained parameters in millions, and the norm types as named in Detectron2's configs."""
     norms = {NORMS[type(module).__name__] for module in model.modules() if type(module).__name__ in NORMS}
     total, trained = (
         sum(p.numel() for p in model.parameters() if p.requires_grad or every) / 1e6 for every in (True, False)
@@ -181,90 +175,94 @@ def describe(model: nn.Module) -> dict:
     return {"parameters": total, "trained": trained, "norms": " ".join(sorted(norms))}
 
 
-def make_inputs(kind: str, setting: Setting, channels: int = 256) -> object:
-    """The same for every contender: for a backbone a batch (B, 3, H, W), padded as an FPN wants it, and a gradient for each level's
-    ``channels``; for a detector Detectron2's list of dicts, images of bytes with :data:`OBJECTS` polygons each."""
+def make_inputs(kind: str, case: Case, channels: int = 256) -> object:
+    """Make the inputs, identical for every model.
+
+    Returns:
+        For a backbone a batch (B, 3, H, W), padded to a multiple of 32 pixels, and an output gradient per level of
+        ``channels`` channels; for a detector Detectron2's list of dicts, uint8 images with :data:`OBJECTS` polygons.
+    """
     generator = torch.Generator().manual_seed(0)
     if kind == "backbone":
-        height, width = (-(-side // 32) * 32 for side in (setting.height, setting.width))
-        x = torch.randn(setting.batch, 3, height, width, generator=generator)
-        shapes = [(setting.batch, channels, -(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
-        if setting.channels_last:
+        height, width = (-(-side // 32) * 32 for side in (case.height, case.width))
+        x = torch.randn(case.batch, 3, height, width, generator=generator)
+        shapes = [(case.batch, channels, -(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
+        if case.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return x.to(setting.device), [torch.randn(shape, generator=generator).to(setting.device) for shape in shapes]
-    size = torch.tensor([setting.width, setting.height])
+        return x.to(case.device), [torch.randn(shape, generator=generator).to(case.device) for shape in shapes]
+    size = torch.tensor([case.width, case.height])
     angles = torch.arange(8) * torch.pi / 4
     octagon = torch.stack([angles.cos(), angles.sin()], 1) / 2
     inputs = []
-    for _ in range(setting.batch):
+    for _ in range(case.batch):
         sides = size * (0.1 + 0.4 * torch.rand(OBJECTS, 2, generator=generator))
         centres = sides / 2 + (size - sides) * torch.rand(OBJECTS, 2, generator=generator)
-        instances = Instances((setting.height, setting.width))
+        instances = Instances((case.height, case.width))
         instances.gt_boxes = Boxes(torch.cat([centres - sides / 2, centres + sides / 2], 1))
         instances.gt_classes = torch.randint(80, (OBJECTS,), generator=generator)
         polygons = centres.unsqueeze(1) + octagon * sides.unsqueeze(1)
         instances.gt_masks = PolygonMasks([[polygon.flatten().double().numpy()] for polygon in polygons])
-        image = torch.randint(256, (3, setting.height, setting.width), dtype=torch.uint8, generator=generator)
-        given = {"height": setting.height, "width": setting.width}
-        inputs.append({"image": image.to(setting.device), "instances": instances.to(setting.device), **given})
+        image = torch.randint(256, (3, case.height, case.width), dtype=torch.uint8, generator=generator)
+        given = {"height": case.height, "width": case.width}
+        inputs.append({"image": image.to(case.device), "instances": instances.to(case.device), **given})
     return inputs
 
 
-def build_call(model: nn.Module, kind: str, mode: str, setting: Setting) -> Callable[[], object]:
-    """A call without arguments that runs a model once on :func:`make_inputs`.
+def build_call(model: nn.Module, kind: str, mode: str, case: Case) -> Callable[[], object]:
+    """Return a call that runs a model once on :func:`make_inputs`.
 
     Args:
-        model: from :func:`build_model`; it is put into the mode that is asked for.
-        kind: as it was built.
-        mode: ``"forward"`` (inference, returns what the model returns) or ``"training"`` (forward, backward and a step of SGD).
-        setting: the one it was built for.
+        model: from :func:`build_model`.
+        kind: the kind it was built with.
+        mode: ``"forward"`` (inference) or ``"training"`` (forward, backward and a step of SGD).
+        case: the case it was built for.
     """
     model.train(mode == "training")
     pyramid = model.backbone if kind == "detector" else model
-    inputs = make_inputs(kind, setting, pyramid.output_shape()["p2"].channels)
+    inputs = make_inputs(kind, case, pyramid.output_shape()["p2"].channels)
     if mode == "forward":
-        return partial(_infer, model, inputs, setting)
-    # with a learning rate of 0 a step costs what it always costs, and every round does the same work
+        return partial(_infer, model, inputs, case)
+    # A learning rate of 0 costs the same and keeps every round identical.
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9, weight_decay=1e-4
     )
-    for p in optimizer.param_groups[0]["params"]:  # held from the start, as after the first step
+    for p in optimizer.param_groups[0]["params"]:  # allocated from the start, as after the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return partial(_train, model, inputs, optimizer, setting)
+    return partial(_train, model, inputs, optimizer, case)
 
 
-def build_model_call(name: str, kind: str, mode: str, setting: Setting) -> Callable[[], object]:
-    """:func:`build_call` of a :func:`build_model`, for a process of its own."""
-    return build_call(build_model(name, kind, setting), kind, mode, setting)
+def build_model_call(name: str, kind: str, mode: str, case: Case) -> Callable[[], object]:
+    """Build a model and its call; picklable arguments only, see :func:`~halodet.benchmark.measure.peak_memory`."""
+    return build_call(build_model(name, kind, case), kind, mode, case)
 
 
-def _autocast(setting: Setting) -> torch.autocast:
-    return torch.autocast(torch.device(setting.device).type, torch.bfloat16, enabled=setting.dtype != torch.float32)
+def _autocast(case: Case) -> torch.autocast:
+    return torch.autocast(torch.device(case.device).type, torch.bfloat16, enabled=case.dtype != torch.float32)
 
 
 @torch.no_grad()
-def _infer(model: nn.Module, inputs, setting: Setting) -> object:
-    with _autocast(setting):
+def _infer(model: nn.Module, inputs, case: Case) -> object:
+    with _autocast(case):
         return model(inputs if isinstance(inputs, list) else inputs[0])
 
 
-def _train(model: nn.Module, inputs, optimizer: torch.optim.Optimizer, setting: Setting) -> None:
-    backward(model, inputs, setting)
+def _train(model: nn.Module, inputs, optimizer: torch.optim.Optimizer, case: Case) -> None:
+    backward(model, inputs, case)
     optimizer.step()
-    optimizer.zero_grad()  # no contender holds gradients while another one runs
+    optimizer.zero_grad()  # do not hold gradients while other models run
 
 
-def backward(model: nn.Module, inputs, setting: Setting) -> dict[str, Tensor]:
-    """Forward and backward of a model in training mode; returns the maps of a backbone, the losses of a detector."""
+def backward(model: nn.Module, inputs, case: Case) -> dict[str, Tensor]:
+    """Run forward and backward in training mode; return the maps of a backbone or the losses of a detector."""
     if isinstance(inputs, list):
-        with _autocast(setting), EventStorage():
+        with _autocast(case), EventStorage():
             losses = model(inputs)
         sum(losses.values()).backward()
         return losses
     x, grads = inputs
-    with _autocast(setting):
+    with _autocast(case):
         maps = model(x)
-    # random gradients, because behind a norm those of a mean or of a sum of squares vanish
+    # Random gradients: those of a mean or a sum of squares vanish behind a norm.
     torch.autograd.backward(
         list(maps.values()), [grad.to(y.dtype) for y, grad in zip(maps.values(), grads, strict=True)]
     )
