@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := output/demo
 
-.PHONY: help demo test lint docs doctor install clean
+.PHONY: help demo test lint docs doctor gpu-check install clean
 
 help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small halo Mask R-CNN on drawn shapes (CPU, minutes), print its AP, draw its detections
 	@echo "== Training a small halo Mask R-CNN on the built-in shapes; the log is also in $(DEMO)/log.txt"
@@ -34,8 +34,11 @@ docs: $(READY)  ## build the documentation into site/
 		$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-doctor: $(READY)  ## print versions, device, what is missing and the mend for it
+doctor: $(READY)  ## print versions, devices and missing dependencies with their fix
 	@$(BIN)/python -m halodet.utils.collect_env
+
+gpu-check: $(READY)  ## test the kernels, benchmark and train briefly on an NVIDIA GPU (under 8 minutes)
+	@$(BIN)/python tools/gpu_check.py
 
 install: $(READY)  ## only make the environment
 

@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config-file", nargs="+", default=[], metavar="FILE", help="halodet configs instead of the default"
     )
-    parser.add_argument("--models", nargs="+", choices=known, help="default: all; with --config-file Detectron2's")
+    parser.add_argument("--models", nargs="*", choices=known, help="default: all; with --config-file Detectron2's")
     parser.add_argument("--reference", metavar="NAME", help="model that ratios are relative to (R50-FPN, or the first)")
     parser.add_argument("--kind", nargs="+", choices=models.KINDS, default=list(models.KINDS), help="default: both")
     parser.add_argument("--size", type=int_tuple("x", 32, 32), default=(800, 1333), metavar="HxW", help="(800x1333)")
@@ -65,7 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_common_arguments(parser, "output/benchmark_model")
     args = parser.parse_args(argv)
     default = list(models.DETECTRON2) if args.config_file else known
-    args.names = list(dict.fromkeys(args.config_file + (args.models or default)))
+    args.names = list(dict.fromkeys(args.config_file + (default if args.models is None else args.models)))
+    if not args.names:
+        parser.error("argument --models: expected at least one model")
     args.reference = args.reference or ("R50-FPN" if "R50-FPN" in args.names else args.names[0])
     if args.reference not in args.names:
         parser.error(f"argument --reference: {args.reference!r} is invalid: expected one of {args.names}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,10 @@ def output_folder(text: str) -> Path:
     """Create a writable folder; an argparse type."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
-        (Path(text) / "results.json").touch()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not writable: {error.strerror}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a writable folder: {error.strerror}") from error
+    if not os.access(text, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a writable folder")
     return Path(text)
 
 
