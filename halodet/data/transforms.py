@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 from halodet.data.annotations import clip_polygon
-from halodet.errors import ConfigError
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -31,39 +28,6 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         return [ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, lsj.SIZE, lsj.SIZE), crop, *flips]
     crops = [RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)] if is_train and cfg.INPUT.CROP.ENABLED else []
     return [*crops, ResizeShortestEdge(resize.short_edge_length, resize.max_size, resize.sample_style), *flips]
-
-
-def check_input(cfg: CfgNode) -> None:
-    """Check the INPUT and DATALOADER keys that halodet reads.
-
-    Raises:
-        ConfigError: a value is out of range or contradicts another key.
-    """
-    lsj, paste = cfg.INPUT.LSJ, cfg.INPUT.COPY_PASTE
-    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-        raise ConfigError(f"INPUT.FORMAT={cfg.INPUT.FORMAT!r} is invalid: expected 'BGR' or 'RGB'.")
-    if not 0 < lsj.MIN_SCALE <= lsj.MAX_SCALE < math.inf:
-        raise ConfigError(
-            f"INPUT.LSJ.MIN_SCALE={lsj.MIN_SCALE}, MAX_SCALE={lsj.MAX_SCALE} is invalid: expected 0 < MIN_SCALE <= MAX_SCALE."
-        )
-    if lsj.SIZE < 1:
-        raise ConfigError(f"INPUT.LSJ.SIZE={lsj.SIZE} is invalid: expected 1 or more pixels.")
-    if lsj.ENABLED and cfg.INPUT.CROP.ENABLED:
-        raise ConfigError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED are both True. Fix: set one of them to False.")
-    if not 0 < paste.PROBABILITY <= 1:
-        raise ConfigError(f"INPUT.COPY_PASTE.PROBABILITY={paste.PROBABILITY} is invalid: expected a number in (0, 1].")
-    if paste.ENABLED and not cfg.MODEL.MASK_ON:
-        raise ConfigError(
-            "INPUT.COPY_PASTE.ENABLED=True needs masks, but MODEL.MASK_ON=False. Fix: set both to the same value."
-        )
-    if paste.ENABLED and cfg.MODEL.KEYPOINT_ON:
-        raise ConfigError(
-            "INPUT.COPY_PASTE.ENABLED=True does not support keypoints. Fix: set MODEL.KEYPOINT_ON to False."
-        )
-    if not 0 <= cfg.DATALOADER.MAX_BAD_IMAGES <= 1:
-        raise ConfigError(
-            f"DATALOADER.MAX_BAD_IMAGES={cfg.DATALOADER.MAX_BAD_IMAGES} is invalid: expected a fraction in [0, 1]."
-        )
 
 
 class _AtLeastOnePixel:

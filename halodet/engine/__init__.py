@@ -1,12 +1,10 @@
-"""Configs, datasets and the trainer of a run."""
+"""Training and evaluation of a run."""
 
-from halodet.config.load import check_weights, check_writable, find_config, load_config, with_seed
+from halodet.config.load import find_config, load_config
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
 from halodet.engine.checkpoint_hook import CANNOT_WRITE
-from halodet.engine.distributed import agree, check_shared
-from halodet.engine.launch import DistEnv, detect_dist_env, host_of, join, supervise
-from halodet.engine.lifeline import EXIT_RANK_LOST
-from halodet.engine.preemption import PREEMPTED, exit_on_preemption, handed_on
+from halodet.engine.distributed import check_shared, detect_dist_env, init_distributed, run_and_broadcast_errors
+from halodet.engine.preemption import PREEMPTED
 from halodet.engine.run_info import start_run
 from halodet.engine.trainer import Trainer
 from halodet.errors import ConfigError, TrainingStopped
@@ -14,29 +12,20 @@ from halodet.solver.lr_scaling import scale_to_batch
 
 __all__ = [
     "CANNOT_WRITE",
-    "EXIT_RANK_LOST",
     "ConfigError",
     "PREEMPTED",
     "Trainer",
     "TrainingStopped",
-    "DistEnv",
-    "agree",
     "check_shared",
-    "check_weights",
-    "check_writable",
-    "find_config",
     "detect_dist_env",
-    "handed_on",
-    "host_of",
-    "join",
+    "find_config",
+    "init_distributed",
     "load_config",
     "prepare_datasets",
     "register_user_data",
     "register_user_data_again",
+    "run_and_broadcast_errors",
     "scale_to_batch",
     "start_run",
-    "supervise",
-    "exit_on_preemption",
     "user_data_files",
-    "with_seed",
 ]

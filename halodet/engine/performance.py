@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import shutil
 import tempfile
 
 from halodet.errors import TrainingStopped
@@ -14,34 +13,6 @@ from detectron2.config import CfgNode
 from torch import nn
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_speed(cfg: CfgNode) -> None:
-    """Check SOLVER.AMP and MODEL.COMPILE against the device.
-
-    Raises:
-        ValueError: they cannot be had there.
-    """
-    device, amp = torch.device(cfg.MODEL.DEVICE), cfg.SOLVER.AMP
-    if amp.PRECISION not in PRECISIONS:
-        raise ValueError(f"SOLVER.AMP.PRECISION is {amp.PRECISION!r}, expected one of {list(PRECISIONS)}")
-    if amp.ENABLED and amp.PRECISION == "fp16" and device.type == "cpu":
-        raise ValueError(
-            "SOLVER.AMP.PRECISION fp16 needs a GPU, and this run is on the CPU: set it to bf16, or ENABLED to False"
-        )
-    if (
-        amp.ENABLED
-        and amp.PRECISION == "bf16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise ValueError(
-            f"SOLVER.AMP.PRECISION is bf16, which {torch.cuda.get_device_name(device)} does not have: set it to fp16"
-        )
-    if cfg.MODEL.COMPILE and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "gcc", "clang++"))):
-        raise ValueError(
-            "MODEL.COMPILE needs a C++ compiler such as g++, and none is on the PATH: install one, or set it to False"
-        )
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from halodet.engine.ema import EMA
 from halodet.engine.nan_guard import GoBack, RollBack
 from halodet.engine.performance import CompileError, compile_errors, speed_up
 from halodet.engine.precise_bn import PreciseBN
-from halodet.engine.preemption import StopOnSignal
+from halodet.engine.preemption import PreemptionHook
 from halodet.engine.progress import ProgressPrinter, Throughput
 from halodet.engine.resume_state import RunState
 from halodet.engine.stop import log_sentences_only
@@ -96,7 +96,8 @@ class Trainer(DefaultTrainer):
         checkpoints = Checkpoints(
             self.checkpointer, state, report, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
         )
-        self.signals = StopOnSignal(checkpoints, cfg.TEST.EVAL_PERIOD, cfg.TEST.VIS_PERIOD)
+        models = [self.model, *(hook.model for hook in early if isinstance(hook, EMA))]
+        self.signals = PreemptionHook(checkpoints, models, (cfg.TEST.EVAL_PERIOD, cfg.TEST.VIS_PERIOD))
         hooks = [
             hook for hook in super().build_hooks() if hook is not None and not isinstance(hook, PeriodicCheckpointer)
         ]

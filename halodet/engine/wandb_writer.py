@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import uuid
 from collections import defaultdict
 from pathlib import Path
@@ -10,19 +9,6 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
-
-
-def check_wandb(cfg: CfgNode) -> None:
-    """Check that WANDB can be used where it is asked for.
-
-    Raises:
-        ValueError: wandb is not installed; what to do.
-    """
-    if not cfg.WANDB.ENABLED:
-        return
-    spec = importlib.util.find_spec("wandb")
-    if spec is None or spec.origin is None:  # a folder of runs that wandb left here is found as a package of no files
-        raise ValueError("WANDB.ENABLED is True, but wandb is not installed: pip install wandb, or set it to False")
 
 
 class WandbWriter(EventWriter):

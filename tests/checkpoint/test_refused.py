@@ -6,8 +6,9 @@ import os
 
 from halodet.checkpoint import Checkpointer, ModelSpec, check_fit, load_weights, match, read_checkpoint
 from halodet.checkpoint.preprocessing import Preprocessing
-from halodet.engine import check_weights, load_config
-from halodet.errors import CheckpointError, ConfigError
+from halodet.config import load_config
+from halodet.engine.main import build_meta_model, check_weights
+from halodet.errors import CheckpointError
 from halodet.models import VARIANTS, HaloNet
 
 import pytest
@@ -114,6 +115,11 @@ def test_the_mean_of_timms_arguments_is_used():
     assert any("from RGB with std 127.5, 127.5, 127.5" in note for note in notes)
 
 
+def check(*opts):
+    cfg = load_config(SMALL, [*LIGHT, *opts])
+    return check_weights(cfg, build_meta_model(cfg), eval_only=True)
+
+
 def test_pixels_and_windows_of_an_evaluation_are_checked_before_anything_long(tmp_path):
     Checkpointer(detector(SMALL), str(tmp_path)).save("model")
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
@@ -128,8 +134,8 @@ def test_pixels_and_windows_of_an_evaluation_are_checked_before_anything_long(tm
         ),
     ):
         with pytest.raises(CheckpointError, match=words):
-            check_weights(load_config(SMALL, [*LIGHT, *weights, *change]), eval_only=True, resume=False)
-    assert check_weights(load_config(SMALL, [*LIGHT, *weights]), eval_only=True, resume=False)
+            check(*weights, *change)
+    assert check(*weights)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root can try to read as somebody else")
@@ -173,8 +179,8 @@ def test_resuming_with_another_optimizer(tmp_path, kinds):
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_a_missing_file_is_still_a_config_error():
-    with pytest.raises(ConfigError, match="gone.pth"):
-        check_weights(load_config(SMALL, [*LIGHT, "MODEL.WEIGHTS", "gone.pth"]), eval_only=True, resume=False)
+def test_a_missing_file():
+    with pytest.raises(CheckpointError, match="gone.pth"):
+        check("MODEL.WEIGHTS", "gone.pth")
     with pytest.raises(CheckpointError, match="MODEL.WEIGHTS"):
         load_weights(detector(SMALL), "")

@@ -1,20 +1,21 @@
-"""What test_distributed.py has torchrun start in two processes: each writes what it measured, for the tests to judge."""
+"""Scripts that torchrun, or Detectron2's launch, runs in two processes: ``two_ranks.py NAME ARGUMENTS``."""
 
-import argparse
 import copy
 import json
+import os
+import signal
 import sys
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
-from halodet.engine import Trainer, agree, check_shared, detect_dist_env, join, load_config
-from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm, ddp_anywhere
+from halodet.config import load_config
+from halodet.engine import Trainer, check_shared, detect_dist_env, init_distributed, main, run_and_broadcast_errors
+from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm, create_exit_group, wait_for_all_ranks
 from halodet.errors import ConfigError
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import defaults
+from detectron2.engine import create_ddp_model
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
@@ -22,13 +23,16 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import train_net  # noqa: E402
+
 SMALL = ["MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu"]
-# All anchors and proposals are learned from, none by chance, and each image has as many: what a loss is divided by is then the same number
-# for each process, and the mean of the processes' gradients must be the gradient of all images together.
+# All anchors and proposals contribute, none by chance, and each image has as many: losses are then divided by the same
+# number in each process, and the mean of the processes' gradients must be the gradient of all images together.
 NO_CHANCE = [
     "MODEL.HALONET.NORM", "GN", "MODEL.MASK_ON", "False", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.NMS_THRESH", "1.0",
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "24", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.5",
-    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "24", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.5", "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)",
 ]  # fmt: skip
 
 
@@ -39,9 +43,8 @@ def images(count):
         corner = torch.rand(3, 2, generator=generator) * 30
         boxes = torch.cat((corner, corner + 8 + torch.rand(3, 2, generator=generator) * 24), dim=1)
         objects = Instances((64, 64), gt_boxes=Boxes(boxes), gt_classes=torch.randint(6, (3,), generator=generator))
-        batch.append(
-            {"image": torch.rand(3, 64, 64, generator=generator) * 255, "instances": objects, "height": 64, "width": 64}
-        )
+        image = torch.rand(3, 64, 64, generator=generator) * 255
+        batch.append({"image": image, "instances": objects, "height": 64, "width": 64})
     return batch
 
 
@@ -57,12 +60,11 @@ def difference(one, other):
 
 
 def parallel(model):
-    with ddp_anywhere():
-        return defaults.create_ddp_model(model, broadcast_buffers=False)
+    return create_ddp_model(model, broadcast_buffers=False, device_ids=None)
 
 
 def detector_gradient():
-    """Faster R-CNN, two images a process, against one process with four; in single precision, as Detectron2's NMS takes no other."""
+    """Faster R-CNN, two images a process, against one process with four; float32, as Detectron2's NMS needs."""
     torch.manual_seed(0)
     single = build_model(load_config("quick/mask_rcnn_halo_shapes", [*SMALL, *NO_CHANCE])).train()
     double = parallel(copy.deepcopy(single))
@@ -70,21 +72,18 @@ def detector_gradient():
     losses = single(copy.deepcopy(batch))
     sum(losses.values()).backward()
     sum(double(batch[2 * comm.get_rank() : 2 * comm.get_rank() + 2]).values()).backward()
-    return {
-        "gradient": difference(gradients(double), gradients(single)),
-        "losses": {name: float(loss) for name, loss in losses.items()},
-    }
+    values = {name: float(loss) for name, loss in losses.items()}
+    return {"gradient": difference(gradients(double), gradients(single)), "losses": values}
 
 
 def backbone_gradient(norm="SyncBN", config="quick/mask_rcnn_halo_shapes", options=()):
-    """Backbone and FPN with synchronised batch norm, two images a process, against plain batch norm over four."""
+    """Backbone and FPN with synchronized batch norm, two images a process, against plain batch norm over four."""
     key, *options = options or ("MODEL.HALONET.NORM",)
     both = []
     for kind in (norm, "BN"):
         torch.manual_seed(0)
-        network = (
-            build_backbone(load_config(config, [*SMALL, *options, key, kind, "MODEL.FPN.NORM", kind])).double().train()
-        )
+        cfg = load_config(config, [*SMALL, *options, key, kind, "MODEL.FPN.NORM", kind])
+        network = build_backbone(cfg).double().train()
         both.append(convert_sync_batchnorm(network) if kind == norm else network)
     synced, plain = both
     plain.load_state_dict(synced.state_dict())
@@ -106,68 +105,89 @@ def backbone_gradient(norm="SyncBN", config="quick/mask_rcnn_halo_shapes", optio
     mine = slice(2 * comm.get_rank(), 2 * comm.get_rank() + 2)
     double = parallel(synced)
     loss(double(x[mine]), mine).backward()
-    means = [(a.running_mean - b.running_mean).abs().max() for a, b in zip(naive, bns(plain), strict=True)]
-    return {
-        "gradient": difference(gradients(double), gradients(plain)),
-        "naive": len(naive),
-        "running_mean": float(max(means)),
-    }
-
-
-def bns(network):
-    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
+    means = [(a.running_mean - b.running_mean).abs().max() for a, b in zip(naive, norms, strict=True)]
+    gradient = difference(gradients(double), gradients(plain))
+    return {"gradient": gradient, "naive": len(naive), "running_mean": float(max(means))}
 
 
 def timm_gradient():
-    return backbone_gradient(
-        config="mask_rcnn_eca_halonext26ts",
-        options=("MODEL.TIMM.NORM", "MODEL.TIMM.OUT_FEATURES", "('res2','res3','res4','res5')"),
-    )
+    options = ("MODEL.TIMM.NORM", "MODEL.TIMM.OUT_FEATURES", "('res2','res3','res4','res5')")
+    return backbone_gradient(config="mask_rcnn_eca_halonext26ts", options=options)
 
 
 def buffers():
     norm = nn.BatchNorm2d(3)
     norm.running_mean += 1.0 + comm.get_rank()
     broadcast_buffers(norm)
-    return {"mean": float(norm.running_mean[0])}
+    return float(norm.running_mean[0])
 
 
-def agreement(folder):
-    value = agree(lambda: "checked", comm.get_rank() == 0, (ConfigError,))
-    found = {"values": value}
-    try:
-        agree(refuse, comm.get_rank() == 1, (ConfigError,))
-    except ConfigError as error:
-        found["refused"] = str(error)
+def errors(folder):
+    """What both ranks get of one rank's result, of its error, and of a file that only one rank has."""
+    found = {"values": run_and_broadcast_errors(lambda: "checked", comm.get_rank() == 0)}
+
+    def fail():
+        raise ConfigError("set it to 3")
+
     (folder / f"own{comm.get_rank()}").write_text("text")
+    own = folder / f"own{comm.get_rank()}"
     check_shared([folder / "own0", folder / "nowhere"])
+    for name, call in (("error", lambda: run_and_broadcast_errors(fail, comm.get_rank() == 1)),
+                       ("shared", lambda: check_shared([own], wait_seconds=0))):  # fmt: skip
+        try:
+            call()
+        except ConfigError as error:
+            found[name] = str(error)
     return found
 
 
-def refuse():
-    raise ConfigError("set it to 3")
+def waiting():
+    """Whether all ranks come: together, and without rank 1."""
+    create_exit_group()
+    return [wait_for_all_ranks(20.0), comm.get_rank() == 0 and wait_for_all_ranks(0.5)]
 
 
-def main():
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    world = detect_dist_env(argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0))
-    join(world, "cpu", timedelta(minutes=2))
-    parts = [detector_gradient, backbone_gradient, buffers, partial(agreement, folder)]
-    found = {"rank": comm.get_rank(), "local_rank": comm.get_local_rank(), "local_size": comm.get_local_size()}
-    for name, part in zip(("detector", "backbone", "buffers", "agreement"), parts, strict=True):
+def measure(folder, timm):
+    env = detect_dist_env()
+    init_distributed(env, timedelta(minutes=2))
+    found = {"env": [env.rank, comm.get_local_rank(), comm.get_local_size()]}
+    folder = Path(folder)
+    parts = {"detector": detector_gradient, "backbone": backbone_gradient, "buffers": buffers}
+    parts |= {"errors": lambda: errors(folder), **({"timm": timm_gradient} if timm == "timm" else {})}
+    for name, part in parts.items():
         with EventStorage():
             found[name] = part()
-    if "timm" in sys.argv:
-        found["timm"] = timm_gradient()
     cfg = load_config("quick/mask_rcnn_halo_shapes", [*SMALL, "MODEL.HALONET.NORM", "SyncBN"])
-    found["trainer_norms"] = sorted(
-        {type(m).__name__ for m in Trainer.build_model(cfg).modules() if "BatchNorm" in type(m).__name__}
-    )
+    names = {type(module).__name__ for module in Trainer.build_model(cfg).modules()}
+    found["norms"] = sorted(name for name in names if "BatchNorm" in name)
+    found["waiting"] = waiting()
     (folder / f"found{comm.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def train_killed(iteration, *arguments):
+    """Train; on torchrun's first attempt rank 1 gets SIGKILL before ``iteration``."""
+    run_step = Trainer.run_step
+
+    def run_step_or_die(self):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and comm.get_rank() == 1 and self.iter == int(iteration):
+            os.kill(os.getpid(), signal.SIGKILL)
+        run_step(self)
+
+    Trainer.run_step = run_step_or_die
+    sys.exit(train_net.main(list(arguments)))
+
+
+def train_spawned(*arguments):
+    """Train with two processes as ``--num-gpus 2`` starts them, but on the CPU."""
+    args = train_net.parse(list(arguments))
+    args.num_gpus, args.dist_url = 2, "auto"
+    sys.exit(main.launch_ranks(args, timedelta(minutes=5)))
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])

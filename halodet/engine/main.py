@@ -1,0 +1,316 @@
+"""Train or evaluate a detector, in one process or many: what tools/train_net.py does."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from halodet.checkpoint import (
+    LoadedCheckpoint,
+    ModelSpec,
+    check_fit,
+    latest_checkpoint,
+    load_weights,
+    read_weights,
+)
+from halodet.config.load import find_config, load_config
+from halodet.config.validate import one_line
+from halodet.data.classes import CLASSES_FILE, read_classes, write_classes
+from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
+from halodet.engine.distributed import (
+    check_shared,
+    create_exit_group,
+    detect_dist_env,
+    init_distributed,
+    run_and_broadcast_errors,
+    wait_for_all_ranks,
+)
+from halodet.engine.preemption import exit_on_preemption, forward_signals
+from halodet.engine.run_info import start_run
+from halodet.engine.trainer import Trainer
+from halodet.errors import ConfigError, HalodetError
+from halodet.evaluation.tta import check_tta
+from halodet.solver.build import lr_factors
+from halodet.solver.lr_scaling import scale_to_batch
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.multiprocessing import ProcessExitedException
+
+logger = logging.getLogger(__name__)
+
+
+@record
+def main(args: argparse.Namespace) -> int:
+    """Train, resume or evaluate as the arguments of tools/train_net.py say.
+
+    The processes of the run are those that torchrun or srun started, or those that ``--num-gpus`` starts here.
+
+    Returns:
+        The exit code. A preempted run raises SystemExit(75).
+    """
+    timeout = timedelta(minutes=args.dist_timeout)
+    with exit_on_preemption():
+        try:
+            if args.num_gpus * args.num_machines > 1:
+                return _launch(args, timeout)
+            env = detect_dist_env()
+            if env:
+                init_distributed(env, timeout)
+        except HalodetError as error:
+            return report_error(error, int(os.environ.get("RANK", "0")))
+        return run_rank(args)
+
+
+def _launch(args: argparse.Namespace, timeout: timedelta) -> int:
+    """Start one process per GPU with Detectron2's ``launch``; return the exit code."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(
+            f"--num-gpus={args.num_gpus} is invalid under torchrun: expected no --num-gpus. Fix: remove it."
+        )
+    gpus = torch.cuda.device_count()
+    if args.num_gpus > max(gpus, 1):
+        raise ConfigError(f"--num-gpus={args.num_gpus} is invalid: expected at most {gpus}, the number of GPUs here.")
+    return launch_ranks(args, timeout)
+
+
+def launch_ranks(args: argparse.Namespace, timeout: timedelta) -> int:
+    """Run :func:`run_rank` in ``args.num_gpus`` processes of this machine; return the exit code."""
+    try:
+        with forward_signals():
+            launch(_exit_with, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), timeout)
+    except ProcessExitedException as error:
+        if error.signal_name is not None:
+            print(f"Rank {args.machine_rank * args.num_gpus + error.error_index}: {error}", file=sys.stderr)
+        return error.exit_code if error.signal_name is None else 1
+    return 0
+
+
+def _exit_with(args: argparse.Namespace) -> None:
+    with exit_on_preemption():
+        code = run_rank(args)
+    if code:
+        sys.exit(code)
+
+
+def run_rank(args: argparse.Namespace) -> int:
+    """Run this rank: rank 0 checks everything and broadcasts the config, then all ranks train or evaluate."""
+    setup_logger(distributed_rank=comm.get_rank(), name="halodet")
+    logging.getLogger("halodet").addHandler(logging.NullHandler())  # other ranks are silent until they have a log file
+    loaded: LoadedCheckpoint | None = None  # stays on rank 0
+
+    def prepare() -> CfgNode:
+        nonlocal loaded
+        cfg, loaded = setup(args)
+        return cfg
+
+    try:
+        create_exit_group()
+        cfg = run_and_broadcast_errors(prepare, comm.is_main_process())[0]
+        if not comm.is_main_process():
+            args.config_file = ""  # Detectron2 would open it to log it
+            setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
+        run(args, cfg, loaded)
+    except HalodetError as error:
+        return report_error(error, comm.get_rank())
+    if comm.get_world_size() > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def report_error(error: HalodetError, rank: int) -> int:
+    """Log an expected error once, also when all ranks have it; return its exit code.
+
+    The other ranks wait until rank 0 has logged it: torchrun ends all processes once the first has exited. A rank whose
+    error rank 0 does not have prints it.
+    """
+    logger.error("%s", error)
+    together = wait_for_all_ranks()
+    if rank > 0 and not together:
+        print(f"[rank {rank}] {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def setup(args: argparse.Namespace) -> tuple[CfgNode, LoadedCheckpoint | None]:
+    """Load the config and check data, model and weights, so that a mistake is found before anything long starts.
+
+    Returns:
+        The config of the run, and the checkpoint it starts from, None for random weights.
+    """
+    args.config_file = str(find_config(args.config_file))
+    cfg = load_config(args.config_file, args.opts)
+    check_writable(cfg.OUTPUT_DIR)
+    setup_logger(cfg.OUTPUT_DIR, name="halodet", configure_stdout=False)
+    cfg = (cfg if args.eval_only else scale_to_batch(cfg)).clone()
+    world_size = comm.get_world_size()
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of the {world_size} processes."
+        )
+    if args.train_json or args.val_json or args.train_images or args.val_images:
+        cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
+    options = {"eval_only": args.eval_only, "resume": args.resume, "allow_pickle": args.allow_pickle}
+    loaded = check_weights(cfg, build_meta_model(cfg), **options)
+    prepare_datasets(cfg, train=not args.eval_only)
+    cfg.defrost()
+    if args.eval_only:
+        if args.resume and os.path.dirname(loaded.path) == cfg.OUTPUT_DIR:
+            cfg.MODEL.WEIGHTS = loaded.path
+        check_classes(cfg)
+    elif cfg.SEED < 0:
+        cfg.SEED = choose_seed(loaded.checkpoint if args.resume and loaded else None)
+    cfg.freeze()
+    return cfg, loaded
+
+
+def run(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedCheckpoint | None) -> dict | None:
+    """Train or evaluate in this rank; ``loaded`` is the checkpoint that :func:`setup` read, on rank 0."""
+    if comm.get_world_size() > 1:
+        tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+        check_shared([*user_data_files(cfg), *([tag] if args.resume else [])])
+        register_user_data_again(cfg, args.train_images, args.val_images)
+        run_and_broadcast_errors(partial(check_machine, cfg, args), not comm.is_main_process())
+    start_run(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        load_weights(model, cfg.MODEL.WEIGHTS, allow_pickle=args.allow_pickle, preloaded=loaded)
+        results = Trainer.test(cfg, model)
+        return {**results, **Trainer.test_with_tta(cfg, model)} if cfg.TEST.AUG.ENABLED else results
+    trainer = Trainer(cfg, allow_pickle=args.allow_pickle)
+    if comm.is_main_process():
+        save_classes(cfg)
+    trainer.checkpointer.preloaded = loaded
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def check_machine(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check on each other machine what :func:`setup` has checked on that of rank 0; fetch weights once per machine."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and comm.get_local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{comm.get_local_size()} processes on this machine are invalid: expected at most {torch.cuda.device_count()}, "
+            "the number of its GPUs. Fix: start fewer, or set MODEL.DEVICE cpu."
+        )
+    if comm.get_local_rank() == 0:
+        check_writable(cfg.OUTPUT_DIR)
+        prepare_datasets(cfg, train=not args.eval_only)
+        if cfg.MODEL.WEIGHTS and not args.resume:
+            PathManager.get_local_path(cfg.MODEL.WEIGHTS.partition("?")[0])
+
+
+def build_meta_model(cfg: CfgNode) -> nn.Module:
+    """Build the detector without memory (device ``meta``) and check the keys that depend on its modules.
+
+    Raises:
+        ConfigError: the model cannot be built, or has no parts that SOLVER or TEST.AUG ask for.
+    """
+    meta = cfg.clone()
+    meta.defrost()
+    meta.MODEL.DEVICE = "meta"
+    try:
+        with torch.device("meta"):
+            model = build_model(meta)
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | KeyError) else f"{type(error).__name__}: "
+        raise ConfigError(f"Cannot build the model of this config: {kind}{one_line(error)}") from error
+    try:
+        lr_factors(cfg, model)
+        check_tta(cfg, model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return model
+
+
+def check_weights(
+    cfg: CfgNode, model: nn.Module, *, eval_only: bool = False, resume: bool = False, allow_pickle: bool = False
+) -> LoadedCheckpoint | None:
+    """Read the checkpoint that the run starts from and match it with ``model``, which may be on the device ``meta``.
+
+    Returns:
+        The checkpoint, None for random weights.
+
+    Raises:
+        ConfigError: an evaluation has no weights.
+        CheckpointError: they cannot be fetched or read, or do not fit the model.
+    """
+    target = dataclasses.replace(
+        ModelSpec.of(model),
+        input_format=cfg.INPUT.FORMAT,
+        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+    )
+    found = latest_checkpoint(cfg.OUTPUT_DIR, allow_pickle=allow_pickle) if resume else None
+    if found is not None:
+        check_fit(target, found.checkpoint, found.path, min_loaded=cfg.MODEL.WEIGHTS_MIN_LOADED, exact=True)
+        return found
+    weights = cfg.MODEL.WEIGHTS
+    if not weights and eval_only:
+        raise ConfigError("MODEL.WEIGHTS is empty: --eval-only needs trained weights. Fix: add MODEL.WEIGHTS FILE.")
+    if not weights:
+        return None
+    loaded = read_weights(weights, allow_pickle=allow_pickle)
+    check_fit(target, loaded.checkpoint, weights, min_loaded=cfg.MODEL.WEIGHTS_MIN_LOADED, exact=eval_only)
+    return loaded
+
+
+def choose_seed(checkpoint: dict[str, Any] | None) -> int:
+    """Return the seed of the checkpoint to resume from, or a random one, and log it."""
+    state = checkpoint.get("trainer", {}).get("hooks", {}).get("RunState", {}) if checkpoint else {}
+    seed = state.get("seed", int.from_bytes(os.urandom(4), "big") >> 1)
+    logger.info("Using random seed %d; set SEED %d to reproduce this run", seed, seed)
+    return seed
+
+
+def check_writable(folder: str) -> None:
+    """Create ``folder`` and check that files can be written to it.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = Path(folder) / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR={folder} is invalid: expected a writable folder ({error.strerror}). Fix: set another OUTPUT_DIR."
+        ) from error
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """Check that the datasets of an evaluation have the classes, in the order, that the model was trained on."""
+    if not os.path.isfile(os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_FILE)):
+        return
+    trained = [entry["name"] for entry in read_classes(cfg)]
+    for name in cfg.DATASETS.TEST:
+        classes = list(MetadataCatalog.get(name).thing_classes)
+        if classes != trained:
+            raise ConfigError(
+                f"Dataset {name} has the classes {classes}, but {cfg.MODEL.WEIGHTS} was trained on {trained}."
+            )
+
+
+def save_classes(cfg: CfgNode) -> None:
+    """Write the classes of the model to OUTPUT_DIR/classes.json, where the demo finds them beside the weights."""
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    names = metadata.get("thing_classes", ())
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
+    classes = [{"id": dataset_id, "name": names[index]} for dataset_id, index in ids.items()]
+    write_classes(os.path.join(cfg.OUTPUT_DIR, CLASSES_FILE), classes)
