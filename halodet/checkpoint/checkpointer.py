@@ -37,9 +37,8 @@ class Checkpointer(DetectionCheckpointer):
         exact: whether to load only complete checkpoints of this very model. Resuming always does.
         allow_pickle: whether to run code that pickle files hold.
         preloaded: a checkpoint in memory, of :func:`~halodet.checkpoint.io.read_weights` or
-            :func:`~halodet.checkpoint.latest.latest_checkpoint`. The first load uses it in place of its file, and so
-            does a search for the checkpoint to resume from if it is in ``save_dir``. It may be given in some ranks
-            only.
+            :func:`~halodet.checkpoint.latest.latest_checkpoint`. The first load uses it in place of its file, and resuming
+            uses one of ``latest_checkpoint`` in place of a search. It may be given in some ranks only.
         checkpointables: further objects to save and load.
 
     Raises:
@@ -130,7 +129,7 @@ class Checkpointer(DetectionCheckpointer):
         if comm.is_main_process():
             try:
                 loaded = self.preloaded
-                if loaded is None or os.path.realpath(os.path.dirname(loaded.path)) != os.path.realpath(self.save_dir):
+                if loaded is None or not loaded.latest:
                     loaded = latest_checkpoint(self.save_dir, allow_pickle=self.allow_pickle)
                 if loaded is not None:
                     self.preloaded, name = loaded, os.path.basename(loaded.path)

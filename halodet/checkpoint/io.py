@@ -39,10 +39,12 @@ class LoadedCheckpoint:
     Attributes:
         path: local path of the file.
         checkpoint: content as :func:`read_checkpoint` returns it.
+        latest: whether it is the one to resume from, which ``latest_checkpoint`` found.
     """
 
     path: str
     checkpoint: dict[str, Any]
+    latest: bool = False
 
 
 def read_weights(weights: str, *, allow_pickle: bool = False) -> LoadedCheckpoint:

@@ -91,7 +91,7 @@ def _read(path: Path, broken: dict[str, str], allow_pickle: bool) -> LoadedCheck
     ):
         broken[path.name] = f"{path} has weights, but no iteration and optimizer state."
         return None
-    return LoadedCheckpoint(str(path), checkpoint)
+    return LoadedCheckpoint(str(path), checkpoint, latest=True)
 
 
 def _age(loaded: LoadedCheckpoint) -> tuple[float, int]:

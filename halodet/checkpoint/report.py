@@ -32,8 +32,7 @@ class LoadReport:
 
     @property
     def tensor_share(self) -> float:
-        """Loaded share of the tensors that a file of this kind should provide, 0 to 1; it counts norm statistics
-        too."""
+        """Loaded share of the tensors that a file of this kind should provide, 0 to 1; it includes norm statistics."""
         expected = self.match.expected
         return sum(name in self.match.sources for name in expected) / len(expected) if expected else 0.0
 
@@ -58,20 +57,17 @@ class LoadReport:
         return sum(size for name, size in sizes.items() if name in self.match.sources) / total if total else 0.0
 
     def rows(self) -> list[tuple[str, int, int, int, int, int, float]]:
-        """Return for each group of modules: name, number of tensors, loaded, resized, missing, mismatched, loaded
-        share."""
-        groups: dict[str, list[str]] = {}
+        """Return by group of modules: name, number of tensors, loaded, resized, missing, mismatched, loaded share."""
+        sources, groups = self.match.sources, {}
         for name in self.match.spec.shapes:
             groups.setdefault(group_of(name, self.match.spec.backbone), []).append(name)
-        groups["all"] = list(self.match.spec.shapes)
-        return [self._row(group, names) for group, names in groups.items()]
-
-    def _row(self, group: str, names: list[str]) -> tuple[str, int, int, int, int, int, float]:
-        sources, mismatched = self.match.sources, self.match.mismatched
-        resized = sum(name in sources and sources[name].resized for name in names)
-        loaded = sum(name in sources for name in names) - resized
-        wrong = sum(name in mismatched for name in names)
-        return group, len(names), loaded, resized, len(names) - loaded - resized - wrong, wrong, self._share(names)
+        rows = []
+        for group, names in (*groups.items(), ("all", list(self.match.spec.shapes))):
+            loaded, mismatched = (sum(name in found for name in names) for found in (sources, self.match.mismatched))
+            resized = sum(name in sources and sources[name].resized for name in names)
+            missing = len(names) - loaded - mismatched
+            rows.append((group, len(names), loaded - resized, resized, missing, mismatched, self._share(names)))
+        return rows
 
     def __str__(self) -> str:
         found = self.match

@@ -3,7 +3,7 @@
 import logging
 import pickle
 
-from halodet.checkpoint import Checkpointer, load_weights
+from halodet.checkpoint import Checkpointer, checkpointer, io, latest_checkpoint, load_weights, read_weights
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.engine import Trainer, load_config
 from halodet.errors import CheckpointError
@@ -188,6 +188,30 @@ def test_a_run_resumes_only_from_all_of_its_model(files, tmp_path):
     Checkpointer(model, str(tmp_path)).resume_or_load(str(tmp_path / "model_0000009.pth"), resume=False)
 
 
+def test_a_preloaded_checkpoint_is_not_read_again(tmp_path, monkeypatch):
+    class State:
+        def state_dict(self):
+            return {"iteration": 9, "_trainer": {"optimizer": {}}}
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    source = detector()
+    Checkpointer(source, str(tmp_path), trainer=State()).save("model_0000009")
+    file = str(tmp_path / "model_0000009.pth")
+    latest, weights = latest_checkpoint(tmp_path), read_weights(file)
+    for module in (io, checkpointer):
+        monkeypatch.setattr(module, "read_checkpoint", lambda *_, **__: pytest.fail("read again"))
+    for load in (
+        lambda model: load_weights(model, file, preloaded=weights),
+        lambda model: Checkpointer(model, preloaded=weights).resume_or_load(file, resume=False),
+        lambda model: Checkpointer(model, str(tmp_path), preloaded=latest, trainer=State()).resume_or_load(""),
+    ):
+        model = detector()
+        load(model)
+        assert unchanged(model, source.state_dict())
+
+
 def test_batch_norms_without_statistics_are_refused_although_they_are_few_parameters(tmp_path):
     state = {name: value for name, value in detector().state_dict().items() if ".running_" not in name}
     torch.save({"model": state}, tmp_path / "no_statistics.pth")
@@ -289,7 +313,7 @@ def test_a_model_in_distributed_data_parallel_is_filled(files):
 class NoImages(list):
     """Replaces the training data."""
 
-    described = "0 images"
+    fingerprint = "0 images"
 
 
 def test_the_trainer_loads_and_saves_through_it(files, tmp_path, monkeypatch):
