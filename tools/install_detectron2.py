@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
-"""Install Detectron2 from the package index, where it does not exist under its own name.
+"""Install Detectron2's Python package from the package index, which does not have it under its own name.
 
-The one distribution there that carries Detectron2's whole Python package (Apache-2.0, newer than v0.6) is the LabGym wheel, which
-holds it as ``LabGym.detectron2``. This script takes that wheel through pip, checks its hash, takes only Detectron2's folder, restores
-the import names, and installs the result with pip as an ordinary ``detectron2`` wheel.
-
-A detectron2 that already imports is left alone.
+The LabGym wheel contains the whole package (Apache-2.0, newer than v0.6) as ``LabGym.detectron2``. This script
+downloads that wheel with pip, checks its hash, extracts the Detectron2 folder, restores the import names and installs
+the result with pip as a ``detectron2`` wheel. A detectron2 that can be imported is left unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ SOURCE = "labgym==3.1.2"
 SOURCE_WHEEL = "labgym-3.1.2-py3-none-any.whl"
 SOURCE_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
 VERSION = "0.6+labgym3.1.2"
-LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"  # Apache-2.0, Detectron2's licence as well as ours
+LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"  # Apache-2.0, also the licence of Detectron2
 INSTALL_PAGE = "https://detectron2.readthedocs.io/tutorials/install.html"
 
 METADATA = f"""\
@@ -55,15 +53,15 @@ Requires-Dist: packaging
 Requires-Dist: setuptools<81
 License-File: LICENSE
 
-Detectron2 is a product of Meta, licensed under Apache-2.0. This wheel was made on the machine it is installed on, by halodet's
-tools/install_detectron2.py, from the folder LabGym/detectron2 of {SOURCE_WHEEL}
+Detectron2 is a product of Meta, licensed under Apache-2.0. halodet's tools/install_detectron2.py built this wheel
+on the machine it is installed on, from the folder LabGym/detectron2 of {SOURCE_WHEEL}
 (SHA-256 {SOURCE_SHA256}).
 
-Changes: imports renamed back from LabGym.detectron2 to detectron2; data/common.py samples from a sorted list, because random.sample
-refuses sets from Python 3.11 on; operators that need Detectron2's compiled extension say so in one sentence.
+Changes: imports renamed from LabGym.detectron2 to detectron2; data/common.py samples from a sorted list (random.sample
+does not accept sets from Python 3.11 on); operators that need the compiled extension raise an error that says so.
 """
 
-# Where a compiled operator is asked for, torch would only say that its namespace has no such attribute.
+# Without these definitions PyTorch reports only that its operator namespace has no such attribute.
 UNCOMPILED_OPS = f"""\
 # Added by halodet's tools/install_detectron2.py: this build has no compiled extension (detectron2._C).
 import torch
@@ -74,7 +72,7 @@ MESSAGE = (
 )
 
 
-def _refuse(*args, **kwargs):
+def _raise(*args, **kwargs):
     raise RuntimeError(MESSAGE)
 
 
@@ -88,31 +86,31 @@ for _schema in (
     " int batch_size, int channels, int height, int width, int sampling_ratio) -> Tensor",
 ):
     _library.define(_schema)
-    _library.impl(_schema.split("(")[0], _refuse, "CompositeExplicitAutograd")
+    _library.impl(_schema.split("(")[0], _raise, "CompositeExplicitAutograd")
 """
 
-# file -> (text as it comes, text as it must be); each must occur exactly once, or the source is not the one this was written for
+# File -> (original text, replacement); each original must occur exactly once.
 PATCHES = {
     "detectron2/data/common.py": (
         "self._rng.sample(self._fallback_candidates, k=1)[0]",
-        "self._rng.sample(sorted(self._fallback_candidates), k=1)[0]  # changed by halodet: sample() refuses sets",
+        "self._rng.sample(sorted(self._fallback_candidates), k=1)[0]  # changed by halodet: sample() rejects sets",
     ),
     "detectron2/layers/deform_conv.py": (
         '_msg = "detectron2 is not compiled successfully, please build following the instructions!"',
-        "from ._uncompiled_ops import MESSAGE as _msg  # changed by halodet: a sentence that says what to do",
+        "from ._uncompiled_ops import MESSAGE as _msg  # changed by halodet: names the fix",
     ),
 }
 
 
 class InstallError(RuntimeError):
-    """What went wrong and what to do about it, in one sentence."""
+    """Detectron2 cannot be installed."""
 
 
 def installed_detectron2() -> str | None:
-    """Version and folder of the detectron2 that imports here, or None where there is none.
+    """Return version and folder of the installed detectron2, or None.
 
     Raises:
-        InstallError: one is installed but does not import; it is the user's, so it is not replaced.
+        InstallError: a detectron2 is installed but cannot be imported; it is not replaced.
     """
     if importlib.util.find_spec("detectron2") is None:
         return None
@@ -121,8 +119,8 @@ def installed_detectron2() -> str | None:
     if run.returncode != 0:
         reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
         raise InstallError(
-            f"a detectron2 is installed but does not import ({reason}): mend it, or remove it with "
-            f"'{sys.executable} -m pip uninstall detectron2' and run this again"
+            f"the installed detectron2 cannot be imported ({reason}). Fix: repair it, or run "
+            f"'{sys.executable} -m pip uninstall detectron2' and this script again"
         )
     try:
         version = importlib.metadata.version("detectron2")
@@ -132,32 +130,25 @@ def installed_detectron2() -> str | None:
 
 
 def download_source(folder: Path) -> Path:
-    """Fetch the LabGym wheel into ``folder`` through pip and check its SHA-256."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--ignore-requires-python",
-        "--only-binary=:all:",
-    ]
-    run = subprocess.run([*command, "--dest", str(folder), SOURCE], capture_output=True, text=True)
+    """Download the LabGym wheel to ``folder`` with pip and check its SHA-256."""
+    options = ["--quiet", "--no-deps", "--ignore-requires-python", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, SOURCE]
+    run = subprocess.run(command, capture_output=True, text=True)
     wheel = folder / SOURCE_WHEEL
     if run.returncode != 0 or not wheel.exists():
         reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
         raise InstallError(
-            f"pip could not download {SOURCE} ({reason}): check the network, or install detectron2 as {INSTALL_PAGE} says"
+            f"pip could not download {SOURCE} ({reason}). "
+            f"Fix: check the network, or install detectron2 as described at {INSTALL_PAGE}"
         )
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SOURCE_SHA256:
-        raise InstallError(f"{SOURCE_WHEEL} has SHA-256 {digest}, expected {SOURCE_SHA256}: it is not used")
+        raise InstallError(f"{SOURCE_WHEEL} has SHA-256 {digest}, expected {SOURCE_SHA256}")
     return wheel
 
 
 def detectron2_files(source: Path) -> dict[str, bytes]:
-    """Detectron2's files from the LabGym wheel, by their path in the new wheel, with import names restored."""
+    """Return path in the new wheel -> content of Detectron2's files, with import names restored and patches applied."""
     files: dict[str, bytes] = {}
     with zipfile.ZipFile(source) as wheel:
         for name in wheel.namelist():
@@ -169,9 +160,7 @@ def detectron2_files(source: Path) -> dict[str, bytes]:
     for name, (old, new) in PATCHES.items():
         text = files[name].decode()
         if text.count(old) != 1:
-            raise InstallError(
-                f"{name} in {SOURCE_WHEEL} is not as expected ('{old}' occurs {text.count(old)} times, not once)"
-            )
+            raise InstallError(f"{name} in {SOURCE_WHEEL} has {text.count(old)} occurrences of {old!r}, expected 1")
         files[name] = text.replace(old, new).encode()
     files["detectron2/layers/_uncompiled_ops.py"] = UNCOMPILED_OPS.encode()
     files["detectron2/layers/__init__.py"] += b"\nfrom . import _uncompiled_ops  # noqa: added by halodet\n"
@@ -179,7 +168,7 @@ def detectron2_files(source: Path) -> dict[str, bytes]:
 
 
 def build_wheel(files: dict[str, bytes], folder: Path) -> Path:
-    """Write ``files`` as a ``detectron2`` wheel with METADATA, WHEEL and RECORD into ``folder``."""
+    """Write a ``detectron2`` wheel of ``files`` with its metadata to ``folder``."""
     info = f"detectron2-{VERSION}.dist-info"
     files = {
         **files,
@@ -205,17 +194,17 @@ def main() -> int:
     try:
         present = installed_detectron2()
         if present:
-            print(f"{present} is installed already and is left alone.")
+            print(f"{present} is already installed.")
             return 0
         with tempfile.TemporaryDirectory() as folder:
-            print(f"Downloading {SOURCE_WHEEL}, which carries Detectron2's Python package ...", flush=True)
+            print(f"Downloading {SOURCE_WHEEL}, which contains Detectron2's Python package ...", flush=True)
             source = download_source(Path(folder))
             wheel = build_wheel(detectron2_files(source), Path(folder))
-            print(f"Installing {wheel.name} and what it needs ...", flush=True)
+            print(f"Installing {wheel.name} and its dependencies ...", flush=True)
             if subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", str(wheel)]).returncode != 0:
-                raise InstallError(f"pip could not install {wheel.name}: its message stands above")
+                raise InstallError(f"pip could not install {wheel.name}, see its message above")
         importlib.invalidate_caches()
-        print(f"{installed_detectron2()} is installed.")
+        print(f"Installed {installed_detectron2()}.")
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

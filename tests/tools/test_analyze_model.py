@@ -1,16 +1,12 @@
-"""Counts of the analysis against counts by hand."""
+"""tools/analyze_model.py: counts against counts by hand."""
 
-import importlib.util
-from pathlib import Path
-
-from halodet.engine import load_config
+from halodet.config.load import load_config
 
 import pytest
 from detectron2.modeling import build_model
+from helpers import load_tool
 
-spec = importlib.util.spec_from_file_location("analyze_model", Path(__file__).parents[2] / "tools" / "analyze_model.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_tool("analyze_model")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +32,7 @@ def test_flops_and_activations_of_the_stem(rows):
 
 
 def test_attention_is_counted(rows):
-    """res4 of a 96×128 image: maps of 6×8 pixels are one block of 8×8 with a window of 14×14; its first block strides from 12×16."""
+    """res4 of a 96×128 image: one block of 8×8 with a window of 14×14 on 6×8; its first layer strides from 12×16."""
     _, flops, _ = rows[1]["res4"]
     width, heads, window, relative = 128, 8, 14 * 14, 2 * 14
     depth = width // heads
@@ -48,7 +44,7 @@ def test_attention_is_counted(rows):
 
 
 @pytest.mark.parametrize("name", ["retinanet_halo_h4", "cascade_mask_rcnn_halo_h4", "mask_rcnn_r50"])
-def test_other_detectors_are_counted_too(name):
+def test_other_detectors(name):
     small = ["MODEL.HALONET.DEPTHS", "(1, 1, 1, 1)"]
     rows = {row: numbers for row, *numbers in tool.analyze(build_model(load_config(name, small)).eval(), 64, 96)}
     assert {"res3", "res5", "backbone", "backbone with FPN", "whole model"} <= set(rows)
@@ -56,6 +52,11 @@ def test_other_detectors_are_counted_too(name):
     assert rows["whole model"][1] > rows["backbone with FPN"][1] > rows["backbone"][1] > rows["res5"][1]
 
 
-def test_a_bad_size_is_told(capsys):
-    assert tool.main(["--config-file", "mask_rcnn_halo_h0", "--size", "0", "10"]) == 2
-    assert "--size is 0 10" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["--size", "0", "10"], ["--size", "8", "8", "NO_SUCH_KEY", "1"]])
+def test_invalid_arguments_exit_with_2(arguments, capsys):
+    try:
+        code = tool.main(["--config-file", "mask_rcnn_halo_h0", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert ("NO_SUCH_KEY" if len(arguments) > 3 else "--size") in capsys.readouterr().err.splitlines()[-1]

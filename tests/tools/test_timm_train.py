@@ -1,15 +1,14 @@
-"""tools/timm_train.py: a script of timm knows halodet's networks."""
+"""tools/timm_train.py: timm scripts can train halodet's models."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from halodet.checkpoint import read_checkpoint
 
 import pytest
+from helpers import ROOT, load_tool
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import argparse
 from helper import KWARGS
@@ -37,7 +36,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_a_script_of_timm_trains_a_network_of_ours(tmp_path):
+def test_timm_script_trains_a_halodet_model(tmp_path):
     pytest.importorskip("timm", reason="timm is not installed")
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "helper.py").write_text("KWARGS = dict(base_width=8, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1))\n")
@@ -47,8 +46,8 @@ def test_a_script_of_timm_trains_a_network_of_ours(tmp_path):
     assert checkpoint["arch"] == "halodet_halonet_h0" and "res4.0.mixer.q.weight" in checkpoint["model"]
 
 
-def test_how_it_refuses(tmp_path):
-    result = run(tmp_path / "none.py", "--model", "x")
-    assert result.returncode == 2 and "none.py is no file, expected timm's train.py" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert run().returncode == 2
+def test_missing_script_exits_with_2(tmp_path, capsys):
+    tool = load_tool("timm_train")
+    assert tool.main([str(tmp_path / "none.py"), "--model", "x"]) == 2
+    assert "none.py" in capsys.readouterr().err
+    assert tool.main([]) == 2
