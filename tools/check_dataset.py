@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Validate a COCO json, decode all of its images, and print one line per issue (the first 200 of them).
 
-Exit code: 0 no issues, 1 usable but with issues, 2 unusable, 130 interrupted by Ctrl-C (issues found so far are printed).
+Exit code: 0 no issues, 1 usable but with issues, 2 unusable, 130 interrupted (prints the issues found so far).
 """
 
 from __future__ import annotations

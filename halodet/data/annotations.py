@@ -6,7 +6,7 @@ pycocotools crashes, or allocates all memory, on some broken masks, so every mas
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from halodet.data.bad_images import SKIPPED_KEY, Skipped
@@ -34,6 +34,14 @@ def is_int(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Return whether ``value`` is a valid coordinate; NaN, infinity and integers too long for a double are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Return whether all of ``values`` are valid coordinates, in a few C loops for plain floats and ints."""
+    if set(map(type, values)) <= {int, float} and -1e9 < min(values) and max(values) < 1e9:
+        total = sum(values)
+        return total == total  # NaN is not
+    return all(map(is_number, values))
 
 
 def show(value: Any) -> str:
@@ -67,14 +75,15 @@ def validate_record(record: dict[str, Any], *, need_mask: bool) -> None:
 
 def _validate_annotation(annotation: dict[str, Any], width: int, height: int, need_mask: bool) -> dict[str, Any]:
     box = annotation.get("bbox")
-    try:
-        coordinates = np.asarray(box, dtype=np.float64)
-    except (TypeError, ValueError):
-        coordinates = np.zeros(0)
-    if coordinates.shape != (4,) or not np.isfinite(coordinates).all():
+    coordinates = box.tolist() if isinstance(box, np.ndarray) else box
+    if not isinstance(coordinates, (list, tuple)) or len(coordinates) != 4 or not _are_numbers(coordinates):
         raise InvalidAnnotation(f"bbox={show(box)} is invalid: expected 4 finite numbers")
-    x0, y0, x1, y1 = BoxMode.convert(coordinates.tolist(), annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    check_box([x0, y0, x1 - x0, y1 - y0], width, height)
+    x, y, w, h = coordinates
+    if annotation["bbox_mode"] == BoxMode.XYXY_ABS:
+        w, h = w - x, h - y
+    elif annotation["bbox_mode"] != BoxMode.XYWH_ABS:
+        x, y, w, h = BoxMode.convert([x, y, w, h], annotation["bbox_mode"], BoxMode.XYWH_ABS)
+    check_box([x, y, w, h], width, height)
     if not need_mask:
         return annotation
     mask = annotation.get("segmentation")
@@ -165,7 +174,7 @@ def _clean_polygon(polygon: Any, name: str, width: int, height: int, note: Note 
         raise InvalidAnnotation(f"is {show(polygon)}: expected a list of numbers")
     if len(polygon) < 6 or len(polygon) % 2:
         raise InvalidAnnotation(f"has {len(polygon)} numbers: expected an even count of 6 or more")
-    if not all(map(is_number, polygon)):  # pycocotools allocates all memory for some NaNs and for huge coordinates
+    if not _are_numbers(polygon):  # pycocotools allocates all memory for some NaNs and for huge coordinates
         bad = next(value for value in polygon if not is_number(value))
         raise InvalidAnnotation(f"contains {show(bad)}: expected finite numbers")
     xs, ys = polygon[::2], polygon[1::2]

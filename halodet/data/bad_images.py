@@ -154,7 +154,7 @@ def too_many(report: dict[str, Any], max_fraction: float) -> str | None:
     first = report["files"][0]
     return (
         f"{skipped} of {seen} images could not be used, which exceeds DATALOADER.MAX_BAD_IMAGES={max_fraction:g} "
-        f"(first: {first['file']}: {first['reason']}). Fix: repair the files listed in {SKIPPED_FILE} or raise the limit."
+        f"(first: {first['file']}: {first['reason']}). Fix: repair the files in {SKIPPED_FILE} or raise the limit."
     )
 
 

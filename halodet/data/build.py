@@ -102,6 +102,6 @@ def check_masks(cfg: CfgNode, records: Iterable[dict[str, Any]]) -> None:
         )
     if missing and cfg.INPUT.COPY_PASTE.ENABLED:
         raise DatasetError(
-            f"INPUT.COPY_PASTE.ENABLED=True needs masks, but {missing} of {len(masks)} annotations of {names} have none. "
-            "Fix: set it to False or add the masks."
+            f"INPUT.COPY_PASTE.ENABLED=True needs masks, but {missing} of {len(masks)} annotations of {names} "
+            "have none. Fix: set it to False or add the masks."
         )

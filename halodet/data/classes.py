@@ -1,4 +1,4 @@
-"""The names and dataset ids of the classes a detector was trained on."""
+"""The class names and dataset category ids of a trained detector, in classes.json."""
 
 from __future__ import annotations
 
@@ -6,35 +6,30 @@ import json
 import os
 from typing import Any
 
-from halodet.errors import HalodetError
+from halodet.errors import DatasetError
 from halodet.utils.io import write_json
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-__all__ = ["CLASSES_FILE", "ClassesError", "read_classes", "write_classes"]
-
 CLASSES_FILE = "classes.json"
 
 
-class ClassesError(HalodetError, ValueError):
-    """A class list that does not fit the model; the message is one sentence."""
+class ClassesError(DatasetError):
+    """The class list does not fit the model."""
 
 
 def read_classes(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Find the classes of the configured model as ``{"id": dataset id, "name": name}``, in the order of the model's outputs.
+    """Return the classes of the model as ``{"id": category id, "name": name}``, in the order of its outputs.
 
-    They are looked for in ``classes.json`` beside ``cfg.MODEL.WEIGHTS``, then in the metadata of ``cfg.DATASETS.TEST[0]`` when it
-    holds as many names as the model has classes; failing both they are called "class 0", "class 1", ...
+    They are read from ``classes.json`` in the folder of MODEL.WEIGHTS, else from the metadata of DATASETS.TEST[0] if
+    the number of classes fits, else they are named "class 0", "class 1", ...
 
     Raises:
-        ClassesError: ``classes.json`` is there but malformed, or has another number of classes than the model.
+        ClassesError: ``classes.json`` is malformed, or has another number of classes than the model.
     """
-    count = (
-        cfg.MODEL.RETINANET.NUM_CLASSES
-        if cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-        else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    )
+    is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    count = cfg.MODEL.RETINANET.NUM_CLASSES if is_retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
     path = os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_FILE)
     if cfg.MODEL.WEIGHTS and os.path.isfile(path):
         return _from_file(path, count)
@@ -42,7 +37,7 @@ def read_classes(cfg: CfgNode) -> list[dict[str, Any]]:
 
 
 def write_classes(path: str | os.PathLike[str], classes: list[dict[str, Any]]) -> None:
-    """Write the classes, ``{"id": int, "name": str}`` in the order of the model's outputs, where :func:`read_classes` finds them.
+    """Write the classes, ``{"id": int, "name": str}`` in the order of the model's outputs.
 
     Raises:
         OSError: the file cannot be written.
@@ -51,23 +46,20 @@ def write_classes(path: str | os.PathLike[str], classes: list[dict[str, Any]]) -
 
 
 def _from_file(path: str, count: int) -> list[dict[str, Any]]:
+    fix = "Fix: restore the file that training wrote, or delete it."
     try:
         with open(path, encoding="utf-8") as file:
             classes = json.load(file)
     except (OSError, ValueError) as error:
-        raise ClassesError(
-            f"{path} cannot be read ({error}); put back the file that training wrote, or remove it."
-        ) from error
+        raise ClassesError(f"{path} cannot be read ({error}). {fix}") from error
     if not isinstance(classes, list) or not all(_is_class(entry) for entry in classes):
-        raise ClassesError(
-            f'{path} is not a list of {{"id": number, "name": text}}; put back the file that training wrote, or remove it.'
-        )
+        raise ClassesError(f'{path} is invalid: expected a list of {{"id": number, "name": text}}. {fix}')
     if len(classes) != count:
         raise ClassesError(
-            f"{path} names {len(classes)} classes but the model has {count}; use the config that these weights were trained with."
+            f"{path} has {len(classes)} classes, but the model has {count}. Fix: use the config of these weights."
         )
     if len({entry["id"] for entry in classes}) != count:
-        raise ClassesError(f"{path} gives the same id to several classes; put back the file that training wrote.")
+        raise ClassesError(f"{path} has several classes with the same id. {fix}")
     return [{"id": entry["id"], "name": entry["name"]} for entry in classes]
 
 
@@ -76,7 +68,7 @@ def _is_class(entry: Any) -> bool:
 
 
 def _from_metadata(cfg: CfgNode, count: int) -> list[dict[str, Any]] | None:
-    # Asked by list(), because MetadataCatalog.get() would register a misspelt name.
+    # MetadataCatalog.get() would register a misspelled name.
     if not cfg.DATASETS.TEST or cfg.DATASETS.TEST[0] not in MetadataCatalog.list():
         return None
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])

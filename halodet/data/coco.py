@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,7 @@ def validate_coco(
     validator = _Validator(json_file)
     categories = validator.categories(category_entries)
     if not categories:
-        raise DatasetError(
-            f"{json_file}: none of its {len(category_entries)} categories is valid ({validator.first()})."
-        )
+        raise DatasetError(f"{json_file}: none of {len(category_entries)} categories is valid ({validator.first()}).")
     first = len(validator.issues)
     images, skipped = validator.images(image_entries, image_dir, annotation_entries)
     if not images:
@@ -168,16 +167,11 @@ def check_same_categories(train: ValidatedCoco, val: ValidatedCoco) -> None:
     first, second = train.class_names, val.class_names
     if first == second:
         return
-    number = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
-    if number is None:
-        extra = max(first, second, key=len)[min(len(first), len(second))]
-        difference = f"the first has {len(first)} and the second {len(second)} (with {show(extra)})"
-    else:
-        difference = (
-            f"category {number + 1} is {show(first[number])} in the first and {show(second[number])} in the second"
-        )
+    number = next(number for number, (a, b) in enumerate(zip_longest(first, second)) if a != b)
+    a, b = (show(names[number]) if number < len(names) else "missing" for names in (first, second))
     raise DatasetError(
-        f"{train.json_file} and {val.json_file} must have the same categories in the order of their ids, but {difference}."
+        f"{train.json_file} and {val.json_file} must have the same categories in the order of their ids, but category "
+        f"{number + 1} is {a} in the first and {b} in the second."
     )
 
 
@@ -390,7 +384,7 @@ def _read(json_file: Path) -> dict[str, Any]:
         raise DatasetError(f"{json_file} cannot be parsed ({error}).") from error
     if not isinstance(data, dict):
         raise DatasetError(
-            f"{json_file} contains {show(data)}: expected a COCO json object with 'images', 'annotations' and 'categories'."
+            f"{json_file} contains {show(data)}: expected an object with 'images', 'annotations' and 'categories'."
         )
     return data
 

@@ -72,7 +72,7 @@ class RobustDatasetMapper(DatasetMapper):
         if is_train and cfg.INPUT.COPY_PASTE.ENABLED:
             kwargs["copy_paste"] = cfg.INPUT.COPY_PASTE.PROBABILITY
             kwargs["instance_mask_format"] = "bitmask"  # the visible part of an occluded object is not one polygon
-        # The fraction of skipped images is counted over all ranks; a rank that finds no image at all must notice itself.
+        # The fraction of skipped images is counted over all ranks; a rank without any usable image must notice itself.
         if others:
             limit = len(others) if cfg.DATALOADER.MAX_BAD_IMAGES == 1 else min(_MAX_CONSECUTIVE, len(others))
             kwargs["max_consecutive"] = limit

@@ -62,7 +62,7 @@ class ResumableTrainLoader:
         batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, world_size)
         if rest or batch_size < 1:
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of the world size {world_size}."
+                f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of {world_size}."
             )
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         with seeded(self.seed):  # a sampler without a seed draws one

@@ -23,7 +23,7 @@ def check_tta(cfg: CfgNode, model: nn.Module) -> None:
         return
     if not isinstance(model, GeneralizedRCNN):
         raise ConfigError(
-            f"TEST.AUG.ENABLED=True is not supported by {type(model).__name__}: expected an R-CNN. Fix: set it to False."
+            f"TEST.AUG.ENABLED=True is not supported by {type(model).__name__}: expected an R-CNN. Fix: disable it."
         )
     if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
         raise ConfigError(

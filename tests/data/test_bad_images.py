@@ -84,6 +84,6 @@ def test_loader_counts_samples_and_removes_their_notes():
 
 
 def test_message_survives_the_traceback_of_a_loader_worker():
-    wrapped = "Caught TooManyBadImages in DataLoader worker process 0.\nOriginal Traceback:\n  ...\nhalodet.data.bad_images.TooManyBadImages: 4 bad.\n"
+    wrapped = "Caught TooManyBadImages in worker 0.\n  ...\nhalodet.data.bad_images.TooManyBadImages: 4 bad.\n"
     assert str(TooManyBadImages(wrapped)) == str(TooManyBadImages("4 bad.")) == "4 bad."
     assert issubclass(TooManyBadImages, DatasetError)

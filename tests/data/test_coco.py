@@ -292,7 +292,7 @@ def test_crowds_alone_are_an_issue_and_an_error_for_training(check):
     for annotation in data["annotations"]:
         annotation["iscrowd"] = 1
     assert "all 3 are crowds" in str(check(data).issues[0])
-    with pytest.raises(DatasetError, match="none of its 3 annotations"):
+    with pytest.raises(DatasetError, match="of its 3 annotations"):
         check(data, require_annotations=True)
 
 
@@ -319,7 +319,7 @@ def test_no_annotations(check, data):
         (changed("images", value=[]), r"images=\[\]"),
         (changed("categories", drop=True), "'categories' is missing"),
         (changed("categories", value={}), "categories={}"),
-        (changed("categories", value=[{"id": 1}]), "none of its 1 categories"),
+        (changed("categories", value=[{"id": 1}]), "1 categories"),
         (changed("annotations", value="x"), "annotations='x'"),
     ],
 )
@@ -394,7 +394,7 @@ def test_categories_of_train_and_val_must_agree(check):
     check_same_categories(train, check(other_ids))
     with pytest.raises(DatasetError, match="category 1 is 'cat' .*'cow'"):
         check_same_categories(train, check(changed("categories", 1, "name", value="cow")))
-    with pytest.raises(DatasetError, match="2 .*3 .*'cow'"):
+    with pytest.raises(DatasetError, match="category 3 .*'cow'"):
         check_same_categories(
             train, check(changed("categories", value=[*good()["categories"], {"id": 99, "name": "cow"}]))
         )

@@ -38,7 +38,7 @@ def bgr(image):
     return np.asarray(image.convert("RGB"))[:, :, ::-1]
 
 
-def test_colours_come_in_bgr_order(tmp_path):
+def test_colors_come_in_bgr_order(tmp_path):
     Image.new("RGB", (4, 3), (250, 100, 5)).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png")
     assert image.shape == (3, 4, 3) and image.dtype == np.uint8 and image.flags.c_contiguous

@@ -20,7 +20,8 @@ from detectron2.data.datasets import register_coco_instances
 
 BAD_IMAGES = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "bad_inputs" / "images"
 TINY = [
-    "MODEL.HALONET.BASE_WIDTH", "16", "INPUT.MIN_SIZE_TRAIN", "(48,)", "INPUT.MIN_SIZE_TEST", "48", "SOLVER.IMS_PER_BATCH", "4",
+    "MODEL.HALONET.BASE_WIDTH", "16", "INPUT.MIN_SIZE_TRAIN", "(48,)", "INPUT.MIN_SIZE_TEST", "48",
+    "SOLVER.IMS_PER_BATCH", "4",
     "SOLVER.WARMUP_ITERS", "5", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.CHECKPOINT_PERIOD", "30",
     "DATALOADER.NUM_WORKERS", "2",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ from detectron2.structures import Boxes, Instances
 
 HEIGHT, WIDTH = 64, 96
 FLIP = [
-    "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "MODEL.HALONET.BASE_WIDTH", "16", "TEST.DETECTIONS_PER_IMAGE", "12",
+    "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "MODEL.HALONET.BASE_WIDTH", "16",
+    "TEST.DETECTIONS_PER_IMAGE", "12",
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.05",
 ]  # fmt: skip
 
