@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 
-from halodet.config.load import load_config
+from halodet.config import load_config
 from halodet.errors import HalodetError
 from halodet.inference import Predictor
 from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, draw_images, find_images
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         files = find_images(args.input, args.output)
-        cfg = load_config(args.config_file, args.opts).clone()
+        cfg = load_config(args.config_file, args.opts, train=False).clone()
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold

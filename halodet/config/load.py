@@ -42,7 +42,7 @@ _TYPE_MISMATCH = re.compile(
 _MERGE_ERRORS = (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, RecursionError)
 
 
-def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(config_file: str, opts: Sequence[str] = (), *, train: bool = True) -> CfgNode:
     """Merge ``config_file`` and ``opts`` into Detectron2's and halodet's defaults and validate the values.
 
     Nothing in the file is executed, and no model is built.
@@ -50,6 +50,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Args:
         config_file: path of a YAML file, or its name inside halodet's own configs (``mask_rcnn_halo_h4.yaml``).
         opts: KEY VALUE pairs that override the file.
+        train: whether to validate the keys that only training uses.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, or a value is invalid.
@@ -79,7 +80,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             apply_pretrained_preprocessing(cfg)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"MODEL.TIMM.NAME={cfg.MODEL.TIMM.NAME} is invalid: {one_line(error)}") from error
-    validate(cfg)
+    validate(cfg, train=train)
     cfg.freeze()
     return cfg
 

@@ -54,24 +54,36 @@ _CHOICES = {
     "SOLVER.NON_FINITE_POLICY": ("stop", "skip"),
     "SOLVER.OPTIMIZER": OPTIMIZERS,
 }  # fmt: skip
+_TRAINING = (
+    "DATALOADER.", "INPUT.COPY_PASTE.", "INPUT.CROP.", "INPUT.LSJ.", "INPUT.MASK_FORMAT", "INPUT.MAX_SIZE_TRAIN",
+    "INPUT.MIN_SIZE_TRAIN", "INPUT.RANDOM_FLIP", "MODEL.EMA.", "SEED", "SOLVER.",
+)  # fmt: skip
 
 
-def validate(cfg: CfgNode) -> None:
+def validate(cfg: CfgNode, *, train: bool = True) -> None:
     """Check the values of a config that is not frozen; without a GPU, MODEL.DEVICE cuda becomes cpu.
+
+    Args:
+        cfg: the config.
+        train: whether to check the keys that only training uses.
 
     Raises:
         ConfigError: a value is invalid; names the key, the value found and the value expected.
     """
+    unused = () if train else _TRAINING
     for interval, keys in _INTERVALS.items():
-        for key in keys:
+        for key in (key for key in keys if not key.startswith(unused)):
             value = _value(cfg, key)
             numbers = value if isinstance(value, (tuple, list)) else [] if value is None else [value]
             if not all(_inside(number, interval) for number in numbers):
                 raise _invalid(key, value, f"a number in {interval}")
     for key, choices in _CHOICES.items():
-        if _value(cfg, key) not in choices:
+        if _value(cfg, key) not in choices and not key.startswith(unused):
             raise _invalid(key, _value(cfg, key), f"one of {', '.join(choices)}")
     device = _validate_device(cfg)
+    _validate_compiled_operators(cfg)
+    if not train:
+        return
     lsj, paste, amp = cfg.INPUT.LSJ, cfg.INPUT.COPY_PASTE, cfg.SOLVER.AMP
     repeats = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
     no_compiler = device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "gcc", "clang++")))
@@ -90,7 +102,6 @@ def validate(cfg: CfgNode) -> None:
     ):
         if invalid:
             raise _invalid(key, _value(cfg, key), expected)
-    _validate_compiled_operators(cfg)
     _validate_schedule(cfg)
 
 

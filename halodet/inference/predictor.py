@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from halodet.checkpoint import load_weights, read_weights
+from halodet.config.validate import one_line
 from halodet.data.classes import read_classes
 from halodet.data.transforms import ResizeShortestEdge
 from halodet.errors import CheckpointError, ConfigError
@@ -30,6 +31,7 @@ class Predictor(DefaultPredictor):
 
     Raises:
         CheckpointError: ``cfg.MODEL.WEIGHTS`` is empty, unreadable, or does not provide all of the model.
+        ConfigError: the model cannot be built.
         ClassesError: the class list beside the weights does not fit the model.
     """
 
@@ -45,7 +47,10 @@ class Predictor(DefaultPredictor):
         blank = cfg.clone()
         blank.defrost()
         blank.MODEL.WEIGHTS = ""
-        super().__init__(blank)
+        try:
+            super().__init__(blank)
+        except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"Cannot build the model of this config: {one_line(error)}") from error
         self.cfg.MODEL.WEIGHTS = weights
         self.aug = ResizeShortestEdge(self.aug.short_edge_length, self.aug.max_size)
         load_weights(self.model, weights, preloaded=loaded)

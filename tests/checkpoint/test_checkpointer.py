@@ -5,7 +5,7 @@ import pickle
 
 from halodet.checkpoint import Checkpointer, checkpointer, io, latest_checkpoint, load_weights, read_weights
 from halodet.data.bad_images import SkipTrackingLoader
-from halodet.engine import Trainer, load_config
+from halodet.engine import Trainer
 from halodet.errors import CheckpointError
 from halodet.models import HaloNet
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from helpers import cached_config
 from safetensors.torch import save_file
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -33,7 +34,7 @@ LIGHT = [
 
 
 def detector(config=CONFIG, *opts):
-    return build_model(load_config(config, [*LIGHT, *opts]))
+    return build_model(cached_config(config, *LIGHT, *opts))
 
 
 def snapshot(model):
@@ -328,7 +329,7 @@ def test_the_trainer_loads_and_saves_through_it(files, tmp_path, monkeypatch):
         "DATASETS.TEST",
         "()",
     ]
-    cfg = load_config(CONFIG, [*LIGHT, *opts])
+    cfg = cached_config(CONFIG, *LIGHT, *opts)
     trainer = Trainer(cfg)
     hook = next(hook for hook in trainer._hooks if hasattr(hook, "checkpointer"))
     assert isinstance(trainer.checkpointer, Checkpointer) and hook.checkpointer is trainer.checkpointer

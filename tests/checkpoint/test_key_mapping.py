@@ -3,13 +3,13 @@
 import dataclasses
 
 from halodet.checkpoint.key_mapping import convert
-from halodet.engine import load_config
 from halodet.errors import CheckpointError
 from halodet.models import HaloNet
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from helpers import cached_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = ["MODEL.DEVICE", "cpu", "MODEL.HALONET.NORM", "BN"]
@@ -26,12 +26,12 @@ def randomised(model):
 
 @pytest.fixture(scope="module")
 def detector():
-    return randomised(build_model(load_config("quick/mask_rcnn_halo_small", OPTIONS)))
+    return randomised(build_model(cached_config("quick/mask_rcnn_halo_small", *OPTIONS)))
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    cfg = load_config("quick/mask_rcnn_halo_small", OPTIONS)
+    cfg = cached_config("quick/mask_rcnn_halo_small", *OPTIONS)
     backbone = build_model(cfg).backbone.bottom_up
     return randomised(HaloNet(dataclasses.replace(backbone.variant, final_channels=40), num_classes=3))
 

@@ -5,13 +5,13 @@ import dataclasses
 from halodet.checkpoint import ModelSpec, match
 from halodet.checkpoint.preprocessing import Preprocessing
 from halodet.checkpoint.report import LoadReport
-from halodet.engine import load_config
 from halodet.mixers.rel_pos import resize_table
 from halodet.models import VARIANTS, HaloNet
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from helpers import cached_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dataclasses.replace(
@@ -29,7 +29,7 @@ PREFIX = "backbone.bottom_up."
 
 def small_detector(*opts):
     torch.manual_seed(1)
-    return build_model(load_config("quick/mask_rcnn_halo_small", ["MODEL.HALONET.NORM", "BN", *opts]))
+    return build_model(cached_config("quick/mask_rcnn_halo_small", "MODEL.HALONET.NORM", "BN", *opts))
 
 
 def classifier(**changes):
@@ -99,7 +99,7 @@ def test_a_classifier_fills_a_classifier():
 def test_timms_names_fill_a_timm_backbone(config):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
-    cfg = load_config(f"mask_rcnn_{config}", ["MODEL.DEVICE", "cpu"])
+    cfg = cached_config(f"mask_rcnn_{config}", "MODEL.DEVICE", "cpu")
     network, model = timm.create_model(cfg.MODEL.TIMM.NAME), build_model(cfg)
     known = {key: network.default_cfg[key] for key in ("mean", "std")}
     kinds = {"__author__": "timm", "matching_heuristics": True, "metadata": known}
@@ -114,7 +114,7 @@ def test_timms_names_fill_a_timm_backbone(config):
 
 def test_timms_final_conv_is_not_used_where_the_backbone_has_none():
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    cfg = load_config("mask_rcnn_haloregnetz_b", ["MODEL.DEVICE", "cpu", "MODEL.TIMM.OUT_FEATURES", "['res2', 'res3', 'res4']",
+    cfg = cached_config("mask_rcnn_haloregnetz_b", *["MODEL.DEVICE", "cpu", "MODEL.TIMM.OUT_FEATURES", "['res2', 'res3', 'res4']",
                       "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4']", "MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']",
                       "MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3', 'p4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64], [128], [256]]",
                       ])  # fmt: skip

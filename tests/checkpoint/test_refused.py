@@ -6,7 +6,6 @@ import os
 
 from halodet.checkpoint import Checkpointer, ModelSpec, check_fit, load_weights, match, read_checkpoint
 from halodet.checkpoint.preprocessing import Preprocessing
-from halodet.config import load_config
 from halodet.engine.main import build_meta_model, check_weights
 from halodet.errors import CheckpointError
 from halodet.models import VARIANTS, HaloNet
@@ -15,6 +14,7 @@ import pytest
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
+from helpers import cached_config
 from torchvision.models import resnet50, resnet101
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +32,7 @@ SMALL = "quick/mask_rcnn_halo_small"
 
 
 def detector(config, *opts):
-    return build_model(load_config(config, [*LIGHT, *opts]))
+    return build_model(cached_config(config, *LIGHT, *opts))
 
 
 def refuse(model, state, words, *, exact=False, **entries):
@@ -43,7 +43,7 @@ def refuse(model, state, words, *, exact=False, **entries):
 @pytest.mark.parametrize("config", ["mask_rcnn_r50", "mask_rcnn_r50_se"])
 def test_a_deeper_resnet(config):
     with torch.device("meta"):
-        model = build_model(load_config(config, ["MODEL.DEVICE", "meta"]))
+        model = build_model(cached_config(config, "MODEL.DEVICE", "meta"))
         refuse(
             model,
             resnet101().state_dict(),
@@ -75,7 +75,7 @@ def test_a_stem_of_another_kind():
     first = state.pop("conv1.weight")
     state |= {f"conv1.{i}.weight": first for i in (0, 3, 6)}
     with torch.device("meta"):
-        model = build_model(load_config("mask_rcnn_r50", ["MODEL.DEVICE", "meta"]))
+        model = build_model(cached_config("mask_rcnn_r50", "MODEL.DEVICE", "meta"))
     refuse(model, state, "first convolution backbone.bottom_up.stem.conv1.weight")
 
 
@@ -116,7 +116,7 @@ def test_the_mean_of_timms_arguments_is_used():
 
 
 def check(*opts):
-    cfg = load_config(SMALL, [*LIGHT, *opts])
+    cfg = cached_config(SMALL, *LIGHT, *opts)
     return check_weights(cfg, build_meta_model(cfg), eval_only=True)
 
 

@@ -4,13 +4,13 @@ import pickle
 import re
 
 from halodet.checkpoint import Checkpointer, ModelSpec, match, read_checkpoint
-from halodet.engine import load_config
 
 import pytest
 import torch
 import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from helpers import cached_config
 
 SMALL = ["MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16",
          "MODEL.FPN.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "", "MODEL.HALONET.NORM", "BN", "MODEL.RESNETS.NORM", "BN"]  # fmt: skip
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def detector(name, *opts):
     torch.manual_seed(1)
-    return build_model(load_config(name, [*SMALL, *opts])).eval()
+    return build_model(cached_config(name, *SMALL, *opts)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """timm's weights in a detector on timm's network: all of the backbone is filled, by this package and by plain Detectron2."""
 
 from halodet.checkpoint import Checkpointer, write_weights
-from halodet.engine import load_config
 from halodet.errors import CheckpointError
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from helpers import cached_config
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
@@ -36,7 +36,7 @@ def weights_of(name):
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model(load_config("mask_rcnn_sehalonet33ts", SMALL))
+    return build_model(cached_config("mask_rcnn_sehalonet33ts", *SMALL))
 
 
 def learned(state_dict):

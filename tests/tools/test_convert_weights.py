@@ -5,7 +5,6 @@ import pickle
 from pathlib import Path
 
 from halodet.checkpoint import Checkpointer, read_checkpoint
-from halodet.engine import load_config
 from halodet.models import VARIANTS, HaloNet
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from helpers import load_tool
+from helpers import cached_config, load_tool
 
 tool = load_tool("convert_weights")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +27,7 @@ KWARGS = {"depths": (1, 1, 1, 1), "base_width": 16, "num_heads": (1, 1, 2, 2), "
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A detector's checkpoint as training writes it."""
-    model = build_model(load_config("mask_rcnn_halo_h3", SMALL))
+    model = build_model(cached_config("mask_rcnn_halo_h3", *SMALL))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -69,7 +68,7 @@ def test_round_trips_are_bit_equal(trained, tmp_path, capsys):
     assert run("--input", tmp_path / "a.safetensors", "--output", tmp_path / "a.pth", "--to", "detector") == 0
     assert_same_file(tmp_path / "a.pth", trained)
     # what came out is what Detectron2 loads
-    model = build_model(load_config("mask_rcnn_halo_h3", SMALL))
+    model = build_model(cached_config("mask_rcnn_halo_h3", *SMALL))
     DetectionCheckpointer(model).load(str(tmp_path / "back.pth"))
     assert all(torch.equal(tensor, held[name]) for name, tensor in model.state_dict().items())
 
@@ -80,7 +79,7 @@ def test_a_network_that_timm_trained_goes_into_the_detector_and_back(trained, tm
     made = timm.create_model("halodet_halonet_h3", **KWARGS)
     torch.save({"state_dict": made.state_dict(), "epoch": 1}, tmp_path / "last.pth.tar")
     assert run("--input", tmp_path / "last.pth.tar", "--output", tmp_path / "detector.pth", "--to", "detector") == 0
-    model = build_model(load_config("mask_rcnn_halo_h3", SMALL))
+    model = build_model(cached_config("mask_rcnn_halo_h3", *SMALL))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     DetectionCheckpointer(model).load(str(tmp_path / "detector.pth"))
     for name, tensor in model.state_dict().items():
@@ -155,14 +154,14 @@ def test_a_converted_classifier_says_which_pixels_it_takes(to, trained, tmp_path
         run("--input", tmp_path / "classifier.pth", "--output", output, "--to", "detector" if into else to, *into) == 0
     )
     assert "RGB with std 58.395 57.12 57.375" in capsys.readouterr().out
-    model = build_model(load_config("mask_rcnn_halo_h3", SMALL))  # its images are BGR
+    model = build_model(cached_config("mask_rcnn_halo_h3", *SMALL))  # its images are BGR
     Checkpointer(model).load(str(output))
     expected = classifier.state_dict()["stem.conv1.conv.weight"].flip(1)
     assert torch.equal(model.state_dict()["backbone.bottom_up.stem.conv1.conv.weight"], expected)
 
 
 def test_block_and_halo_go_along(trained, tmp_path):
-    Checkpointer(build_model(load_config("mask_rcnn_halo_h3", SMALL)), str(tmp_path)).save("model_final")
+    Checkpointer(build_model(cached_config("mask_rcnn_halo_h3", *SMALL)), str(tmp_path)).save("model_final")
     assert run("--input", tmp_path / "model_final.pth", "--output", tmp_path / "timm.pth", "--to", "timm") == 0
     assert read_checkpoint(tmp_path / "timm.pth")["metadata"].items() >= {"block_size": "10", "halo_size": "3"}.items()
 

@@ -81,6 +81,22 @@ def test_the_tool_from_end_to_end(run_folder, photos, tmp_path):
     assert (tmp_path / "out" / "deep" / "noise.png").is_file()
 
 
+def test_keys_that_only_training_uses_are_not_validated(run_folder, photos, tmp_path):
+    keys = [
+        "SOLVER.OPTIMIZER",
+        "none",
+        "SOLVER.IMS_PER_BATCH",
+        0,
+        "DATALOADER.NUM_WORKERS",
+        -1,
+        "DATASETS.TRAIN",
+        "('none',)",
+    ]
+    words = ["--config-file", run_folder / "config.yaml", "--input", photos / "noise.png", "--output", tmp_path / "out"]
+    weights = ["--opts", "MODEL.WEIGHTS", run_folder / "model_final.pth"]
+    assert load_tool("demo").main([str(word) for word in (*words, *weights, *keys)]) == 0
+
+
 def test_mistakes_of_use_end_with_2_and_one_sentence(run_folder, photos, tmp_path, capsys):
     demo = load_tool("demo")
     (tmp_path / "file").touch()
@@ -98,6 +114,7 @@ def test_mistakes_of_use_end_with_2_and_one_sentence(run_folder, photos, tmp_pat
         ({"--opts": ["MODEL.WEIGHTS", tmp_path / "none.pth"]}, "none.pth"),
         ({"--opts": [*good["--opts"], "MODEL.RETINANET.NUM_CLASSES", "3"]}, "classes.json"),
         ({"--opts": ["MODEL.WEIGHT", "x"]}, "MODEL.WEIGHT"),
+        ({"--opts": [*good["--opts"], "MODEL.FPN.IN_FEATURES", "['res9']"]}, "res9"),
     ]
     for change, reason in mistakes:
         words = []
