@@ -27,7 +27,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_python_blocks_run(name, one_thread):
+def test_python_blocks_run(name):
     variables: dict = {}
     mixers = set(MIXERS)
     for code in re.findall(r"```python\n(.*?)```", TEXTS[name], re.DOTALL):

@@ -85,7 +85,6 @@ def test_compiled_layer_is_one_graph_with_the_same_gradients(case):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_inductor_gathers_every_query():
     """Regression: an earlier form of the gather lost queries beyond column 12."""
     mixer = HaloMixer(16, 16, num_heads=2, block_size=12, halo_size=2)

@@ -10,8 +10,6 @@ from halodet.attention.reference import attend
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Triton does not support float64; see test_triton_ops.py.
 EXACT = sorted(set(BACKENDS) - {"triton"})
 FAST = sorted(set(EXACT) - {"reference"})

@@ -6,7 +6,6 @@ from halodet.errors import ConfigError
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = models.Case(70, 101)
 SMALL = "quick/mask_rcnn_halo_small"
 

@@ -9,7 +9,6 @@ tool = load_tool("benchmark_attention")
 SMALL = ["--map", "128x6x9", "--block", "4,1", "--rounds", "2", "--device", "cpu"]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_writes_results_table_and_chart(tmp_path, capsys):
     pytest.importorskip("timm")
     pytest.importorskip("torch.nn.attention.flex_attention")
@@ -29,7 +28,6 @@ def test_writes_results_table_and_chart(tmp_path, capsys):
     assert table.split("\n\n", 1)[1] in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_exit_code_is_1_if_halodet_failed(tmp_path, monkeypatch):
     def build_call(*arguments):
         raise RuntimeError("no kernel")

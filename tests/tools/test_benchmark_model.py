@@ -8,7 +8,6 @@ from detectron2.modeling import Backbone
 from helpers import load_tool
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 tool = load_tool("benchmark_model")
 SMALL = "quick/mask_rcnn_halo_small"
 
