@@ -78,7 +78,7 @@ class TimmBackbone(Backbone):
         import timm
         from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 
-        net = timm.create_model(name, in_chans=in_channels, num_classes=0, drop_path_rate=drop_path_rate)
+        net: Any = timm.create_model(name, in_chans=in_channels, num_classes=0, drop_path_rate=drop_path_rate)
         _replace_attention(net, window=window, position=position, backend=backend)
         if norm != "BN":
             net = (freeze_batch_norm_2d if norm == "FrozenBN" else convert_sync_batchnorm)(net)
@@ -90,9 +90,9 @@ class TimmBackbone(Backbone):
         infos = [info for info in net.feature_info if info["module"].startswith(("stages.", "final_conv"))][:last]
         self._out_feature_strides = {f: info["reduction"] for f, info in zip(STAGES, infos, strict=False)}
         self._out_feature_channels = {f: info["num_chs"] for f, info in zip(STAGES, infos, strict=False)}
-        self.stem = net.stem
-        self.stages = net.stages[:last]
-        self.final_conv = net.final_conv if last == len(STAGES) else nn.Identity()
+        self.stem: nn.Module = net.stem
+        self.stages: nn.Sequential = net.stages[:last]
+        self.final_conv: nn.Module = net.final_conv if last == len(STAGES) else nn.Identity()
         frozen = [self.stem, *self.stages][: max(0, freeze_at)]
         for part in [*frozen, self.final_conv] if freeze_at > len(STAGES) else frozen:
             part.requires_grad_(False)
@@ -198,6 +198,7 @@ def _replace_attention(net: nn.Module, *, window: int, position: str, backend: s
     from timm.layers.bottleneck_attn import BottleneckAttn
     from timm.layers.halo_attn import HaloAttn
 
+    theirs: Any
     for path, theirs in list(net.named_modules()):
         if not isinstance(theirs, HaloAttn | BottleneckAttn):
             continue
@@ -205,7 +206,7 @@ def _replace_attention(net: nn.Module, *, window: int, position: str, backend: s
         if projection.bias is not None or theirs.scale_pos_embed:
             raise ValueError(f"{path} of timm's network has a bias or scaled positions, which halodet does not support")
         pooled = isinstance(theirs.pool, nn.AvgPool2d)
-        shape = {
+        shape: dict[str, Any] = {
             "channels": projection.in_channels,
             "value_channels": theirs.dim_out_v,
             "num_heads": theirs.num_heads,
@@ -215,10 +216,10 @@ def _replace_attention(net: nn.Module, *, window: int, position: str, backend: s
         ours: Mixer
         if isinstance(theirs, HaloAttn):
             stride = 2 if pooled else theirs.block_stride
-            ours = HaloMixer(
+            ours = halo = HaloMixer(
                 stride=stride, block_size=theirs.block_size, halo_size=theirs.halo_size, border="zero", **shape
             )
-            if ours.pool != pooled:
+            if halo.pool != pooled:
                 raise ValueError(
                     f"{path} of timm's network averages blocks of {theirs.block_size} pixels, which halodet does not support"
                 )

@@ -131,9 +131,10 @@ class Head(nn.Module):
         self.final: nn.Module = nn.Identity()
         if final_channels is not None:
             self.final = nn.Sequential(ConvNorm(in_channels, final_channels, 1, norm=norm), activation(inplace=True))
-        self.linear: nn.Module = nn.Linear(final_channels or in_channels, num_classes)
-        nn.init.normal_(self.linear.weight, std=0.01)
-        nn.init.zeros_(self.linear.bias)
+        linear = nn.Linear(final_channels or in_channels, num_classes)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+        self.linear: nn.Module = linear
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.final(x).mean((-2, -1)))
@@ -204,17 +205,17 @@ class HaloNet(nn.Module):
         self.out_features, self.use_act_checkpoint = tuple(out_features), tuple(use_act_checkpoint)
         norm_layer = NORMS[norm] if isinstance(norm, str) else norm
         activation = ACTIVATIONS[variant.activation]
-        layers = {"norm": norm_layer, "activation": activation}
-        spec = functools.partial(
+        make_spec = functools.partial(
             MixerSpec,
             block_size=variant.block_size,
             halo_size=variant.halo_size,
             border=variant.border,
             backend=backend,
-            **layers,
+            norm=norm_layer,
+            activation=activation,
         )
 
-        self.stem = Stem(in_channels, variant.stem_channels, **layers)
+        self.stem = Stem(in_channels, variant.stem_channels, norm=norm_layer, activation=activation)
         channels, stride = variant.stem_channels, 4
         self.feature_channels, self.feature_strides = {"stem": channels}, {"stem": stride}
         last = max(len(STAGES) if f == "linear" else features.index(f) for f in out_features)
@@ -223,15 +224,14 @@ class HaloNet(nn.Module):
             width = variant.base_width * 2**s
             out_channels = _whole(width * variant.bottleneck_ratio, "bottleneck_ratio", variant)
             value_channels = _whole(width * variant.value_ratio, "value_ratio", variant)
-            blocks = []
+            blocks: list[Bottleneck] = []
             for mixer in mixers[s]:
-                first = not blocks
-                block_stride = 2 if s > 0 and first else 1
+                block_stride = 2 if s > 0 and not blocks else 1
                 block = Bottleneck(
                     channels,
                     out_channels,
                     mixer=mixer,
-                    spec=spec(
+                    spec=make_spec(
                         channels=width,
                         value_channels=value_channels,
                         stride=block_stride,
@@ -240,14 +240,15 @@ class HaloNet(nn.Module):
                     ),
                     se_ratio=variant.se_ratio,
                     drop_path=drop_path_rate * index / max(1, total - 1),
-                    **layers,
+                    norm=norm_layer,
+                    activation=activation,
                 )
                 blocks.append(block)
                 channels, stride, index = out_channels, stride * block_stride, index + 1
             self.add_module(STAGES[s], nn.Sequential(*blocks))
             self.feature_channels[STAGES[s]], self.feature_strides[STAGES[s]] = channels, stride
         if num_classes is not None:
-            self.head = Head(channels, num_classes, variant.final_channels, **layers)
+            self.head = Head(channels, num_classes, variant.final_channels, norm=norm_layer, activation=activation)
             self.feature_channels["linear"], self.feature_strides["linear"] = num_classes, stride
 
     @property

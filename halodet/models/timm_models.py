@@ -79,7 +79,9 @@ class HaloNetClassifier(HaloNet):
         )
         self.in_chans, self.drop_rate, self.grad_checkpointing = in_chans, drop_rate, False
         self.num_features = self.feature_channels["res5"]  # of forward_features
-        self.head_hidden_size = self.head.linear.in_features  # of forward_head(pre_logits=True)
+        self.head_hidden_size: int = (
+            self.variant.final_channels or self.num_features
+        )  # of forward_head(pre_logits=True)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = module.momentum if bn_momentum is None else bn_momentum

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from halodet.mixers import Mixer
 
@@ -93,16 +94,19 @@ def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         return dict.fromkeys(layers, multiplier)
     order = [layer for layer in dict.fromkeys(layers.values()) if layer]
     if "" in layers.values() or len(order) < 2:
+        prefix = _backbone_prefix(layers)
+        parts = dict.fromkeys(name.removeprefix(prefix).partition(".")[0] for name in layers)
         raise ValueError(
             f"SOLVER.LR_LAYER_DECAY={decay} is invalid: expected a backbone with layers named stem, res2.0, res2.1, ... or stem, "
-            f"stages.0.0, ..., got {', '.join(_top_level_names(layers))}. Fix: set it to 1.0"
+            f"stages.0.0, ..., got {', '.join(parts)}. Fix: set it to 1.0"
         )
     return {name: multiplier * decay ** (len(order) - order.index(layer)) for name, layer in layers.items()}
 
 
 def _mixer_weight_decay(cfg: CfgNode, model: nn.Module) -> list[dict]:
     """Return parameter groups with the weight decay of parameters that mixers declare."""
-    tables, others = [], []
+    tables: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for mixer in model.modules():
         if isinstance(mixer, Mixer):
             for name in sorted(mixer.no_weight_decay() | set(mixer.rel_pos_tables)):
@@ -118,20 +122,19 @@ def _mixer_weight_decay(cfg: CfgNode, model: nn.Module) -> list[dict]:
 def _backbone_layers(model: nn.Module) -> dict[str, str]:
     """Return the layer of each parameter of the bottom-up network: empty before the first layer, the last one after it."""
     names = [name for name, _ in model.named_parameters()]
-    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names)), None)
-    layers: dict[str, str] = {}
-    layer = ""
-    for name in names if prefix else []:
-        if name.startswith(prefix):
+    prefix = _backbone_prefix(names)
+    layers, layer = {}, ""
+    for name in names:
+        if prefix and name.startswith(prefix):
             match = _LAYER.match(name, len(prefix))
             layer = match[1] if match else layer
             layers[name] = layer
     return layers
 
 
-def _top_level_names(layers: dict[str, str]) -> list[str]:
-    prefix = next(prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in layers))
-    return list(dict.fromkeys(name.removeprefix(prefix).partition(".")[0] for name in layers))
+def _backbone_prefix(names: Iterable[str]) -> str:
+    names = list(names)
+    return next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
 def _table(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
