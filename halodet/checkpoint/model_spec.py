@@ -77,8 +77,9 @@ class ModelSpec:
             },
             replaced=tuple(
                 name.removesuffix("mixer")
-                for name in modules
-                if re.search(r"(^|\.)res\d\.\d+\.mixer$", name) and f"{name}.conv.weight" not in shapes
+                for name, module in modules.items()
+                if re.search(r"(^|\.)res\d\.\d+\.mixer$", name)
+                and not _has_3x3(module, shapes.get(f"{name}.conv.weight", ()))
             ),
             pixel_mean=_three_numbers(getattr(model, "pixel_mean", None)),
             pixel_std=_three_numbers(getattr(model, "pixel_std", None)),
@@ -123,6 +124,11 @@ def group_of(name: str, backbone: str) -> str:
     if parts[0] == "roi_heads":
         return f"roi_heads.{parts[1].split('_')[0]}"
     return parts[0]
+
+
+def _has_3x3(mixer: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Return whether a mixer takes the 3x3 weights of a ResNet; ``shape`` is that of its ``conv.weight``."""
+    return not getattr(mixer, "is_attention", True) and shape[:1] * 2 + (3, 3) == shape
 
 
 def _three_numbers(buffer: object) -> tuple[float, ...] | None:

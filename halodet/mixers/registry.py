@@ -62,7 +62,7 @@ class Mixer(nn.Module):
 
     Attributes:
         out_channels: number of output channels.
-        is_attention: whether the mixer is attention.
+        is_attention: whether the mixer is attention. If not, and ``conv.weight`` is a 3x3 kernel, the weights of a ResNet are loaded into it.
         rel_pos_tables: names of the relative position tables among the mixer's parameters. They get
             ``SOLVER.WEIGHT_DECAY_REL_POS`` and are resized when a checkpoint is loaded.
     """

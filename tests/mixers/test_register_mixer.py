@@ -144,3 +144,17 @@ def test_resnet_weights_load_around_it(attention, caplog, monkeypatch, tmp_path)
     toy = [name for name in before if name.startswith(f"{prefix}res5.") and ".mixer." in name]
     assert len(toy) >= 3 * 6 and all(torch.equal(before[name], loaded[name]) for name in toy)
     assert not match(ModelSpec.of(model), {"model": theirs}).mismatched
+
+
+def test_convolution_with_more_parameters_takes_3x3_weights(monkeypatch):
+    class Scaled(MIXERS["conv"]):
+        def __init__(self, channels, *, stride=1):
+            super().__init__(channels, stride=stride)
+            self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    register_mixer("toy")(Scaled)
+    with torch.device("meta"):
+        model = HaloNet(get_variant("R50-SE", mixers=("conv", "conv", "conv", "toy")))
+        file = torchvision.models.resnet50().state_dict()
+    found = match(ModelSpec.of(model), {"model": file})
+    assert {"res5.1.mixer.conv.weight", "res5.1.norm2.weight"} <= set(found.sources) and not found.unexpected
