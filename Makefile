@@ -26,8 +26,9 @@ test: $(READY)  ## run all tests
 	@$(BIN)/ruff check halodet tools tests setup.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 
-lint: $(READY)  ## check the style
+lint: $(READY)  ## check the style and the types
 	@$(BIN)/ruff check halodet tools tests setup.py
+	@$(BIN)/mypy
 
 docs: $(READY)  ## build the documentation into site/
 	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || \
@@ -58,4 +59,4 @@ $(READY): setup.py pyproject.toml tools/install_detectron2.py
 	@touch $(READY)
 
 clean:  ## remove the environment and what demo and tests wrote
-	rm -rf $(VENV) output site datasets/shapes .pytest_cache .ruff_cache
+	rm -rf $(VENV) output site datasets/shapes .pytest_cache .ruff_cache .mypy_cache

@@ -46,6 +46,7 @@ setup(
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
+            "mypy>=1.15,<3",
             "ruff>=0.17,<0.18",
             "timm>=1.0.31,<1.1",
             "halonet-pytorch>=0.0.5,<0.1",

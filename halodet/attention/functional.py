@@ -84,9 +84,11 @@ def halo_attention(
     Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021.
     """
     halo = _check_sizes(block_size, halo_size, border, stride)
-    _check_tensors({"q": q, "k": k, "v": v, "rel_h": rel_h, "rel_w": rel_w, "extra_k": extra_k, "extra_v": extra_v})
+    _check_tensors(k, {"q": q, "k": k, "v": v, "rel_h": rel_h, "rel_w": rel_w, "extra_k": extra_k, "extra_v": extra_v})
+    height, width = k.shape[-2:]
     layout = BlockLayout(
-        *k.shape[-2:],
+        height,
+        width,
         block_size,
         *halo,
         stride=stride,
@@ -147,8 +149,7 @@ def _check_sizes(
     return halo
 
 
-def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
-    k = tensors["k"]
+def _check_tensors(k: Tensor, tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -183,7 +184,7 @@ def _check_shapes(
     layout: BlockLayout,
 ) -> None:
     batch, heads, depth = k.shape[:3]
-    expected = {
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "q": (q, (batch, heads, depth, layout.query_height, layout.query_width)),
         "v": (v, (batch, heads, v.shape[2], layout.height, layout.width)),
         "rel_h": (rel_h, (2 * layout.window_height - 1, depth)),
@@ -193,7 +194,7 @@ def _check_shapes(
         blocks = (batch, heads, layout.rows, layout.columns, extra_k.shape[4])
         expected |= {"extra_k": (extra_k, (*blocks, depth)), "extra_v": (extra_v, (*blocks, v.shape[2]))}
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
+        if tensor is not None and tuple(tensor.shape) != shape:
             halo = (layout.top, layout.bottom, layout.left, layout.right)
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected {shape} for k of shape {tuple(k.shape)}, "

@@ -17,8 +17,8 @@ def check_stages(stages: Sequence[str], known: Sequence[str], key: str) -> None:
         raise ValueError(f"{key}={stages!r} is invalid: expected a list of stages from {list(known)}, or []")
 
 
-def run_stage(stage: nn.Sequential, x: Tensor, *, recompute: bool) -> Tensor:
-    """Return ``stage(x)``; with ``recompute`` and while gradients are enabled, activations inside its blocks are not kept.
+def run_stage(stage: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
+    """Return ``stage(x)`` for a sequence of blocks; with ``recompute`` and while gradients are enabled, activations inside its blocks are not kept.
 
     Losses, gradients and running statistics equal those of the plain stage: random number states are restored for the second pass, and
     batch norms ignore it.
@@ -27,7 +27,7 @@ def run_stage(stage: nn.Sequential, x: Tensor, *, recompute: bool) -> Tensor:
     """
     if not (recompute and stage.training and torch.is_grad_enabled()):
         return stage(x)
-    for block in stage:
+    for block in stage.children():
         if torch.compiler.is_compiling():  # a compiled backward pass does not repeat statistics and takes no contexts
             x = checkpoint(block, x, use_reentrant=False)
         else:
