@@ -14,7 +14,7 @@ from pathlib import Path
 
 from halodet.data import validate_coco
 from halodet.data.check_images import CheckInterrupted, check_images
-from halodet.data.coco import SKIPPED_IN_TRAINING
+from halodet.data.coco_validator import SKIPPED_IN_TRAINING
 from halodet.errors import DatasetError
 from halodet.utils.io import write_json
 

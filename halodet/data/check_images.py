@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from halodet.data.coco import SKIPPED_IN_TRAINING, Issue, ValidatedCoco
+from halodet.data.coco import ValidatedCoco
+from halodet.data.coco_validator import SKIPPED_IN_TRAINING, Issue
 from halodet.data.image_io import read_image
 from halodet.errors import DatasetError, ImageError
 

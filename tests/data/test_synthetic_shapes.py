@@ -1,6 +1,8 @@
+"""Tests of the synthetic shapes dataset."""
+
 import json
 
-from halodet.data import register_shapes, validate_coco, write_shapes
+from halodet.data import register_shapes, shape_scenes, validate_coco, write_shapes
 from halodet.data import synthetic_shapes as shapes
 
 import cv2
@@ -53,10 +55,12 @@ def test_boxes_areas_and_masks_agree_and_visible_masks_do_not_overlap(dataset):
 
 def test_masks_lie_where_the_objects_are_painted(root, monkeypatch):
     # Painted in white on black, the picture itself must show every mask.
-    monkeypatch.setattr(shapes, "_background", lambda rng, height, width: np.zeros((height, width, 3), np.float32))
-    monkeypatch.setattr(shapes, "_color", lambda *_: np.full(3, 255, np.float32))
+    monkeypatch.setattr(
+        shape_scenes, "_background", lambda rng, height, width: np.zeros((height, width, 3), np.float32)
+    )
+    monkeypatch.setattr(shape_scenes, "_color", lambda *_: np.full(3, 255, np.float32))
     for index in range(8):
-        scene = shapes._draw(np.random.default_rng((0, 0, index)), index)
+        scene = shapes.draw_scene(np.random.default_rng((0, 0, index)), index)
         painted, mask = scene.image.max(axis=2) > 0, (scene.owner > 0).astype(np.uint8)
         beside = np.ones((3, 3), np.uint8)  # a pixel on an edge may be painted and yet be less than half covered
         assert painted[cv2.erode(mask, beside) > 0].all() and not painted[cv2.dilate(mask, beside) == 0].any()
@@ -103,7 +107,7 @@ def test_complete_dataset_is_kept_and_a_changed_one_is_drawn_anew(tmp_path, monk
     write_shapes(tmp_path, "val", 2)
     before = files(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "_draw", lambda *_: pytest.fail("drawn again"))
+        patch.setattr(shapes, "draw_scene", lambda *_: pytest.fail("drawn again"))
         write_shapes(tmp_path, "val", 2)
     (tmp_path / "val" / "000001.png").unlink()
     write_shapes(tmp_path, "val", 2)
@@ -113,7 +117,7 @@ def test_complete_dataset_is_kept_and_a_changed_one_is_drawn_anew(tmp_path, monk
 
 
 def test_interrupted_drawing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    draw = shapes._draw
+    draw = shapes.draw_scene
 
     def interrupt(rng, index):
         if index == 2:
@@ -121,7 +125,7 @@ def test_interrupted_drawing_leaves_nothing_that_looks_whole(tmp_path, monkeypat
         return draw(rng, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "_draw", interrupt)
+        patch.setattr(shapes, "draw_scene", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_shapes(tmp_path, "val", 3)
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.json"))

@@ -1,0 +1,264 @@
+"""Validator of the lists of a COCO json: categories, images and annotations."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from halodet.data import annotations as checks
+from halodet.data.annotations import InvalidAnnotation, Note, is_int, is_number, show
+
+from PIL import Image
+from tqdm import tqdm
+
+SKIPPED_IN_TRAINING = "skipped in training"  # action for an image that is valid COCO but cannot be trained on
+_EXIF_ORIENTATION, _EXIF_ROTATED = 0x0112, (5, 6, 7, 8)
+_SHOW_PROGRESS = 1000  # images from which a progress bar is shown
+
+
+@dataclass(frozen=True)
+class Issue:
+    """A problem of one entry of a dataset, and the action taken; ``str()`` gives one line."""
+
+    file: str
+    where: str
+    reason: str
+    action: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.where}: {self.reason}; {self.action}"
+
+
+class CocoValidator:
+    """Validate the lists of one json: keep the valid entries and collect the issues of the others."""
+
+    def __init__(self, json_file: Path) -> None:
+        self.file = json_file.name
+        self.issues: list[Issue] = []
+        self.missing: dict[str, list[str]] = {"area": [], "iscrowd": []}
+
+    def report(self, where: str, reason: str, action: str) -> None:
+        self.issues.append(Issue(self.file, where, reason, action))
+
+    def first(self, start: int = 0) -> str:
+        """Return the first issue from index ``start`` on, or the first one of all."""
+        issue = self.issues[start] if start < len(self.issues) else self.issues[0]
+        return f"first issue: {issue.where}: {issue.reason}"
+
+    def categories(self, entries: list[Any]) -> dict[int, dict[str, Any]]:
+        """Return the valid categories by id."""
+        valid: dict[int, dict[str, Any]] = {}
+        for index, entry in enumerate(entries):
+            try:
+                category = _clean_category(entry, valid)
+                valid[category["id"]] = category
+            except InvalidAnnotation as error:
+                self.report(_where("category", entry, index), str(error), "skipped")
+        for name, count in Counter(category["name"] for category in valid.values()).items():
+            if count > 1:
+                self.report("categories", f"{count} have the name {show(name)}", "kept as separate classes")
+        return valid
+
+    def images(
+        self, entries: list[Any], image_dir: Path, annotations: list[Any]
+    ) -> tuple[dict[int, dict[str, Any]], set[int]]:
+        """Return the valid images by id, and the ids of the skipped ones."""
+        valid: dict[int, dict[str, Any]] = {}
+        used = _count_by_image(annotations, lambda entry: True)
+        skipped: list[tuple[str, str, int | None]] = []
+        bar = partial(tqdm, desc=f"checking images of {self.file}", unit="image", disable=len(entries) < _SHOW_PROGRESS)
+        for index, entry in enumerate(bar(entries)):
+            try:
+                image = _clean_image(entry, image_dir, valid)
+                valid[image["id"]] = image
+            except InvalidAnnotation as error:
+                has_id = isinstance(entry, dict) and is_int(entry.get("id"))
+                skipped.append((_where("image", entry, index), str(error), entry["id"] if has_id else None))
+        for where, reason, image_id in skipped:  # after the loop, as a later entry of the same id may be valid
+            count = used[image_id] if image_id is not None and image_id not in valid else 0
+            self.report(where, reason, f"skipped with its {count} annotations" if count else "skipped")
+        return valid, {image_id for _, _, image_id in skipped if image_id is not None} - valid.keys()
+
+    def annotations(
+        self,
+        entries: list[Any],
+        images: dict[int, dict[str, Any]],
+        skipped: set[int],
+        categories: dict[int, Any],
+        need_masks: bool,
+    ) -> list[dict[str, Any]]:
+        """Return the valid annotations, with unique ids."""
+        valid: list[dict[str, Any]] = []
+        for index, entry in enumerate(entries):
+            where = _where("annotation", entry, index)
+            try:
+                _require_ints(entry, "image_id", "category_id")
+                if entry["image_id"] in skipped:
+                    continue  # reported with its image
+                if entry["image_id"] not in images:
+                    raise InvalidAnnotation(f"image_id={entry['image_id']} is not among the images")
+                if entry["category_id"] not in categories:
+                    raise InvalidAnnotation(f"category_id={entry['category_id']} is not among the categories")
+                valid.append(self.annotation(entry, where, images[entry["image_id"]], need_masks))
+            except InvalidAnnotation as error:
+                self.report(where, str(error), "skipped")
+        # One line each: an exporter omits a key from all annotations or from none.
+        for (key, places), action in zip(
+            self.missing.items(), ("computed from the mask or box", "set to 0"), strict=True
+        ):
+            if places:
+                reason = f"{len(places)} of {len(entries)} have no {key}, the first is {places[0]}"
+                self.report("annotations", reason, action)
+        self.renumber(valid)
+        if not valid:
+            self.report(
+                "annotations", f"none of {len(entries)} is valid, so there is nothing to train on", "images kept"
+            )
+        elif all(annotation["iscrowd"] for annotation in valid):
+            self.report("annotations", f"all {len(valid)} are crowds, so there is nothing to train on", "kept")
+        return valid
+
+    def annotation(self, entry: dict[str, Any], where: str, image: dict[str, Any], need_masks: bool) -> dict[str, Any]:
+        """Return the valid form of one annotation."""
+        note = partial(self.report, where)
+        width, height = image["width"], image["height"]
+        iscrowd, mask, area = entry.get("iscrowd"), entry.get("segmentation"), entry.get("area")
+        if iscrowd not in (None, 0, 1):
+            raise InvalidAnnotation(f"iscrowd={show(iscrowd)} is invalid: expected 0 or 1")
+        box = _clean_box(entry.get("bbox"), width, height, note)
+        valid = {"id": entry.get("id"), "image_id": image["id"], "category_id": entry["category_id"], "bbox": box}
+        if need_masks or mask is not None:
+            try:
+                valid["segmentation"] = checks.clean_mask(mask, width, height, note)
+            except InvalidAnnotation as error:
+                if need_masks:
+                    raise
+                note(str(error), "mask dropped, box kept")
+        if not is_number(area) or area < 0:
+            if area is None:
+                self.missing["area"].append(where)
+            else:
+                note(f"area={show(area)} is invalid", "computed from the mask or box")
+            area = (
+                checks.mask_area(valid["segmentation"], width, height) if "segmentation" in valid else box[2] * box[3]
+            )
+        if iscrowd is None:
+            self.missing["iscrowd"].append(where)
+        if entry.get("ignore"):  # Detectron2 rejects the key; crowds are likewise neither trained on nor evaluated
+            iscrowd = 1
+            note(f"ignore={show(entry['ignore'])} is not supported by Detectron2", "kept as a crowd (iscrowd=1)")
+        return {**valid, "area": area, "iscrowd": int(iscrowd or 0)}
+
+    def renumber(self, annotations: list[dict[str, Any]]) -> None:
+        """Give a new id to each annotation whose id is missing, taken, or 0, which pycocotools reads as "no match"."""
+        taken: set[int] = set()
+        invalid = []
+        for annotation in annotations:
+            if is_int(annotation["id"]) and annotation["id"] != 0 and annotation["id"] not in taken:
+                taken.add(annotation["id"])
+            else:
+                invalid.append(annotation)
+        for new, annotation in enumerate(invalid, start=max(taken | {0}) + 1):
+            old = annotation["id"]
+            where = f"annotation {show(old)} of image {annotation['image_id']}"
+            reason = "has the id of an earlier annotation" if is_int(old) and old else f"id={show(old)} is invalid"
+            self.report(where, reason, f"kept as annotation {new}")
+            annotation["id"] = new
+
+    def images_without_valid(
+        self, entries: list[Any], images: dict[int, dict[str, Any]], valid: list[dict[str, Any]]
+    ) -> set[int]:
+        """Return the images whose annotations, crowds aside, are all invalid; training skips them."""
+        trained = {annotation["image_id"] for annotation in valid if not annotation["iscrowd"]}
+        given = _count_by_image(entries, lambda entry: not entry.get("iscrowd") and not entry.get("ignore"))
+        without = {image_id for image_id in images if given[image_id] and image_id not in trained}
+        for image_id in sorted(without):
+            self.report(
+                f"image {image_id}", f"all of its {given[image_id]} annotations are invalid", SKIPPED_IN_TRAINING
+            )
+        return without
+
+
+def _count_by_image(annotations: list[Any], condition: Callable[[dict[str, Any]], bool]) -> Counter[int]:
+    return Counter(
+        entry["image_id"]
+        for entry in annotations
+        if isinstance(entry, dict) and is_int(entry.get("image_id")) and condition(entry)
+    )
+
+
+def _where(kind: str, entry: Any, index: int) -> str:
+    return f"{kind} {show(entry['id'])}" if isinstance(entry, dict) and "id" in entry else f"{kind} at index {index}"
+
+
+def _require_ints(entry: Any, *keys: str) -> None:
+    if not isinstance(entry, dict):
+        raise InvalidAnnotation(f"is {show(entry)}: expected an object")
+    for key in keys:
+        if key not in entry:
+            raise InvalidAnnotation(f"{key} is missing")
+        if not is_int(entry[key]):
+            raise InvalidAnnotation(f"{key}={show(entry[key])} is invalid: expected an integer")
+
+
+def _clean_category(entry: Any, valid: dict[int, Any]) -> dict[str, Any]:
+    _require_ints(entry, "id")
+    if not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise InvalidAnnotation(f"name={show(entry.get('name'))} is invalid: expected a string")
+    if entry["id"] in valid:
+        raise InvalidAnnotation(f"{entry['name']!r} has the id of an earlier category, {valid[entry['id']]['name']!r}")
+    return {key: entry[key] for key in ("id", "name", "supercategory") if isinstance(entry.get(key), (int, str))}
+
+
+def _clean_image(entry: Any, image_dir: Path, valid: dict[int, Any]) -> dict[str, Any]:
+    _require_ints(entry, "id", "width", "height")
+    file_name, width, height = entry.get("file_name"), entry["width"], entry["height"]
+    if not isinstance(file_name, str) or not file_name:
+        raise InvalidAnnotation(f"file_name={show(file_name)} is invalid: expected a string")
+    if width <= 0 or height <= 0:
+        raise InvalidAnnotation(f"width={width}, height={height} is invalid: expected positive numbers")
+    if entry["id"] in valid:
+        earlier = show(valid[entry["id"]]["file_name"])
+        raise InvalidAnnotation(f"{show(file_name)} has the id of an earlier image, {earlier}")
+    path = image_dir / file_name
+    if not os.path.isfile(path):
+        raise InvalidAnnotation(f"{show(file_name)} is not in {image_dir}")
+    try:
+        size = _image_size(path)
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
+        raise InvalidAnnotation(
+            f"{show(file_name)} cannot be opened as an image ({reason or type(error).__name__})"
+        ) from error
+    if size != (width, height):
+        raise InvalidAnnotation(f"width={width}, height={height}, but {show(file_name)} is {size[0]} x {size[1]}")
+    return {"id": entry["id"], "file_name": file_name, "width": width, "height": height}
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Return width and height after EXIF rotation, as Detectron2 reads them, from the header alone."""
+    with Image.open(path) as image:
+        width, height = image.size
+        try:
+            # The base class's method, as that of PNG decodes the whole image in search of late metadata.
+            rotated = Image.Image.getexif(image).get(_EXIF_ORIENTATION) in _EXIF_ROTATED
+        except Exception:  # Detectron2 ignores broken EXIF too
+            rotated = False
+    return (height, width) if rotated else (width, height)
+
+
+def _clean_box(box: Any, width: int, height: int, note: Note) -> list[float]:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        raise InvalidAnnotation(f"bbox={show(box)} is invalid: expected 4 finite numbers")
+    checks.check_box(box, width, height)
+    x, y, w, h = box
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    if max(left - x, top - y, x + w - right, y + h - bottom) <= checks.TOLERANCE:
+        return box
+    note(f"bbox={box} extends outside the image of {width} x {height}", "clipped")
+    return [left, top, right - left, bottom - top]
