@@ -170,30 +170,33 @@ def run_and_broadcast_errors(work: Callable[[], Value], on_this_rank: bool = Tru
 
 
 def check_shared(files: Sequence[str | Path], wait_seconds: float = 30.0) -> None:
-    """Check that the first rank of each machine sees the files that rank 0 sees; called by all ranks together.
+    """Check that all ranks see the same files; called by all ranks together.
 
     Args:
-        files: paths; one that rank 0 does not have must be absent everywhere.
+        files: paths; a file that one rank does not have must be absent everywhere.
         wait_seconds: time for a network file system to show what was just written.
 
     Raises:
         ConfigError: a file differs.
     """
 
-    def digests() -> list[str | None]:
-        return [hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else None for file in files]
+    def digest(file: str | Path) -> str | None:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else None
 
-    expected = run_and_broadcast_errors(digests, comm.is_main_process())[0]
-
-    def compare() -> None:
-        until = time.monotonic() + wait_seconds
-        while (found := digests()) != expected and time.monotonic() < until:
-            time.sleep(0.5)
-        for file, ours, theirs in zip(files, expected, found, strict=True):
-            if ours != theirs:
-                raise ConfigError(f"{file} is not visible on all ranks. Fix: set OUTPUT_DIR to a shared file system.")
-
-    run_and_broadcast_errors(compare, comm.get_local_rank() == 0 and not comm.is_main_process())
+    until = time.monotonic() + wait_seconds
+    while True:
+        late = time.monotonic() > until
+        ranks = comm.all_gather([digest(file) for file in files])
+        different = [
+            str(file) for file, found in zip(files, zip(*ranks, strict=True), strict=True) if len(set(found)) > 1
+        ]
+        if not different:
+            return
+        if comm.all_gather(late)[0]:
+            raise ConfigError(
+                f"{different[0]} is not visible on all ranks. Fix: set OUTPUT_DIR to a shared file system."
+            )
+        time.sleep(0.5)
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> int:
     with exit_on_preemption():
         try:
             if args.num_gpus * args.num_machines > 1:
-                return _launch(args, timeout)
+                check_num_gpus(args)
+                return launch_ranks(args, timeout)
             env = detect_dist_env()
             if env:
                 init_distributed(env, timeout)
@@ -78,20 +79,8 @@ def main(args: argparse.Namespace) -> int:
         return run_rank(args)
 
 
-def _launch(args: argparse.Namespace, timeout: timedelta) -> int:
-    """Start one process per GPU with Detectron2's ``launch``; return the exit code."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError(
-            f"--num-gpus={args.num_gpus} is invalid under torchrun: expected no --num-gpus. Fix: remove it."
-        )
-    gpus = torch.cuda.device_count()
-    if args.num_gpus > max(gpus, 1):
-        raise ConfigError(f"--num-gpus={args.num_gpus} is invalid: expected at most {gpus}, the number of GPUs here.")
-    return launch_ranks(args, timeout)
-
-
 def launch_ranks(args: argparse.Namespace, timeout: timedelta) -> int:
-    """Run :func:`run_rank` in ``args.num_gpus`` processes of this machine; return the exit code."""
+    """Run :func:`run_rank` in ``args.num_gpus`` processes of this machine with Detectron2's ``launch``."""
     try:
         with forward_signals():
             launch(_exit_with, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), timeout)
@@ -107,6 +96,16 @@ def _exit_with(args: argparse.Namespace) -> None:
         code = run_rank(args)
     if code:
         sys.exit(code)
+
+
+def check_num_gpus(args: argparse.Namespace) -> None:
+    """Check that ``--num-gpus`` can start its processes."""
+    expected = f"at most {torch.cuda.device_count()}, the number of GPUs here"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        expected = "no --num-gpus under torchrun, which has started the processes"
+    elif args.num_gpus <= max(torch.cuda.device_count(), 1):
+        return
+    raise ConfigError(f"--num-gpus={args.num_gpus} is invalid: expected {expected}.")
 
 
 def run_rank(args: argparse.Namespace) -> int:
