@@ -57,22 +57,22 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture
-def train_net(scenes, one_thread):
+def tool():
+    """tools/train_net.py in this process: list of arguments -> exit code."""
+
+    def run(arguments):
+        with as_before():
+            return load_tool("train_net").main(arguments)
+
+    return run
+
+
+@pytest.fixture
+def train_net(scenes, tool):
     """The tool with a tiny detector: (output folder, keys and values, further flags) -> exit code."""
 
     def run(output, *opts, flags=(), config="quick/mask_rcnn_halo_shapes", tiny=TINY):
-        with as_before():
-            return load_tool("train_net").main(
-                [
-                    f"--config-file={config}",
-                    *scenes,
-                    *map(str, flags),
-                    "OUTPUT_DIR",
-                    str(output),
-                    *tiny,
-                    *map(str, opts),
-                ]
-            )
+        return tool([f"--config-file={config}", *scenes, *map(str, (*flags, "OUTPUT_DIR", output, *tiny, *opts))])
 
     return run
 

@@ -66,6 +66,8 @@ def main(args: argparse.Namespace) -> int:
         The exit code. A preempted run raises SystemExit(75).
     """
     timeout = timedelta(minutes=args.dist_timeout)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    setup_logger(distributed_rank=int(rank != "0"), name="halodet")
     with exit_on_preemption():
         try:
             if args.num_gpus * args.num_machines > 1:
@@ -75,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
             if env:
                 init_distributed(env, timeout)
         except HalodetError as error:
-            return report_error(error, int(os.environ.get("RANK", "0")))
+            return report_error(error, int(rank != "0"))
         return run_rank(args)
 
 
@@ -140,7 +142,7 @@ def report_error(error: HalodetError, rank: int) -> int:
     error rank 0 does not have prints it.
     """
     logger.error("%s", error)
-    together = wait_for_all_ranks()
+    together = dist.is_initialized() and wait_for_all_ranks()
     if rank > 0 and not together:
         print(f"[rank {rank}] {error}", file=sys.stderr)
     return error.exit_code
