@@ -171,7 +171,7 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, LoadedCheckpoint | None]:
     prepare_datasets(cfg, train=not args.eval_only)
     cfg.defrost()
     if args.eval_only:
-        if args.resume and os.path.dirname(loaded.path) == cfg.OUTPUT_DIR:
+        if args.resume and os.path.samefile(os.path.dirname(loaded.path), cfg.OUTPUT_DIR):
             cfg.MODEL.WEIGHTS = loaded.path
         check_classes(cfg)
     elif cfg.SEED < 0:
