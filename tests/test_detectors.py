@@ -1,12 +1,11 @@
-"""Whole detectors: a training step and a prediction on a batch of differently sized images."""
-
-from halodet.engine import load_config
+"""Whole detectors: a training step and inference on a batch of images of different sizes."""
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from helpers import cached_config
 
 SMALL = [
     "MODEL.HALONET.DEPTHS", "(1, 1, 1, 2)", "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.HALONET.NORM", "GN", "MODEL.FPN.NORM", "",
@@ -38,9 +37,9 @@ def batch():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("border", ["mask", "zero"])
-def test_a_training_step_reaches_every_part(name, border):
+def test_training_step_gives_gradients_everywhere(name, border):
     torch.manual_seed(0)
-    model = build_model(load_config(name, [*SMALL, "MODEL.HALONET.BORDER", border])).train()
+    model = build_model(cached_config(name, *SMALL, "MODEL.HALONET.BORDER", border)).train()
     with EventStorage():
         losses = model(batch())
     assert len(losses) >= 2 and all(torch.isfinite(loss) for loss in losses.values())
@@ -53,14 +52,14 @@ def test_a_training_step_reaches_every_part(name, border):
 
 
 @pytest.mark.parametrize("name", CONFIGS[:4])
-def test_images_of_a_batch_are_predicted_in_their_own_sizes(name):
+def test_inference_returns_the_size_of_each_image(name):
     torch.manual_seed(0)
     model = build_model(
-        load_config(
-            name, [*SMALL, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
+        cached_config(
+            name, *SMALL, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"
         )
     )
-    # every branch of the backbone at work, and boxes that are more than their anchors
+    # nonzero branches, so that boxes differ from their anchors
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.data.fill_(0.5)

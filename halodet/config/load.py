@@ -69,6 +69,9 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, train: bool = Tru
     if len(opts) % 2:
         raise ConfigError(f"Overrides are invalid: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}.")
     for key in opts[::2]:
+        if key.startswith("MODEL.HALONET.MIXER_OPTIONS.") and key.count(".") == 4:
+            mixer, option = key.split(".")[3:]  # yacs requires that an overridden key exists
+            cfg.MODEL.HALONET.MIXER_OPTIONS.setdefault(mixer, CfgNode()).setdefault(option, None)
         if key.rpartition(".")[0] in _keys(cfg):  # which yacs does not check
             raise ConfigError(_unknown_key(cfg, key))
     try:

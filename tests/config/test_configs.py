@@ -1,20 +1,21 @@
-"""Every config file loads, builds, and gives the maps its heads read."""
+"""Every config file loads, builds, and its backbone gives the feature maps that its heads use."""
 
 from halodet.config.defaults import config_dir
-from halodet.engine import Trainer, load_config
+from halodet.solver import build_optimizer
 
 import pytest
 import torch
 import yaml
 from detectron2.modeling import build_backbone, build_model
+from helpers import cached_config
 
 NAMES = sorted(
     str(path.relative_to(config_dir())) for path in config_dir().rglob("*.yaml") if not path.name.startswith("Base")
 )
 
 
-def test_the_promised_configs_are_there():
-    promised = {
+def test_documented_configs_exist():
+    documented = {
         "mask_rcnn_halo_h4",
         "cascade_mask_rcnn_halo_h4",
         "faster_rcnn_halo_h4",
@@ -22,20 +23,20 @@ def test_the_promised_configs_are_there():
         "mask_rcnn_halo_h4_3x",
         "mask_rcnn_halo_h4_lsj_100ep",
     }
-    promised |= {f"mask_rcnn_halo_h{i}" for i in range(8)} | {
+    documented |= {f"mask_rcnn_halo_h{i}" for i in range(8)} | {
         f"mask_rcnn_r{d}{kind}" for d in (50, 101) for kind in ("", "_se")
     }
-    promised |= {f"mask_rcnn_r{d}_se_halo_{bh}" for d in (50, 101) for bh in ("b8h3", "b32h3")}
-    assert {f"{name}.yaml" for name in promised} <= set(NAMES)
+    documented |= {f"mask_rcnn_r{d}_se_halo_{bh}" for d in (50, 101) for bh in ("b8h3", "b32h3")}
+    assert {f"{name}.yaml" for name in documented} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(333, 517), (800, 1333)])
-def test_backbone_gives_what_the_heads_read(name, size):
-    cfg = load_config(name)
+def test_backbone_gives_the_feature_maps_of_the_heads(name, size):
+    cfg = cached_config(name)
     with torch.device("meta"):
         backbone = build_backbone(cfg).eval()
-        # the detector pads its images to a multiple of this before they reach the backbone
+        # detectors pad images to a multiple of size_divisibility
         height, width = (-(-s // backbone.size_divisibility) * backbone.size_divisibility for s in size)
         maps = backbone(torch.empty(2, 3, height, width))
     retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
@@ -59,7 +60,7 @@ def test_configs_are_plain_yaml_and_short(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "/" not in n])
 def test_configs_default_to_coco_and_their_own_output(name):
-    cfg = load_config(name)
+    cfg = cached_config(name)
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
     assert cfg.OUTPUT_DIR == f"./output/{name.removesuffix('.yaml')}"
 
@@ -67,26 +68,24 @@ def test_configs_default_to_coco_and_their_own_output(name):
 @pytest.mark.parametrize(
     ("name", "decay"), [("mask_rcnn_halonet50ts", 0.05), ("mask_rcnn_halo_h4", 0.0001), ("retinanet_halo_h4", 0.0001)]
 )
-def test_recipes_decay_matrices_and_kernels_only(name, decay):
-    cfg = load_config(name, ["MODEL.DEVICE", "cpu"]).clone()
+def test_weight_decay_applies_to_matrices_and_kernels_only(name, decay):
+    cfg = cached_config(name)
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         model = build_model(cfg)
     decays = {
-        id(p): group["weight_decay"]
-        for group in Trainer.build_optimizer(cfg, model).param_groups
-        for p in group["params"]
+        id(p): group["weight_decay"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]
     }
     for name, parameter in model.named_parameters():
-        spared = parameter.ndim == 1 or name.endswith(("height_rel", "width_rel"))
-        assert decays[id(parameter)] == (0.0 if spared else decay), name
+        excluded = parameter.ndim == 1 or name.endswith(("height_rel", "width_rel"))
+        assert decays[id(parameter)] == (0.0 if excluded else decay), name
 
 
 @pytest.mark.parametrize(
     ("name", "epochs"), [("mask_rcnn_halo_h4", 12), ("mask_rcnn_halo_h4_3x", 36), ("mask_rcnn_halo_h4_lsj_100ep", 100)]
 )
-def test_schedules_are_as_long_as_they_are_called(name, epochs):
-    solver = load_config(name).SOLVER
+def test_schedules_have_the_number_of_epochs_in_their_name(name, epochs):
+    solver = cached_config(name).SOLVER
     assert solver.MAX_ITER * solver.IMS_PER_BATCH / 118_287 == pytest.approx(epochs, rel=0.02)
     assert solver.STEPS[-1] < solver.MAX_ITER

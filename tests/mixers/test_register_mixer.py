@@ -117,8 +117,9 @@ def test_has_its_own_weight_decay(config):
 
 
 def test_options_are_checked_by_the_mixer(config):
+    cfg = load_config(config(3), ["MODEL.HALONET.MIXER_OPTIONS.toy.reach", "0"])
     with pytest.raises(ValueError, match="reach=0"):
-        load_config(config(0), ["MODEL.HALONET.DEPTHS", "(1, 1, 1, 1)"])
+        Trainer.build_model(cfg)
     with pytest.raises(ValueError, match="raech=3.*reach"):
         HaloNet(get_variant("H0", mixers=("conv", "conv", "halo", "toy")), mixer_options={"toy": {"raech": 3}})
 
