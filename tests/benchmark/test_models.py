@@ -48,6 +48,7 @@ def test_pyramid_and_training_step(name):
     check_training(model, "backbone")
 
 
+@pytest.mark.slow
 def test_vitdet_b(small_heads):
     model = models.build_model("ViTDet-B", "detector", CASE)
     check_pyramid(model.backbone)
