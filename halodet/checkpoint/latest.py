@@ -14,7 +14,7 @@ from halodet.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 TAG = "last_checkpoint"
-RUN_STATE = "RunState"  # name of the hook whose state holds the start time of the run
+RUN_STATE = "ResumeState"  # name of the hook whose state holds the start time of the run
 _NAME = re.compile(r"model_(\d+|final)\.pth")
 
 

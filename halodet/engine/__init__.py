@@ -2,7 +2,6 @@
 
 from halodet.config.load import find_config, load_config
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
-from halodet.engine.checkpoint_hook import CANNOT_WRITE
 from halodet.engine.distributed import check_shared, detect_dist_env, init_distributed, run_and_broadcast_errors
 from halodet.engine.preemption import PREEMPTED
 from halodet.engine.run_info import start_run
@@ -11,7 +10,6 @@ from halodet.errors import ConfigError, TrainingStopped
 from halodet.solver.lr_scaling import scale_to_batch
 
 __all__ = [
-    "CANNOT_WRITE",
     "ConfigError",
     "PREEMPTED",
     "Trainer",

@@ -8,18 +8,16 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from halodet.errors import ConfigError, HalodetError
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import defaults
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -205,26 +203,6 @@ def broadcast_buffers(model: nn.Module) -> None:
         with torch.no_grad():
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
-
-
-@contextmanager
-def ddp_anywhere() -> Iterator[None]:
-    """Let Detectron2's DefaultTrainer wrap models on the CPU in DistributedDataParallel.
-
-    DefaultTrainer always passes ``device_ids``, which DDP rejects for a model on the CPU.
-    """
-    original = defaults.create_ddp_model
-
-    def create(model: nn.Module, **options: Any) -> nn.Module:
-        if next(model.parameters()).device.type == "cpu":
-            options["device_ids"] = None
-        return original(model, **options)
-
-    defaults.create_ddp_model = create
-    try:
-        yield
-    finally:
-        defaults.create_ddp_model = original
 
 
 class _NaiveSyncBatchNormAct(NaiveSyncBatchNorm):

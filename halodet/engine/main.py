@@ -272,7 +272,7 @@ def check_weights(
 
 def choose_seed(checkpoint: dict[str, Any] | None) -> int:
     """Return the seed of the checkpoint to resume from, or a random one, and log it."""
-    state = checkpoint.get("trainer", {}).get("hooks", {}).get("RunState", {}) if checkpoint else {}
+    state = checkpoint.get("trainer", {}).get("hooks", {}).get("ResumeState", {}) if checkpoint else {}
     seed = state.get("seed", int.from_bytes(os.urandom(4), "big") >> 1)
     logger.info("Using random seed %d; set SEED %d to reproduce this run", seed, seed)
     return seed

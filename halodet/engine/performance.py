@@ -1,4 +1,4 @@
-"""What a config can ask of PyTorch to spend less time or memory on the same numbers."""
+"""Performance flags: TF32, channels_last, torch.compile and mixed precision."""
 
 from __future__ import annotations
 
@@ -16,43 +16,39 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """What SOLVER.AMP asks to compute in, None for the parameters' own."""
+    """Return the autocast dtype of SOLVER.AMP; None if it is disabled."""
     return PRECISIONS[cfg.SOLVER.AMP.PRECISION] if cfg.SOLVER.AMP.ENABLED else None
 
 
-def speed_up(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """Do to a detector what MODEL.TF32, MODEL.CHANNELS_LAST and MODEL.COMPILE ask for; names in its state dict stay as they are."""
-    if cfg.MODEL.TF32 is not None:  # for the whole process: PyTorch knows no other way
+def apply_performance_flags(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """Apply MODEL.TF32, CHANNELS_LAST and COMPILE to a detector; the names in its state dict do not change."""
+    if cfg.MODEL.TF32 is not None:  # PyTorch has it for the whole process only
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.MODEL.TF32
     if cfg.MODEL.CHANNELS_LAST:
-        model.backbone.to(
-            memory_format=torch.channels_last
-        )  # what a convolution with such weights returns has channels last, too
+        model.backbone.to(memory_format=torch.channels_last)
     if cfg.MODEL.COMPILE:
         model.backbone.compile()
     return model
 
 
 class CompileError(TrainingStopped):
-    """PyTorch cannot compile the backbone."""
+    """torch.compile fails on the backbone."""
 
     exit_code = 2
 
     def __init__(self, error: Exception) -> None:
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(
-            tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"
-        )
-        reason = " ".join(str(error).partition("\n\n")[0].split()).rstrip(
-            ".: "
-        )  # what follows tells how to ask for more
+        default_cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache
+        # The first paragraph has the reason; the others are hints on debugging PyTorch.
+        reason = " ".join(str(error).partition("\n\n")[0].split()).rstrip(".: ")
         super().__init__(
-            f"MODEL.COMPILE: PyTorch cannot compile the backbone ({reason}): set it to False, or, where an earlier run was killed while it "
-            f"compiled, remove what that left in {folder}"
+            f"MODEL.COMPILE=True failed: torch.compile cannot compile the backbone ({reason}). "
+            f"Fix: set it to False, or remove {cache} if an earlier run was killed while it compiled."
         )
 
 
 def compile_errors(cfg: CfgNode) -> tuple[type[Exception], ...]:
-    """What PyTorch raises where compiling fails; nothing without MODEL.COMPILE."""
+    """Return the exceptions that torch.compile raises; empty without MODEL.COMPILE."""
     if not cfg.MODEL.COMPILE:
         return ()
     from torch._dynamo.exc import TorchDynamoException

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from halodet.engine.checkpoint_hook import Checkpoints
+from halodet.engine.checkpoint_hook import CheckpointHook
 
 import torch
 from detectron2.engine import HookBase
@@ -39,7 +39,7 @@ class PreemptionHook(HookBase):
         periods: iterations between two evaluations or visualizations; 0 for none.
     """
 
-    def __init__(self, checkpoints: Checkpoints, models: Sequence[nn.Module], periods: Sequence[int]) -> None:
+    def __init__(self, checkpoints: CheckpointHook, models: Sequence[nn.Module], periods: Sequence[int]) -> None:
         self.checkpoints, self._models, self._periods = checkpoints, models, [period for period in periods if period]
         self.received, self._evaluating, self._finished, self._process = 0, False, False, os.getpid()
         self._exit = contextlib.ExitStack()

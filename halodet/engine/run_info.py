@@ -1,4 +1,4 @@
-"""What a run was started with: its config kept, and versions, command line and commit recorded."""
+"""Record of a run's starts: command line, commit, versions and machine in run.json, and the config in config.yaml."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import halodet
-from halodet.errors import CheckpointWriteError
 from halodet.utils.io import write_json
 
 from detectron2.config import CfgNode
@@ -27,64 +26,40 @@ from detectron2.utils.collect_env import collect_env_info
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+_PACKAGES = ("detectron2", "torch", "torchvision", "timm", "numpy", "opencv-python", "pycocotools")
 
 
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Detectron2's ``default_setup``, after which ``--config-file OUTPUT_DIR/config.yaml`` repeats the run; called in each process.
+    """Call Detectron2's ``default_setup`` and add this start to OUTPUT_DIR/run.json; call it on all ranks.
 
-    An evaluation leaves the config.yaml of a run that trained as it was. The start is added to OUTPUT_DIR/run.json.
+    Afterwards ``--config-file OUTPUT_DIR/config.yaml`` repeats the run. An evaluation does not overwrite the
+    config.yaml of a training run.
     """
     output = Path(cfg.OUTPUT_DIR)
     config = output / "config.yaml"
-    trained = config.read_bytes() if args.eval_only and config.is_file() else None
+    training_config = config.read_bytes() if args.eval_only and config.is_file() else None
     resumed = args.resume and (output / "last_checkpoint").is_file()
     comm.synchronize()
     default_setup(cfg, args)
     if comm.is_main_process():
-        if trained is not None:
-            config.write_bytes(trained)
+        if training_config is not None:
+            config.write_bytes(training_config)
         add_start(output / RUN_FILE, {"eval_only": args.eval_only, "resumed": resumed, "seed": cfg.SEED})
 
 
 def add_start(path: Path, entry: dict[str, Any]) -> None:
-    """Add ``entry`` to the list in ``path``, with the time, the command line, and everything that computes.
+    """Append ``entry`` to the list in ``path``, with time, command line, commit, versions and machine.
 
     Raises:
-        CheckpointWriteError: the file cannot be written.
+        OSError: the file cannot be written; its previous version is unchanged.
     """
-    starts = _starts(path)
+    starts = _read_starts(path)
     if starts is None:
-        damaged = path.with_suffix(".damaged.json")
-        os.replace(path, damaged)
-        logger.warning(f"{path} is no list of starts: it is now {damaged}, and a new one begins.")
-    starts = [*(starts or []), _described(entry)]
-    try:
-        write_json(path, starts, indent=1)
-    except OSError as error:
-        raise CheckpointWriteError(f"{path} cannot be written ({error.strerror or error}).") from error
-    commit = (starts[-1]["git"] or {}).get("commit", "none")
-    logger.info(
-        f"Start {len(starts)} is recorded in {path}: halodet {halodet.__version__}, commit {commit}, seed {entry['seed']}."
-    )
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit of the checkout that ``folder`` is a tracked part of, and whether files differ from it; None outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        # A package installed below somebody's repository is no part of it.
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _described(entry: dict[str, Any]) -> dict[str, Any]:
-    return {
+        backup = path.with_suffix(".damaged.json")
+        os.replace(path, backup)
+        logger.warning("%s is unreadable; renamed it to %s and starting a new one", path, backup)
+        starts = []
+    start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([sys.executable, *sys.argv]),
         "folder": os.getcwd(),
@@ -92,26 +67,38 @@ def _described(entry: dict[str, Any]) -> dict[str, Any]:
         "processes": comm.get_world_size(),
         **entry,
         "git": git_state(Path(halodet.__file__).parent),
-        "versions": {
-            "halodet": halodet.__version__,
-            **{
-                name: _version(name)
-                for name in ("detectron2", "torch", "torchvision", "timm", "numpy", "opencv-python", "pycocotools")
-            },
-        },
+        "versions": {"halodet": halodet.__version__, **{name: _version(name) for name in _PACKAGES}},
         "environment": collect_env_info().splitlines(),
     }
+    write_json(path, [*starts, start], indent=1)
+    commit = (start["git"] or {}).get("commit", "unknown")
+    message = "Recorded start %d in %s: halodet %s, commit %s, seed %s"
+    logger.info(message, len(starts) + 1, path, halodet.__version__, commit, entry["seed"])
 
 
-def _version(distribution: str) -> str | None:
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit of the checkout that tracks ``folder``, and whether it has changes; None without a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
     try:
-        return version(distribution)
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails if installed inside an unrelated repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _starts(path: Path) -> list[dict[str, Any]] | None:
-    """The entries of ``path``; none where there is no file yet, None where it holds anything else."""
+def _read_starts(path: Path) -> list[dict[str, Any]] | None:
+    """Return the list in ``path``; an empty one if there is no file, None if it has other contents."""
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

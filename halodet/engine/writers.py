@@ -1,43 +1,119 @@
-"""What is written about a run is not worth its end."""
+"""Event writers: the progress line, Weights & Biases, and a wrapper that survives I/O errors."""
 
 from __future__ import annotations
 
 import logging
+import uuid
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
-from detectron2.utils.events import EventWriter
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, get_event_storage
 
 logger = logging.getLogger(__name__)
 
 
-class IgnoreIOErrors(EventWriter):
-    """Another writer, whose files may fail: training goes on, and what is new is tried again with the next writing.
+class ProgressPrinter(CommonMetricPrinter):
+    """Detectron2's progress line, followed by the values of :class:`halodet.engine.hooks.Throughput`."""
 
-    A disk that is full is reported by the next checkpoint, for which room can be made until then.
+    def __init__(self, max_iter: int | None = None, window_size: int = 20) -> None:
+        super().__init__(max_iter, window_size)
+        self.logger = _ThroughputAdapter(self.logger, {"window_size": window_size})
+
+
+class _ThroughputAdapter(logging.LoggerAdapter):
+    def process(self, msg: str, kwargs: Any) -> tuple[str, Any]:
+        return f"{msg.rstrip()}  {throughput_line(get_event_storage(), self.extra['window_size'])}".rstrip(), kwargs
+
+
+def throughput_line(storage: EventStorage, window_size: int) -> str:
+    """Return for example ``images/s: 12.3  waiting for data: 4%  max_mem: 812M``, without missing values."""
+    formats = {
+        "images_per_second": "images/s: {:.4g}",
+        "data_share": "waiting for data: {:.0%}",
+        "memory_mib": "max_mem: {:.0f}M",
+    }
+    if torch.cuda.is_available():  # already in Detectron2's line
+        del formats["memory_mib"]
+    latest = storage.latest_with_smoothing_hint(window_size)
+    return "  ".join(text.format(latest[key][0]) for key, text in formats.items() if key in latest)
+
+
+class IgnoreIOErrors(EventWriter):
+    """Writer wrapper that survives I/O errors.
+
+    The first error is logged. The wrapped writer tries again at its next write, and a full disk ends the run at the
+    next checkpoint.
 
     Args:
-        writer: Detectron2's of metrics.json, for example.
+        writer: writer to wrap.
     """
 
     def __init__(self, writer: EventWriter) -> None:
         self.writer = writer
-        self._told = False
+        self._warned = False
 
-    def write(self, **options: object) -> None:
+    def write(self, **kwargs: object) -> None:
         try:
-            self.writer.write(**options)
+            self.writer.write(**kwargs)
         except OSError as error:
-            self._tell(error)
+            self._warn(error)
 
     def close(self) -> None:
         try:
             self.writer.close()
         except OSError as error:
-            self._tell(error)
+            self._warn(error)
 
-    def _tell(self, error: OSError) -> None:
-        if not self._told:
-            name = type(self.writer).__name__
-            logger.warning(
-                f"{name} cannot write ({error.strerror or error}): training goes on, and what it writes is not complete."
-            )
-        self._told = True
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            name, reason = type(self.writer).__name__, error.strerror or error
+            logger.warning("%s cannot write (%s); training continues, and its output will be incomplete", name, reason)
+        self._warned = True
+
+
+class WandbWriter(EventWriter):
+    """Write scalars and images to the Weights & Biases project WANDB.PROJECT.
+
+    The run is named after OUTPUT_DIR, and resuming continues the same run. Without a network, set WANDB_MODE=offline
+    and call ``wandb sync`` later.
+
+    Args:
+        cfg: config of the run.
+        window_size: number of iterations of the median that smooths scalars, as in metrics.json.
+    """
+
+    def __init__(self, cfg: CfgNode, window_size: int = 20) -> None:
+        import wandb
+
+        self._wandb, self._window_size, self._last_write = wandb, window_size, -1
+        output = Path(cfg.OUTPUT_DIR)
+        id_file = output / "wandb_id.txt"
+        if not id_file.is_file():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project=cfg.WANDB.PROJECT,
+            name=output.resolve().name,
+            dir=str(output),
+            id=id_file.read_text().strip(),
+            resume="allow",
+            config=yaml.safe_load(cfg.dump()),
+        )
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        rows = defaultdict(dict)
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window_size).items():
+            if iteration > self._last_write:
+                rows[iteration][name] = value
+        for name, image, iteration in storage._vis_data:  # TensorBoard's writer, which comes later, clears them
+            rows[iteration][name] = self._wandb.Image(image.transpose(1, 2, 0))
+        for iteration in sorted(rows):
+            self._run.log(rows[iteration], step=iteration)
+            self._last_write = max(self._last_write, iteration)
+
+    def close(self) -> None:
+        self._run.finish()

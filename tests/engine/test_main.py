@@ -122,7 +122,7 @@ def test_output_dir_must_be_writable(tmp_path):
 
 
 def test_the_seed_is_that_of_the_resumed_run():
-    assert choose_seed({"trainer": {"hooks": {"RunState": {"seed": 7}}}}) == 7
+    assert choose_seed({"trainer": {"hooks": {"ResumeState": {"seed": 7}}}}) == 7
     assert choose_seed(None) != choose_seed(None) and choose_seed({"trainer": {}}) >= 0
 
 
