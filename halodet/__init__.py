@@ -1,8 +1,8 @@
 """HaloNet backbones for Detectron2.
 
-``import halodet`` registers the backbones, the ``shapes`` dataset and ``timm://`` paths with Detectron2 where it is installed. The names in
-``__all__`` and all submodules are imported on first use; :mod:`halodet.attention`, :mod:`halodet.mixers` and :mod:`halodet.models` need
-only torch and torchvision.
+``import halodet`` registers the backbones, the ``shapes`` dataset and ``timm://`` paths with Detectron2 where it is
+installed. The names in ``__all__`` and all submodules are imported on first use; :mod:`halodet.attention`,
+:mod:`halodet.mixers` and :mod:`halodet.models` need only torch and torchvision.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ from detectron2.utils.events import EventStorage
 from helpers import cached_config
 
 SMALL = [
-    "MODEL.HALONET.DEPTHS", "(1, 1, 1, 2)", "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.HALONET.NORM", "GN", "MODEL.FPN.NORM", "",
-    "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32", "INPUT.MASK_FORMAT", "bitmask",
+    "MODEL.HALONET.DEPTHS", "(1, 1, 1, 2)", "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.HALONET.NORM", "GN",
+    "MODEL.FPN.NORM", "",
+    "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
+    "INPUT.MASK_FORMAT", "bitmask",
 ]  # fmt: skip
 CONFIGS = [
     "mask_rcnn_halo_h4",

@@ -95,7 +95,8 @@ from halodet import HaloNet, halo_attention, register_mixer, build_mixer
 import halodet.attention, halodet.mixers, halodet.models
 maps = HaloNet("H0", out_features=["stem", "res4"])(torch.randn(1, 3, 65, 64))
 assert maps["res4"].shape == (1, 128, 5, 4)
-assert HaloNet("R50-SE", norm="FrozenBN", num_classes=3, out_features=["linear"])(torch.randn(1, 3, 64, 64))["linear"].shape == (1, 3)
+classifier = HaloNet("R50-SE", norm="FrozenBN", num_classes=3, out_features=["linear"])
+assert classifier(torch.randn(1, 3, 64, 64))["linear"].shape == (1, 3)
 import halodet
 try:
     halodet.Trainer

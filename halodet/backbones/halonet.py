@@ -52,7 +52,7 @@ class HaloNetBackbone(HaloNet, Backbone):
         }
 
     def freeze(self, freeze_at: int = 0) -> HaloNetBackbone:
-        """Freeze the stem (``freeze_at`` >= 1) and the stages res2 ... res``freeze_at``; batch norms become FrozenBatchNorm2d."""
+        """Freeze the first ``freeze_at`` parts (stem, res2, ...); their batch norms become FrozenBatchNorm2d."""
         for part in [self.stem, *self.stages][: max(0, freeze_at)]:
             part.requires_grad_(False)
             FrozenBatchNorm2d.convert_frozen_batchnorm(part)

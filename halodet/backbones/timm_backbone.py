@@ -27,18 +27,18 @@ _DEFAULT_STD = ([1.0, 1.0, 1.0], [57.375, 57.12, 58.395])
 class TimmBackbone(Backbone):
     """A timm network with attention (module ``byoanet``) as a backbone for images of any size.
 
-    The network is timm's own. Only layers that require a fixed size are replaced, with the same weights: timm's halo attention by
-    :class:`HaloMixer` with ``border="zero"``, its bottleneck attention by :class:`BoTNetMixer`. Parameters keep timm's names (``stem.*``,
-    ``stages.*``, ``final_conv.*``). At sizes that timm accepts, the feature maps are those of its ``features_only`` model; ``res5`` is
-    the output of ``final_conv`` where a network has one. Lambda layers and squeeze-excitation see the whole map including the padding of
-    a batch, as in timm.
+    The network is timm's own. Only layers that require a fixed size are replaced, with the same weights: timm's halo
+    attention by :class:`HaloMixer` with ``border="zero"``, its bottleneck attention by :class:`BoTNetMixer`. Parameters
+    keep timm's names (``stem.*``, ``stages.*``, ``final_conv.*``). At sizes that timm accepts, the feature maps are
+    those of its ``features_only`` model; ``res5`` is the output of ``final_conv`` where a network has one. Lambda
+    layers and squeeze-excitation see the whole map including the padding of a batch, as in timm.
 
     Args:
         name: timm's name of the network, with or without the tag of its weights (``"halonet50ts.a1h_in1k"``).
         in_channels: number of image channels.
         norm: ``"BN"``, ``"FrozenBN"`` or ``"SyncBN"``.
-        out_features: names of the feature maps to return, ``res2`` to ``res5`` at strides 4 to 32; stages after the last one named are
-            not built.
+        out_features: names of the feature maps to return, ``res2`` to ``res5`` at strides 4 to 32; stages after the
+            last one named are not built.
         drop_path_rate: drop path probability of the last block, rising linearly from 0 at the first block.
         freeze_at: number of frozen parts: 0 none, 1 the stem, 2 the stem and res2, ... 5 all.
         window: side of the windows of bottleneck attention, in pixels of its feature map; 0 for the whole map.
@@ -116,7 +116,7 @@ class TimmBackbone(Backbone):
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images (B, in_channels, H, W) to the feature maps in ``out_features``, each (B, channels, ceil(H / stride), ceil(W / stride))."""
+        """Map images (B, in_channels, H, W) to the feature maps in ``out_features``."""
         if x.dim() != 4:
             raise ValueError(f"TimmBackbone expects images (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
         if x.device.type == "cpu":
@@ -154,13 +154,13 @@ def pretrained_cfg(name: str) -> Any:
 
 
 def expected_input(name: str) -> tuple[str, list[float], list[float]]:
-    """Return INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (pixels in 0 to 255) that the timm weights ``name`` were trained with."""
+    """Return INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD that timm trained the weights ``name`` with."""
     known = pretrained_cfg(name)
     return "RGB", [round(255 * m, 3) for m in known.mean], [round(255 * s, 3) for s in known.std]
 
 
 def check_input(cfg: CfgNode) -> None:
-    """Compare the preprocessing in the config with that of its timm weights, unless MODEL.TIMM.CHECK_PREPROCESSING is False.
+    """Compare the preprocessing of ``cfg`` with that of its timm weights if MODEL.TIMM.CHECK_PREPROCESSING is set.
 
     Raises:
         ValueError: they differ; the message has the values of the weights.
@@ -172,14 +172,14 @@ def check_input(cfg: CfgNode) -> None:
     close = len(given) == 6 and all(abs(a - b) < 0.01 for a, b in zip(given, mean + std, strict=True))
     if cfg.INPUT.FORMAT != order or not close:
         raise ValueError(
-            f"INPUT.FORMAT={cfg.INPUT.FORMAT} MODEL.PIXEL_MEAN={list(cfg.MODEL.PIXEL_MEAN)} MODEL.PIXEL_STD={list(cfg.MODEL.PIXEL_STD)} "
-            f"are invalid for the weights of {cfg.MODEL.TIMM.NAME}: expected {order}, {mean} and {std}. Fix: set these values, or "
-            "MODEL.TIMM.CHECK_PREPROCESSING False to keep yours"
+            f"INPUT.FORMAT={cfg.INPUT.FORMAT} MODEL.PIXEL_MEAN={list(cfg.MODEL.PIXEL_MEAN)} "
+            f"MODEL.PIXEL_STD={list(cfg.MODEL.PIXEL_STD)} are invalid for the weights of {cfg.MODEL.TIMM.NAME}: "
+            f"expected {order}, {mean} and {std}. Fix: set these, or MODEL.TIMM.CHECK_PREPROCESSING False to keep yours"
         )
 
 
 def apply_pretrained_preprocessing(cfg: CfgNode) -> None:
-    """Set the channel order and normalization of the timm weights in ``cfg`` where it has default values; keep others."""
+    """Set the channel order and normalization of the timm weights in ``cfg`` if it has default values."""
     default = cfg.INPUT.FORMAT == "BGR" and list(cfg.MODEL.PIXEL_STD) in _DEFAULT_STD
     if cfg.MODEL.TIMM.CHECK_PREPROCESSING and default:
         order, mean, std = expected_input(cfg.MODEL.TIMM.NAME)
@@ -221,7 +221,7 @@ def _replace_attention(net: nn.Module, *, window: int, position: str, backend: s
             )
             if halo.pool != pooled:
                 raise ValueError(
-                    f"{path} of timm's network averages blocks of {theirs.block_size} pixels, which halodet does not support"
+                    f"{path} of timm's network averages blocks of {theirs.block_size} pixels, which is not supported"
                 )
         else:
             size = (theirs.pos_embed.height, theirs.pos_embed.width)

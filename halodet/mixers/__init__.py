@@ -1,7 +1,7 @@
 """Mixers: the operators between the two 1x1 convolutions of a bottleneck block.
 
-A mixer maps (B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)) for any H and W. To add one, subclass
-:class:`Mixer` and decorate the class with :func:`register_mixer`; nothing else has to be changed.
+A mixer maps (B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)) for any H and W. To add one,
+subclass :class:`Mixer` and decorate the class with :func:`register_mixer`; nothing else has to be changed.
 """
 
 from halodet.mixers.botnet import BoTNetMixer

@@ -17,14 +17,16 @@ POSITIONS = ("interpolate", "offset")
 class BoTNetMixer(Mixer):
     """Global self-attention of a bottleneck transformer, for feature maps of any size.
 
-    The relative position tables have the size of the feature map they were trained on. On a map of another size they are read by linear
-    interpolation: with ``"interpolate"`` the ends of a table correspond to the ends of the map, with ``"offset"`` a row corresponds to an
-    offset in pixels and offsets beyond the table use its last row. On a map of the table's own size both return the table itself.
+    The relative position tables have the size of the feature map they were trained on. On a map of another size they
+    are read by linear interpolation: with ``"interpolate"`` the ends of a table correspond to the ends of the map, with
+    ``"offset"`` a row corresponds to an offset in pixels and offsets beyond the table use its last row. On a map of the
+    table's own size both return the table itself.
 
-    Time and memory grow with the square of the number of pixels, and padding of a batch takes part in attention. With ``window > 0`` the
-    map is split into windows of that size, and attention stays within a window.
+    Time and memory grow with the square of the number of pixels, and padding of a batch takes part in attention. With
+    ``window > 0`` the map is split into windows of that size, and attention stays within a window.
 
-    Parameter names and the order of channels in ``qkv`` (queries of all heads, keys, values) are those of timm's ``BottleneckAttn``.
+    Parameter names and the order of channels in ``qkv`` (queries of all heads, keys, values) are those of timm's
+    ``BottleneckAttn``.
 
     Args:
         channels: number of input channels.
@@ -37,12 +39,14 @@ class BoTNetMixer(Mixer):
         qk_channels: number of channels of queries and keys over all heads; defaults to ``channels``.
         backend: attention backend, see :func:`halodet.attention.halo_attention`.
 
-    Options (``MODEL.HALONET.MIXER_OPTIONS.botnet``): ``table_size`` (defaults to the block size), ``window``, ``position``.
+    Options (``MODEL.HALONET.MIXER_OPTIONS.botnet``): ``table_size`` (defaults to the block size), ``window``,
+    ``position``.
 
     Raises:
         ValueError: the heads do not divide the channels, or a size, position or backend is invalid.
 
-    Source: Srinivas et al., Bottleneck Transformers for Visual Recognition, CVPR 2021 (arXiv 2101.11605); layout as in timm.
+    Source: Srinivas et al., Bottleneck Transformers for Visual Recognition, CVPR 2021 (arXiv 2101.11605); layout as in
+    timm.
     """
 
     is_attention = True
@@ -95,7 +99,7 @@ class BoTNetMixer(Mixer):
         self.pos_embed.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), with channels last in memory."""
+        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
         x = x.contiguous(memory_format=torch.channels_last)
         height, width = x.shape[-2:]
         weights = self.qkv.weight.split((self.qk_channels, self.qk_channels, self.out_channels))

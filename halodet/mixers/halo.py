@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class RelativePosition(nn.Module):
-    """Relative position tables of a window, shared by all heads: ``height_rel`` (2 * height - 1, d_qk), ``width_rel`` (2 * width - 1, d_qk)."""
+    """Relative position tables (2 * height - 1, depth) and (2 * width - 1, depth) of a window, shared by all heads."""
 
     def __init__(self, height: int, width: int, depth: int) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class RelativePosition(nn.Module):
 class HaloMixer(Mixer):
     """Blocked local self-attention with a halo, without bias and without an output projection.
 
-    Parameter names, and the order of channels in ``kv`` (keys, then values, inside each head), are those of timm's ``HaloAttn``, so that
-    its weights load unchanged.
+    Parameter names, and the order of channels in ``kv`` (keys, then values, inside each head), are those of timm's
+    ``HaloAttn``, so that its weights load unchanged.
 
     Args:
         channels: number of input channels.
         value_channels: number of channels of the values over all heads, which is the number of output channels.
-        stride: 1 or 2. With 2, every second query in each direction is kept; if ``block_size`` is odd, the output of stride 1 is
-            averaged over 2x2 pixels instead.
+        stride: 1 or 2. With 2, every second query in each direction is kept; if ``block_size`` is odd, the output of
+            stride 1 is averaged over 2x2 pixels instead.
         num_heads: number of heads; divides the channels of queries and of values.
         block_size: side of a block in pixels.
         halo_size: width of the halo around a block in pixels.
@@ -72,8 +72,8 @@ class HaloMixer(Mixer):
         qk_channels = channels if qk_channels is None else qk_channels
         if block_size < 1 or halo_size < 0:
             raise ValueError(
-                f"block_size={block_size} with halo_size={halo_size} is invalid: expected a block of at least 1 pixel and a halo of "
-                "at least 0"
+                f"block_size={block_size} with halo_size={halo_size} is invalid: expected a block of at least 1 pixel "
+                "and a halo of at least 0"
             )
         if border not in BORDERS:
             raise ValueError(f"border={border!r} is invalid: expected one of {', '.join(BORDERS)}")
@@ -110,9 +110,9 @@ class HaloMixer(Mixer):
         self.pos_embed.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), with channels last in memory."""
-        # Attention and 1x1 convolutions both prefer channels last. Keys and values are projected separately because splitting one map
-        # would copy their gradients into one again.
+        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
+        # Attention and 1x1 convolutions both prefer channels last. Keys and values are projected separately because
+        # splitting one map would copy their gradients into one again.
         x = x.contiguous(memory_format=torch.channels_last)
         weights = self.kv.weight.unflatten(0, (self.num_heads, -1)).split((self.depth, self.value_depth), dim=1)
         maps = (self.q(x), *(F.conv2d(x, weight.flatten(0, 1)) for weight in weights))
@@ -133,7 +133,8 @@ class HaloMixer(Mixer):
 
     def extra_repr(self) -> str:
         stride = 2 if self.pool else self.query_stride
-        return f"heads={self.num_heads}, block={self.block_size}, halo={self.halo_size}, border={self.border!r}, stride={stride}"
+        sizes = f"heads={self.num_heads}, block={self.block_size}, halo={self.halo_size}"
+        return f"{sizes}, border={self.border!r}, stride={stride}"
 
     def rel_pos_layout(self) -> dict[str, int]:
         return {"block_size": self.block_size, "halo_size": self.halo_size}
@@ -151,7 +152,8 @@ def check_heads(num_heads: int, qk_channels: int, value_channels: int) -> None:
     """Raise ValueError if the heads do not divide the channels."""
     if num_heads < 1 or qk_channels % num_heads or value_channels % num_heads:
         raise ValueError(
-            f"num_heads={num_heads} is invalid: expected a divisor of the {qk_channels} channels of queries and the {value_channels} of values"
+            f"num_heads={num_heads} is invalid: expected a divisor of the {qk_channels} channels of queries and the "
+            f"{value_channels} of values"
         )
 
 
@@ -162,5 +164,5 @@ def check_backend(backend: str) -> None:
 
 
 def average_2x2(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)); at an odd border the mean covers only the pixels inside the map."""
+    """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)); a mean covers only pixels inside the map."""
     return F.avg_pool2d(x, 2, 2, ceil_mode=True)

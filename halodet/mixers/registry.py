@@ -18,7 +18,8 @@ class MixerSpec:
 
     Args:
         channels: number of input channels.
-        value_channels: number of channels of attention values, which is the number of output channels of an attention mixer.
+        value_channels: number of channels of attention values, which is the number of output channels of an attention
+            mixer.
         stride: stride of the output, 1 or 2.
         num_heads: number of attention heads.
         block_size: side of an attention block in pixels.
@@ -56,13 +57,17 @@ class MixerSpec:
 
 
 class Mixer(nn.Module):
-    """Base class of mixers: (B, channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)) for any H and W.
+    """Base class of mixers.
 
-    A subclass sets ``out_channels``, implements :meth:`from_spec` and ``forward``, and overrides what other parts of halodet ask of it.
+    A mixer maps (B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)) for any H and W.
+
+    A subclass sets ``out_channels``, implements :meth:`from_spec` and ``forward``, and overrides what other parts of
+    halodet ask of it.
 
     Attributes:
         out_channels: number of output channels.
-        is_attention: whether the mixer is attention. If not, and ``conv.weight`` is a 3x3 kernel, the weights of a ResNet are loaded into it.
+        is_attention: whether the mixer is attention. If not, and ``conv.weight`` is a 3x3 kernel, the weights of a
+            ResNet are loaded into it.
         rel_pos_tables: names of the relative position tables among the mixer's parameters. They get
             ``SOLVER.WEIGHT_DECAY_REL_POS`` and are resized when a checkpoint is loaded.
     """
@@ -81,7 +86,7 @@ class Mixer(nn.Module):
         return set(self.rel_pos_tables)
 
     def rel_pos_layout(self) -> dict[str, int]:
-        """Return the sizes that give the rows of the tables their meaning; they are saved with a checkpoint. Empty for none."""
+        """Return the sizes that determine the rows of the tables; they are saved with a checkpoint."""
         return {}
 
     def infer_rel_pos_layout(self, rows: int, metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -96,7 +101,7 @@ class Mixer(nn.Module):
             return own
 
     def resize_rel_pos(self, table: Tensor, layout: Mapping[str, int]) -> Tensor:
-        """Return a checkpoint's ``table`` with the given layout, resized to this mixer. The default returns it unchanged."""
+        """Resize a checkpoint's ``table`` from ``layout`` to this mixer; the default returns it unchanged."""
         return table
 
 

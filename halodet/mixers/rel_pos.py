@@ -15,9 +15,9 @@ KNOWN = ((7, 2), (8, 2), (8, 3), (8, 4), (10, 3), (12, 2), (14, 2), (32, 3))
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize a table (2 * window - 1, d_qk) from (block, halo) ``old`` to ``new`` so that every offset keeps its row.
 
-    Row r of the table of ``window = block + 2 * halo`` belongs to a key r - (window - 1) - halo pixels after its query (see
-    :mod:`halodet.attention.reference`). Only offsets from -(block - 1) - halo to block - 1 + halo occur. Offsets that do
-    not occur in the old window take the nearest row that does.
+    Row r of the table of ``window = block + 2 * halo`` belongs to a key r - (window - 1) - halo pixels after its query
+    (see :mod:`halodet.attention.reference`). Only offsets from -(block - 1) - halo to block - 1 + halo occur. Offsets
+    that do not occur in the old window take the nearest row that does.
     """
     (old_block, old_halo), (new_block, new_halo) = old, new
     old_window, new_window = old_block + 2 * old_halo, new_block + 2 * new_halo

@@ -18,12 +18,13 @@ def check_stages(stages: Sequence[str], known: Sequence[str], key: str) -> None:
 
 
 def run_stage(stage: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
-    """Return ``stage(x)`` for a sequence of blocks; with ``recompute`` and while gradients are enabled, activations inside its blocks are not kept.
+    """Return ``stage(x)``; with ``recompute``, recompute the activations inside its blocks in the backward pass.
 
-    Losses, gradients and running statistics equal those of the plain stage: random number states are restored for the second pass, and
-    batch norms ignore it.
+    Losses, gradients and running statistics equal those of the plain stage: random number states are restored for the
+    second pass, and batch norms ignore it.
 
-    Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016 (arXiv 1604.06174), through torch.utils.checkpoint.
+    Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016 (arXiv 1604.06174), through
+    torch.utils.checkpoint.
     """
     if not (recompute and stage.training and torch.is_grad_enabled()):
         return stage(x)
@@ -42,7 +43,8 @@ def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, cont
 
 @contextlib.contextmanager
 def _keep_statistics(block: nn.Module) -> Iterator[None]:
-    # Not track_running_stats: Detectron2's NaiveSyncBatchNorm ignores it, and PyTorch's norms save fewer tensors without it.
+    # Not track_running_stats: Detectron2's NaiveSyncBatchNorm ignores it, and PyTorch's norms save fewer tensors
+    # without it.
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

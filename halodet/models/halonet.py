@@ -47,7 +47,7 @@ class ConvNorm(nn.Sequential):
 
 
 class Stem(nn.Module):
-    """7x7 convolution and 3x3 max pooling, each of stride 2: (B, in_channels, H, W) -> (B, channels, ceil(H / 4), ceil(W / 4))."""
+    """7x7 convolution and 3x3 pooling of stride 2: (B, in_channels, H, W) -> (B, channels, ceil(H / 4), ceil(W / 4))."""
 
     def __init__(
         self, in_channels: int, channels: int, *, norm: NormLayer, activation: Callable[..., nn.Module]
@@ -116,7 +116,7 @@ class Bottleneck(nn.Module):
 
 
 class Head(nn.Module):
-    """Classifier head: optional 1x1 convolution, global average pooling, linear layer: (B, in_channels, H, W) -> (B, num_classes)."""
+    """Optional 1x1 convolution, global average pooling, linear layer: (B, in_channels, H, W) -> (B, num_classes)."""
 
     def __init__(
         self,
@@ -143,9 +143,10 @@ class Head(nn.Module):
 class HaloNet(nn.Module):
     """HaloNet: a ResNet in which halo attention replaces the 3x3 convolutions of some stages.
 
-    The forward pass maps images (B, in_channels, H, W) of any size to a dict of the feature maps named in ``out_features``: ``stem`` and
-    ``res2`` at stride 4, ``res3``, ``res4`` and ``res5`` at strides 8, 16 and 32, each (B, channels, ceil(H / stride), ceil(W / stride)).
-    With ``num_classes`` there is also ``linear``, the logits (B, num_classes).
+    The forward pass maps images (B, in_channels, H, W) of any size to a dict of the feature maps named in
+    ``out_features``: ``stem`` and ``res2`` at stride 4, ``res3``, ``res4`` and ``res5`` at strides 8, 16 and 32, each
+    (B, channels, ceil(H / stride), ceil(W / stride)). With ``num_classes`` there is also ``linear``, the logits (B,
+    num_classes).
 
     Args:
         variant: architecture, or its name in :data:`VARIANTS`.
@@ -165,7 +166,8 @@ class HaloNet(nn.Module):
     Raises:
         ValueError: an unknown name, or mixers, depths, heads or channels that do not match.
 
-    Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021 (arXiv 2103.12731).
+    Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021 (arXiv
+    2103.12731).
     """
 
     def __init__(
@@ -261,7 +263,8 @@ class HaloNet(nn.Module):
         if x.dim() != 4:
             raise ValueError(f"HaloNet expects images (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
         if x.device.type == "cpu":
-            # Convolutions on the CPU are faster with channels last, and attention uses it too, so that no map is transposed.
+            # Convolutions on the CPU are faster with channels last, and attention uses it too, so that no map is
+            # transposed.
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         maps = {"stem": x}
@@ -292,7 +295,7 @@ def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:
 def _whole(channels: float, name: str, variant: HaloNetVariant) -> int:
     if channels != int(channels) or channels < 1:
         raise ValueError(
-            f"{name}={getattr(variant, name)} with base_width={variant.base_width} is invalid: {channels} channels are not a positive "
-            "whole number"
+            f"{name}={getattr(variant, name)} with base_width={variant.base_width} is invalid: expected a positive "
+            f"whole number of channels, got {channels}"
         )
     return int(channels)

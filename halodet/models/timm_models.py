@@ -1,8 +1,9 @@
 """Registration of every row of VARIANTS with timm, so that timm's training script can pretrain it on ImageNet.
 
-Importing this module registers ``halodet_halonet_h0`` to ``halodet_halonet_h7``, ``halodet_r50_se``, ``halodet_r50_se_halo_b8h3`` and so
-on. They are the networks of the detectors (convolutions in stages 1 and 2, ``border="mask"``), so that the weights fit a detector;
-``mixers=["halo", "halo", "halo", "halo"]`` gives the all-attention form. There are no pretrained weights.
+Importing this module registers ``halodet_halonet_h0`` to ``halodet_halonet_h7``, ``halodet_r50_se``,
+``halodet_r50_se_halo_b8h3`` and so on. They are the networks of the detectors (convolutions in stages 1 and 2,
+``border="mask"``), so that the weights fit a detector; ``mixers=["halo", "halo", "halo", "halo"]`` gives the
+all-attention form. There are no pretrained weights.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ _IMAGE_SIZES = {"H3": 320, "H4": 384, "H5": 448, "H6": 512, "H7": 600}
 
 
 class HaloNetClassifier(HaloNet):
-    """The classifier form of :class:`HaloNet` with timm's interface: images (B, in_chans, H, W) of any size -> logits (B, num_classes).
+    """The classifier form of :class:`HaloNet` with timm's interface.
 
-    Its parameters have the names of ``HaloNet(num_classes=...)``.
+    It maps images (B, in_chans, H, W) of any size to logits (B, num_classes). Its parameters have the names
+    of ``HaloNet(num_classes=...)``.
 
     Args:
         variant: name of a row of VARIANTS.
@@ -63,8 +65,9 @@ class HaloNetClassifier(HaloNet):
     ) -> None:
         unknown = sorted(set(overrides) - set(_FIELDS))
         if unknown:
+            value = overrides[unknown[0]]
             raise ValueError(
-                f"{unknown[0]}={overrides[unknown[0]]!r} is invalid: expected an argument of timm or one of {', '.join(_FIELDS)}"
+                f"{unknown[0]}={value!r} is invalid: expected an argument of timm or one of {', '.join(_FIELDS)}"
             )
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate={drop_rate} is invalid: expected at least 0 and less than 1")
@@ -133,7 +136,7 @@ class HaloNetClassifier(HaloNet):
         return {f"{name}.{parameter}" for name, mixer in mixers for parameter in mixer.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the layers of timm's layer-wise learning rate decay: the stem, each block (``coarse``: each stage), the head."""
+        """Return the layers of timm's layer decay: the stem, each block (``coarse``: each stage) and the head."""
         block = r"^res(\d+)" if coarse else r"^res(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(block, None), (r"^head\.final", (99999,))]}
 
@@ -176,7 +179,8 @@ def _register(name: str, variant: str) -> None:
     def model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if kwargs.get("features_only"):
             raise ValueError(
-                f"features_only=True is invalid for {name}: expected False. Fix: use halodet.HaloNet({variant!r}), which returns feature maps"
+                f"features_only=True is invalid for {name}: expected False. Fix: use halodet.HaloNet({variant!r}), "
+                "which returns feature maps"
             )
         return build_model_with_cfg(functools.partial(HaloNetClassifier, variant), name, pretrained, **kwargs)
 

@@ -1,9 +1,10 @@
-"""Variants of HaloNet as data: H0 to H7, detection hybrids (ResNet-SE with attention in the last stage) and their baselines.
+"""Variants of HaloNet: H0 to H7, detection hybrids (ResNet-SE with attention in the last stage) and their baselines.
 
-The columns of H0 to H7 (block size b, halo size h, value ratio r_v, bottleneck ratio r_b, blocks in stage 3 l3, final width d_f) are
-those of keras_cv_attention_models and give its parameter counts. The rows here are the detection form, with convolutions in stages 1 and
-2 and attention in stages 3 and 4; ``mixers=("halo",) * 4`` is the all-attention form. Where sources disagree or say nothing (activation,
-border, squeeze-excitation in attention blocks) the value is this project's choice.
+The columns of H0 to H7 (block size b, halo size h, value ratio r_v, bottleneck ratio r_b, blocks in stage 3 l3, final
+width d_f) are those of keras_cv_attention_models and give its parameter counts. The rows here are the detection form,
+with convolutions in stages 1 and 2 and attention in stages 3 and 4; ``mixers=("halo",) * 4`` is the all-attention form.
+Where sources disagree or say nothing (activation, border, squeeze-excitation in attention blocks) the value is this
+project's choice.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 class HaloNetVariant:
     """Architecture of a HaloNet.
 
-    Stage s (0 to 3) has width ``w = base_width * 2**s``. Its blocks are a 1x1 convolution to w channels, a mixer (attention values have
-    ``w * value_ratio`` channels) and a 1x1 convolution to ``w * bottleneck_ratio`` channels.
+    Stage s (0 to 3) has width ``w = base_width * 2**s``. Its blocks are a 1x1 convolution to w channels, a mixer
+    (attention values have ``w * value_ratio`` channels) and a 1x1 convolution to ``w * bottleneck_ratio`` channels.
 
     Args:
         depths: number of blocks in each stage.

@@ -27,7 +27,8 @@ _LAYER = re.compile(r"(stem|res\d+\.\d+|stages\.\d+\.\d+)\.")
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of SOLVER.OPTIMIZER for the trainable parameters of ``model``, and log its parameter groups.
 
-    Learning rates and weight decays are Detectron2's (BASE_LR, BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS), except:
+    Learning rates and weight decays are Detectron2's (BASE_LR, BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM,
+    WEIGHT_DECAY_BIAS), except:
     learning rates of the bottom-up network are multiplied by :func:`lr_factors`, relative position tables have
     SOLVER.WEIGHT_DECAY_REL_POS, and other parameters in a mixer's :meth:`Mixer.no_weight_decay` have none.
 
@@ -71,15 +72,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """Return the learning rate multiplier of each parameter of the bottom-up network by name; empty if all are 1.
 
-    The multiplier is SOLVER.BACKBONE_MULTIPLIER * SOLVER.LR_LAYER_DECAY ** d. The distance d is 1 for the last block, one more for each
-    block before it, and one more than that of the first block for the stem. Parameters after the last block (timm's final_conv) have
-    its multiplier.
+    The multiplier is SOLVER.BACKBONE_MULTIPLIER * SOLVER.LR_LAYER_DECAY ** d. The distance d is 1 for the last block,
+    one more for each block before it, and one more than that of the first block for the stem. Parameters after the last
+    block (timm's final_conv) have its multiplier.
 
     Raises:
         ValueError: a multiplier other than 1 is set and ``model`` has no backbone, or its layers have unknown names.
 
-    Source: timm's param_groups_layer_decay; Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, ECCV 2022
-    (arXiv 2203.16527).
+    Source: timm's param_groups_layer_decay; Li et al., Exploring Plain Vision Transformer Backbones for Object
+    Detection, ECCV 2022 (arXiv 2203.16527).
     """
     multiplier, decay = cfg.SOLVER.BACKBONE_MULTIPLIER, cfg.SOLVER.LR_LAYER_DECAY
     if multiplier == decay == 1:
@@ -87,8 +88,8 @@ def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     layers = _backbone_layers(model)
     if not layers:
         raise ValueError(
-            f"SOLVER.BACKBONE_MULTIPLIER={multiplier} SOLVER.LR_LAYER_DECAY={decay} are invalid: expected a model with parameters under "
-            "'backbone.'. Fix: set both to 1.0"
+            f"SOLVER.BACKBONE_MULTIPLIER={multiplier} SOLVER.LR_LAYER_DECAY={decay} are invalid: expected a model with "
+            "parameters under 'backbone.'. Fix: set both to 1.0"
         )
     if decay == 1:
         return dict.fromkeys(layers, multiplier)
@@ -97,8 +98,8 @@ def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         prefix = _backbone_prefix(layers)
         parts = dict.fromkeys(name.removeprefix(prefix).partition(".")[0] for name in layers)
         raise ValueError(
-            f"SOLVER.LR_LAYER_DECAY={decay} is invalid: expected a backbone with layers named stem, res2.0, res2.1, ... or stem, "
-            f"stages.0.0, ..., got {', '.join(parts)}. Fix: set it to 1.0"
+            f"SOLVER.LR_LAYER_DECAY={decay} is invalid: expected a backbone with layers named stem, res2.0, ... or "
+            f"stem, stages.0.0, ..., got {', '.join(parts)}. Fix: set it to 1.0"
         )
     return {name: multiplier * decay ** (len(order) - order.index(layer)) for name, layer in layers.items()}
 
@@ -120,7 +121,7 @@ def _mixer_weight_decay(cfg: CfgNode, model: nn.Module) -> list[dict]:
 
 
 def _backbone_layers(model: nn.Module) -> dict[str, str]:
-    """Return the layer of each parameter of the bottom-up network: empty before the first layer, the last one after it."""
+    """Return the layer of each backbone parameter: empty before the first layer, the last one after it."""
     names = [name for name, _ in model.named_parameters()]
     prefix = _backbone_prefix(names)
     layers, layer = {}, ""

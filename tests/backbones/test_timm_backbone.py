@@ -14,14 +14,15 @@ from torch import nn
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
 NETWORKS = (
-    "eca_halonext26ts.c1_in1k", "halo2botnet50ts_256.a1h_in1k", "halonet26t.a1h_in1k", "halonet50ts.a1h_in1k", "haloregnetz_b.ra3_in1k",
+    "eca_halonext26ts.c1_in1k", "halo2botnet50ts_256.a1h_in1k", "halonet26t.a1h_in1k", "halonet50ts.a1h_in1k",
+    "haloregnetz_b.ra3_in1k",
     "lamhalobotnet50ts_256.a1h_in1k", "sehalonet33ts.ra2_in1k",
 )  # fmt: skip
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
 def randomize(net, size):
-    """Weights as training could leave them: norms that differ from channel to channel, statistics near those of what passes."""
+    """Set batch norms that differ between channels, with statistics close to those of the features."""
     generator = torch.Generator().manual_seed(1)
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
@@ -32,7 +33,8 @@ def randomize(net, size):
         net.train()(torch.randn(2, 3, size, size, generator=generator))
     for m in norms:
         m.momentum = 0.1
-        # With random weights attention is nearly the mean of its window: a variance as small as that of its output would magnify rounding.
+        # With random weights attention is nearly the mean of its window: a variance as small as that of its output
+        # would magnify rounding.
         m.running_var += m.running_mean.square().mean()
         m.running_mean += 0.1 * m.running_var.sqrt() * torch.randn(m.running_mean.shape, generator=generator)
         m.running_var *= 0.8 + 0.4 * torch.rand(m.running_var.shape, generator=generator)
@@ -105,7 +107,8 @@ def test_any_size_has_strides_and_gradients(name, one_thread):
 def test_pixels_outside_an_image_are_zeros(name, last, one_thread):
     """Far enough from its end, an image gives what timm gives for it on a larger black ground.
 
-    Far enough: where timm's maps do not change when the ground is noise. Squeeze-excitation, which looks at the whole map, is left out.
+    Far enough: where timm's maps do not change when the ground is noise. Squeeze-excitation, which looks at the whole
+    map, is left out.
     """
     net, ours = timm.create_model(name), TimmBackbone(name, norm="BN").double().eval()
     for model in (net, ours):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 class ToyMixer(Mixer):
-    """Separable depthwise convolution whose kernel is a table over relative positions, with a norm and an activation."""
+    """Separable depthwise convolution whose kernel is a relative position table, with a norm and an activation."""
 
     is_attention = True  # 3x3 weights of a ResNet have no place here
     rel_pos_tables = ("table",)

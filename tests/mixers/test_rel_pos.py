@@ -1,4 +1,4 @@
-"""Relative position tables for another block or halo: the same offset keeps its row, seen in the tables and in attention's output."""
+"""Relative position tables resized to another block or halo size: every offset keeps its row."""
 
 from halodet.mixers.halo import HaloMixer
 from halodet.mixers.rel_pos import KNOWN, infer_block_and_halo, resize_table
@@ -38,7 +38,7 @@ def test_every_offset_keeps_its_row_and_new_ones_take_the_nearest(old, new):
     [((4, 1), (4, 3), 4), ((4, 3), (4, 1), 4), ((4, 3), (8, 3), 4), ((4, 4), (8, 2), 8), ((8, 3), (4, 4), 8)],
 )
 def test_attention_gives_the_same_where_both_see_the_whole_map(old, new, side):
-    """Keys outside the map are masked, and the map is so small that either window holds all of it: only the tables can differ."""
+    """Both windows cover the whole small map and keys outside it are masked, so that only the tables can differ."""
     torch.manual_seed(0)
     made = dict(num_heads=2, border="mask", backend="reference")
     source = HaloMixer(8, 8, block_size=old[0], halo_size=old[1], **made).double()

@@ -30,7 +30,8 @@ def count(model):
 def randomize(model, seed=0):
     """Non-trivial norms: a fresh network's zero gammas would hide whatever its branches do.
 
-    The gammas are below one, as deep attention with random weights turns rounding errors into chaos where its logits are large.
+    The gammas are below one, as deep attention with random weights turns rounding errors into chaos where its logits
+    are large.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -63,7 +64,8 @@ def test_h1_equals_timm_with_its_weights():
     assert count(ours) == count(theirs) == 8_100_056
 
     names = {
-        "stem.conv1.bn.": "stem.conv1.norm.", "stages.0.": "res2.", "stages.1.": "res3.", "stages.2.": "res4.", "stages.3.": "res5.",
+        "stem.conv1.bn.": "stem.conv1.norm.", "stages.0.": "res2.", "stages.1.": "res3.", "stages.2.": "res4.",
+        "stages.3.": "res5.",
         "conv1_1x1.bn.": "conv1.norm.", "conv1_1x1.": "conv1.", "conv3_1x1.bn.": "conv3.norm.", "conv3_1x1.": "conv3.",
         "self_attn.": "mixer.", "post_attn.": "norm2.", "shortcut.bn.": "shortcut.norm.", "head.fc.": "head.linear.",
     }  # fmt: skip
@@ -109,7 +111,7 @@ def test_every_variant_runs_at_a_size_no_block_divides(name):
 
 
 def test_padding_of_a_batch_reaches_no_further_than_the_windows():
-    """Zeros added on the right, as for a wider image in the same batch, leave what lies far from them exactly as it was."""
+    """Zeros on the right, as for a wider image in the same batch, do not change features far from them."""
     variant = dataclasses.replace(
         SMALL, depths=(1, 1, 1, 1), mixers=("conv", "conv", "halo", "halo"), block_size=2, halo_size=1
     )

@@ -75,8 +75,10 @@ def test_logits_equal_those_of_halonet_at_any_size():
 
 def test_arguments_of_timms_training_script():
     model = timm.create_model(
-        "halodet_r50_se_halo_b8h3", pretrained=False, in_chans=1, num_classes=10, drop_rate=0.3, drop_path_rate=0.2, drop_block_rate=None,
-        global_pool=None, bn_momentum=0.3, bn_eps=1e-3, scriptable=False, checkpoint_path="", mixers=["conv", "conv", "conv", "conv"],
+        "halodet_r50_se_halo_b8h3", pretrained=False, in_chans=1, num_classes=10, drop_rate=0.3, drop_path_rate=0.2,
+        drop_block_rate=None,
+        global_pool=None, bn_momentum=0.3, bn_eps=1e-3, scriptable=False, checkpoint_path="", mixers=["conv", "conv",
+        "conv", "conv"],
         base_width=8, num_heads=(1, 1, 1, 1), se_ratio=0.25,
     )  # fmt: skip
     assert model.variant.mixers == ("conv",) * 4 and model.variant.se_ratio == 0.25 and model.num_classes == 10

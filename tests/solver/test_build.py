@@ -18,7 +18,8 @@ from torch import nn
 
 TINY = [
     "MODEL.HALONET.DEPTHS", "(1, 2, 2, 1)", "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.FPN.OUT_CHANNELS", "16",
-    "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "SOLVER.BASE_LR", "0.01", "SOLVER.WEIGHT_DECAY", "0.05",
+    "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "SOLVER.BASE_LR", "0.01",
+    "SOLVER.WEIGHT_DECAY", "0.05",
 ]  # fmt: skip
 HALO = ("mask_rcnn_halo_h0", ["stem", "res2.0", "res3.0", "res3.1", "res4.0", "res4.1", "res5.0"])
 RESNET = (
@@ -279,8 +280,10 @@ def other_backbone(monkeypatch):
     def build_a_regnet(cfg, input_shape: ShapeSpec):
         maps = ["s1", "s2", "s3", "s4"]
         network = AnyNet(
-            stem_class=SimpleStem, stem_width=8, block_class=ResBottleneckBlock, depths=[1] * 4, widths=[8] * 4, group_widths=[8] * 4,
-            strides=[2] * 4, bottleneck_ratios=[1] * 4, se_ratio=0, activation_class=nn.ReLU, norm="BN", out_features=maps,
+            stem_class=SimpleStem, stem_width=8, block_class=ResBottleneckBlock, depths=[1] * 4, widths=[8] * 4,
+            group_widths=[8] * 4,
+            strides=[2] * 4, bottleneck_ratios=[1] * 4, se_ratio=0, activation_class=nn.ReLU, norm="BN",
+            out_features=maps,
         )  # fmt: skip
         return FPN(network, maps, 16, top_block=LastLevelMaxPool())
 
