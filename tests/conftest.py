@@ -34,15 +34,18 @@ TINY = [
 
 
 def pytest_collection_modifyitems(items):
-    """Keep each file on one worker, because its fixtures are made once; files of one group stay together.
+    """Assign tests to the workers of pytest-xdist.
 
-    Files with slow tests and those of processes come first, so that no worker is left with one of them in the end.
+    Tests that start or signal processes run one after the other; each other file stays on one worker, because its fixtures
+    are made once. Long files come first, so that no worker is left alone with one of them.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
+        distributed = item.get_closest_marker("distributed")
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(Path(__file__).parent))))
-    items.sort(key=lambda item: (item.get_closest_marker("distributed") is None, item.path not in slow))
+            group = "processes" if distributed else str(item.path.relative_to(Path(__file__).parent))
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (not item.get_closest_marker("distributed"), item.path not in slow))
 
 
 @pytest.fixture
