@@ -1,78 +1,109 @@
 #!/usr/bin/env python3
-"""Curves of one run or several in one picture, one panel for each metric, from the metrics.json that training writes into OUTPUT_DIR.
+"""Plot the metrics.json of one or several runs, one panel per metric, and print the last and the best values.
 
-    python tools/plot_metrics.py --runs pretrained=output/a "from scratch=output/b" --metric bbox/AP segm/AP --output ap.png
+    python tools/plot_metrics.py --runs pretrained=output/a "from scratch=output/b" --metric bbox/AP segm/AP
 
-Without --metric these are all losses, the rate, and the AP of boxes and masks; where averaged weights (MODEL.EMA) were evaluated too, their
-AP is drawn dashed. The ending of --output says the format: png, svg, pdf and others.
-The last and the best value of each run are printed. For losses the best is the lowest, for anything else the highest.
+The default metrics are all losses, the learning rate, and the AP of boxes and masks, with the AP of averaged weights
+(MODEL.EMA) dashed. The best value is the lowest of a loss and the highest of any other metric. The suffix of --output
+selects the format.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from halodet.benchmark.chart import draw_curves, known_formats
-from halodet.engine.metrics_file import MetricsError, read_metrics
+from halodet.errors import HalodetError
 
 from tabulate import tabulate
 
-APS = ("bbox/AP", "segm/AP")
+AP = ("bbox/AP", "segm/AP")
+Curves = Mapping[str, Mapping[int, float]]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--runs", nargs="+", required=True, metavar="NAME=OUTPUT_DIR", help="runs, and their names in the picture"
-    )
-    parser.add_argument("--metric", nargs="+", metavar="NAME", help="as in metrics.json (losses, rate and AP)")
-    parser.add_argument("--title", default="", help="of the picture (none)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("metrics.png"), metavar="FILE", help="picture to write (metrics.png)"
-    )
+    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=OUTPUT_DIR", help="runs with their labels")
+    parser.add_argument("--metric", nargs="+", metavar="NAME", help="names in metrics.json (losses, lr and AP)")
+    parser.add_argument("--title", default="", help="title of the figure (none)")
+    parser.add_argument("--output", type=Path, default=Path("metrics.png"), metavar="FILE", help="image (metrics.png)")
     args = parser.parse_args(argv)
     named = [run.partition("=") for run in args.runs]
     for run, (name, _, folder) in zip(args.runs, named, strict=True):
         if not name or not folder:
-            parser.error(f"--runs got {run!r}, expected NAME=OUTPUT_DIR")
+            parser.error(f"--runs {run} is invalid: expected NAME=OUTPUT_DIR")
+    names = ", ".join(name for name, _, _ in named)
     if len({name for name, _, _ in named}) < len(named):
-        parser.error(f"--runs has a name twice: {', '.join(name for name, _, _ in named)}")
+        parser.error(f"--runs {names} is invalid: expected different names")
     if args.output.suffix.lstrip(".").lower() not in known_formats():
-        parser.error(f"--output {args.output} ends in no known format: these are {', '.join(known_formats())}")
+        parser.error(f"--output {args.output} is invalid: expected a suffix out of {', '.join(known_formats())}")
     try:
         args.curves = {name: read_metrics(folder) for name, _, folder in named}
-    except MetricsError as error:
+    except HalodetError as error:
         parser.error(str(error))
     args.dashed = {}
     if args.metric is None:
-        args.metric, args.dashed = usual(args.curves), {ap: f"ema/{ap}" for ap in APS}
+        args.metric, args.dashed = default_metrics(args.curves), {ap: f"ema/{ap}" for ap in AP}
         if not args.metric:
-            parser.error(
-                f"the runs have no loss, rate or AP: name a --metric, one of {', '.join(sorted(set().union(*args.curves.values())))}"
-            )
+            known = ", ".join(sorted(set().union(*args.curves.values())))
+            parser.error(f"--metric is missing: the runs have no loss, lr or AP. Fix: name one of {known}")
         return args
     args.metric = list(dict.fromkeys(args.metric))
     for name, metrics in args.curves.items():
-        missing = [metric for metric in args.metric if metric not in metrics]
+        missing = ", ".join(metric for metric in args.metric if metric not in metrics)
         if missing:
-            parser.error(f"run {name} has no metric {', '.join(missing)}: it has {', '.join(sorted(metrics))}")
+            parser.error(f"--metric {missing} is invalid for run {name}: expected one of {', '.join(sorted(metrics))}")
     return args
 
 
-def usual(runs: dict[str, dict[str, dict[int, float]]]) -> list[str]:
-    """Losses, rate and AP, as far as a run has them; those that tell most come first."""
+def read_metrics(folder: str | Path) -> dict[str, dict[int, float]]:
+    """Read the metrics.json that Detectron2 writes, as name -> iteration -> value in rising order of iterations.
+
+    A killed run leaves an incomplete line, to which the resumed run appends; the incomplete part is ignored. If an
+    iteration occurs again, the run was resumed from an earlier checkpoint: later values of the first run are dropped.
+
+    Raises:
+        HalodetError: the file cannot be read or has no metrics.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise HalodetError(f"{path} cannot be read ({error.strerror}). Fix: give the OUTPUT_DIR of a run") from error
+    metrics: dict[str, dict[int, float]] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line[max(0, line.rfind("{")) :])  # entries are flat: the last brace begins the last one
+            iteration = entry.pop("iteration")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        if not isinstance(iteration, int):
+            continue
+        for name, value in entry.items():
+            if isinstance(value, int | float):
+                points = metrics.setdefault(name, {})
+                while points and next(reversed(points)) >= iteration:
+                    points.popitem()
+                points[iteration] = float(value)
+    if not metrics:
+        raise HalodetError(f"{path} has no metrics in its {len(lines)} lines: expected the metrics.json of a run")
+    return metrics
+
+
+def default_metrics(runs: Mapping[str, Curves]) -> list[str]:
+    """Return the losses, learning rate and AP that a run has, the most important ones first."""
     known = set().union(*runs.values())
     losses = sorted(name for name in known if "loss" in name and name != "total_loss")
-    return [name for name in ("total_loss", "lr", *APS, *losses) if name in known]
+    return [name for name in ("total_loss", "lr", *AP, *losses) if name in known]
 
 
-def curves_of(
-    runs: dict[str, dict[str, dict[int, float]]], metrics: dict[str, str]
-) -> dict[str, dict[str, dict[int, float]]]:
-    """Panel -> name of its metric, as panel -> run -> the metric's curve, of the runs that have it."""
+def select(runs: Mapping[str, Curves], metrics: Mapping[str, str]) -> dict[str, Curves]:
+    """Return panel -> run -> curve for ``metrics``, which maps panels to the names of their metrics."""
     return {
         panel: {name: curves[metric] for name, curves in runs.items() if metric in curves}
         for panel, metric in metrics.items()
@@ -80,21 +111,17 @@ def curves_of(
 
 
 def unit(metric: str) -> str:
-    """What a metric of Detectron2's, or halodet's, is measured in; empty where it is a bare number."""
+    """Return the unit of a metric; empty for a bare number."""
     name = metric.rpartition("/")[2]
     if name.startswith(("AP", "AR")):
         return "percent"
-    units = {
-        "lr": "learning rate",
-        "images_per_second": "images per second",
-        "memory_mib": "MiB",
-        "data_share": "share of the iteration",
-    }
+    units = {"lr": "learning rate", "images_per_second": "images per second", "memory_mib": "MiB"}
+    units |= {"data_share": "fraction of the iteration"}
     return "seconds" if name in ("time", "data_time", "eta_seconds", "rank_data_time") else units.get(name, "")
 
 
-def summary(runs: dict[str, dict[str, dict[int, float]]], metrics: list[str]) -> str:
-    """One row for each metric and run that has it: its last value and its best one, with their iterations."""
+def summary(runs: Mapping[str, Curves], metrics: Sequence[str]) -> str:
+    """Return a table with the last and the best value of each metric and run, and their iterations."""
     rows = []
     for metric in metrics:
         choose = min if "loss" in metric else max
@@ -105,36 +132,24 @@ def summary(runs: dict[str, dict[str, dict[int, float]]], metrics: list[str]) ->
             last = next(reversed(curve))
             finite = [iteration for iteration, value in curve.items() if math.isfinite(value)]
             best = choose(finite, key=curve.__getitem__, default=None)
-            rows.append(
-                [
-                    metric,
-                    name,
-                    len(curve),
-                    f"{curve[last]:.4g} at {last}",
-                    "" if best is None else f"{curve[best]:.4g} at {best}",
-                ]
-            )
-    return tabulate(
-        rows,
-        ["metric", "run", "points", "last, at iteration", "best, at iteration"],
-        tablefmt="github",
-        disable_numparse=True,
-    )
+            values = ("" if at is None else f"{curve[at]:.4g} at {at}" for at in (last, best))
+            rows.append([metric, name, len(curve), *values])
+    headers = ["metric", "run", "points", "last, at iteration", "best, at iteration"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    panels = curves_of(args.curves, {metric: metric for metric in args.metric})
-    dashed = curves_of(args.curves, args.dashed)
+    panels = select(args.curves, {metric: metric for metric in args.metric})
+    dashed = select(args.curves, args.dashed)
+    units = {metric: unit(metric) for metric in panels}
     try:
-        draw_curves(
-            panels, args.title, args.output, dashed, "averaged weights", {metric: unit(metric) for metric in panels}
-        )
+        draw_curves(panels, args.title, args.output, dashed, "averaged weights", units)
     except OSError as error:
-        print(f"error: {args.output} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: --output {args.output} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
     print(summary(args.curves, [*args.metric, *args.dashed.values()]))
-    print(f"written: {args.output}")
+    print(f"Saved {args.output}")
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from halodet.engine import load_config
+from halodet.config import load_config
 from halodet.errors import ConfigError
 
 import torch

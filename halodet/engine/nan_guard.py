@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,14 +50,12 @@ class NanGuard:
         max_steps: number of steps that may be skipped before training ends.
 
     Raises:
-        ValueError: an argument is invalid.
+        ValueError: ``policy`` is unknown.
     """
 
     def __init__(self, policy: str = "stop", max_steps: int = 3) -> None:
         if policy not in POLICIES:
             raise ValueError(f"SOLVER.NON_FINITE_POLICY={policy} is invalid: expected one of {', '.join(POLICIES)}.")
-        if max_steps < 0:
-            raise ValueError(f"SOLVER.NON_FINITE_MAX_STEPS={max_steps} is invalid: expected 0 or more.")
         self.policy, self.max_steps, self.count = policy, max_steps, 0
 
     def handle(self, iteration: int, lrs: Sequence[float], reports: Sequence[NonFiniteReport]) -> str:
@@ -118,13 +115,3 @@ def is_non_finite_error(error: Exception) -> bool:
     return isinstance(error, FloatingPointError) or (
         isinstance(error, AssertionError) and "infinite or NaN" in str(error)
     )
-
-
-def image_ids(batch: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    """Return the file name and id of each image of a Detectron2 batch."""
-    return [(str(sample.get("file_name", "?")), sample.get("image_id", "?")) for sample in batch]
-
-
-def non_finite_names(values: Mapping[str, float]) -> str:
-    """Return the names of the NaN or infinite values, separated by commas; empty if all values are finite."""
-    return ", ".join(name for name, value in values.items() if not math.isfinite(value))

@@ -53,12 +53,17 @@ def add_start(path: Path, entry: dict[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written; its previous version is unchanged.
     """
-    starts = _read_starts(path)
-    if starts is None:
-        backup = path.with_suffix(".damaged.json")
-        os.replace(path, backup)
-        logger.warning("%s is unreadable; renamed it to %s and starting a new one", path, backup)
-        starts = []
+    starts: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+                raise ValueError("not a list of starts")
+        except (OSError, ValueError):
+            backup = path.with_suffix(".damaged.json")
+            os.replace(path, backup)
+            logger.warning("%s is unreadable; renamed it to %s and starting a new one", path, backup)
+            starts = []
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([sys.executable, *sys.argv]),
@@ -95,14 +100,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _read_starts(path: Path) -> list[dict[str, Any]] | None:
-    """Return the list in ``path``; an empty one if there is no file, None if it has other contents."""
-    try:
-        starts = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError):
-        return None
-    return starts if isinstance(starts, list) and all(isinstance(start, dict) for start in starts) else None

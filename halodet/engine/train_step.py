@@ -9,14 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from halodet.engine.nan_guard import (
-    NanGuard,
-    NonFiniteReport,
-    NormStatisticsBackup,
-    image_ids,
-    is_non_finite_error,
-    non_finite_names,
-)
+from halodet.engine.nan_guard import NanGuard, NonFiniteReport, NormStatisticsBackup, is_non_finite_error
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -78,7 +71,7 @@ class GradAccumTrainer(SimpleTrainer):
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            images += image_ids(batch)
+            images += _image_ids(batch)
             with self._ddp_context(last=index == self.accum_steps - 1):
                 total, values, report, any_rank = self._forward(batch)
                 if any_rank:
@@ -125,9 +118,9 @@ class GradAccumTrainer(SimpleTrainer):
             torch.distributed.all_reduce(values[-1:], op=torch.distributed.ReduceOp.MAX)
         *numbers, any_rank = values.tolist()
         named = dict(zip(losses, numbers, strict=True))
-        names = non_finite_names(named)
+        names = ", ".join(name for name, value in named.items() if not math.isfinite(value))
         reason = reason or (f"{names} is not finite" if names else "")
-        report = NonFiniteReport(comm.get_rank(), reason, named, image_ids(batch)) if reason else None
+        report = NonFiniteReport(comm.get_rank(), reason, named, _image_ids(batch)) if reason else None
         return sum(losses.values()) if losses else None, named, report, any_rank > 0
 
     def _update(self) -> str:
@@ -165,3 +158,7 @@ class GradAccumTrainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if self.scaler is not None and "grad_scaler" in state_dict:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _image_ids(batch: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    return [(str(sample.get("file_name", "?")), sample.get("image_id", "?")) for sample in batch]

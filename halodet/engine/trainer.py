@@ -54,7 +54,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, allow_pickle: bool = False) -> None:
         TrainerBase.__init__(self)
-        _log_expected_errors_without_traceback()
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_drop_traceback)
         cfg = DefaultTrainer.auto_scale_workers(scale_to_batch(cfg), comm.get_world_size())
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
         model = self.build_model(cfg)
@@ -221,14 +221,8 @@ class Trainer(DefaultTrainer):
         return evaluate_augmented(partial(cls.test_into, folder, cfg), cfg, model)
 
 
-def _log_expected_errors_without_traceback() -> None:
-    """Let Detectron2's training loop log a traceback for unexpected exceptions only."""
-    loop = logging.getLogger("detectron2.engine.train_loop")
-    if _drop_traceback not in loop.filters:
-        loop.addFilter(_drop_traceback)
-
-
 def _drop_traceback(record: logging.LogRecord) -> bool:
+    """Drop the traceback of expected errors from a log record of Detectron2's training loop; the caller logs them."""
     if record.exc_info and isinstance(record.exc_info[1], HalodetError):
-        record.exc_info, record.msg = None, "Training stops"  # the caller logs the error
+        record.exc_info, record.msg = None, "Training stops"
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,20 @@ class IgnoreIOErrors(EventWriter):
         self.writer = writer
         self._warned = False
 
-    def write(self, **kwargs: object) -> None:
-        try:
-            self.writer.write(**kwargs)
-        except OSError as error:
-            self._warn(error)
+    def write(self) -> None:
+        self._call(self.writer.write)
 
     def close(self) -> None:
-        try:
-            self.writer.close()
-        except OSError as error:
-            self._warn(error)
+        self._call(self.writer.close)
 
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            name, reason = type(self.writer).__name__, error.strerror or error
-            logger.warning("%s cannot write (%s); training continues, and its output will be incomplete", name, reason)
-        self._warned = True
+    def _call(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except OSError as error:
+            if not self._warned:
+                name, reason = type(self.writer).__name__, error.strerror or error
+                logger.warning("%s cannot write (%s); training continues, its output is incomplete", name, reason)
+            self._warned = True
 
 
 class WandbWriter(EventWriter):

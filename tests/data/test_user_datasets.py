@@ -3,8 +3,10 @@
 import json
 import logging
 
+from halodet.config import load_config
 from halodet.data import register_shapes, write_shapes
-from halodet.engine import Trainer, load_config, prepare_datasets, register_user_data, register_user_data_again
+from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again
+from halodet.engine import Trainer
 from halodet.errors import ConfigError, DatasetError
 
 import pytest

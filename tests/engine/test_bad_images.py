@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from halodet.config import load_config
 from halodet.data import write_shapes
 from halodet.data.bad_images import TooManyBadImages
 from halodet.data.image_io import read_image
-from halodet.engine import Trainer, load_config, register_user_data
+from halodet.data.user_datasets import register_user_data
+from halodet.engine import Trainer
 from halodet.errors import ImageError
 
 import pytest

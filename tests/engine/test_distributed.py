@@ -6,8 +6,16 @@ import re
 from datetime import timedelta
 from pathlib import Path
 
-from halodet.engine import check_shared, detect_dist_env, init_distributed, run_and_broadcast_errors
-from halodet.engine.distributed import DistEnv, convert_sync_batchnorm, first_host, wait_for_all_ranks
+from halodet.engine.distributed import (
+    DistEnv,
+    check_shared,
+    convert_sync_batchnorm,
+    detect_dist_env,
+    first_host,
+    init_distributed,
+    run_and_broadcast_errors,
+    wait_for_all_ranks,
+)
 from halodet.errors import ConfigError
 
 import pytest

@@ -178,7 +178,8 @@ def test_statistics_whose_tensors_were_replaced_are_restored():
 def test_policies():
     losses = {"loss_a": float("nan"), "loss_b": 0.25}
     reports = [NonFiniteReport(1, "loss_a is not finite", losses, [("a.jpg", 7), ("b.jpg", "x")])]
-    expected = r"iteration 5, learning rate 0.01 to 0.1: rank 1: .*\(loss_a=nan, loss_b=0.25\).* a.jpg \(id 7\), b.jpg \(id x\)"
+    expected = r"iteration 5, learning rate 0.01 to 0.1: rank 1: .*\(loss_a=nan, loss_b=0.25\)"
+    expected += r".* a.jpg \(id 7\), b.jpg \(id x\)"
     with pytest.raises(NonFiniteError, match=expected):
         NanGuard("stop").handle(5, [0.1, 0.01], reports)
     assert re.search(expected, NanGuard("skip").handle(5, [0.1, 0.01], reports))
@@ -186,5 +187,3 @@ def test_policies():
         NanGuard("skip", 0).handle(5, [0.1], reports)
     with pytest.raises(ValueError, match="SOLVER.NON_FINITE_POLICY=rollback"):
         NanGuard("rollback")
-    with pytest.raises(ValueError, match="SOLVER.NON_FINITE_MAX_STEPS=-1"):
-        NanGuard("skip", -1)

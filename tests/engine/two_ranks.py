@@ -9,8 +9,17 @@ from datetime import timedelta
 from pathlib import Path
 
 from halodet.config import load_config
-from halodet.engine import Trainer, check_shared, detect_dist_env, init_distributed, main, run_and_broadcast_errors
-from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm, create_exit_group, wait_for_all_ranks
+from halodet.engine import Trainer, main
+from halodet.engine.distributed import (
+    broadcast_buffers,
+    check_shared,
+    convert_sync_batchnorm,
+    create_exit_group,
+    detect_dist_env,
+    init_distributed,
+    run_and_broadcast_errors,
+    wait_for_all_ranks,
+)
 from halodet.errors import ConfigError
 
 import torch
