@@ -37,8 +37,8 @@ class Checkpointer(DetectionCheckpointer):
         exact: whether to load only complete checkpoints of this very model. Resuming always does.
         allow_pickle: whether to run code that pickle files hold.
         preloaded: a checkpoint in memory, of :func:`~halodet.checkpoint.io.read_weights` or
-            :func:`~halodet.checkpoint.latest.latest_checkpoint`. The first load uses it in place of its file, and resuming
-            uses one of ``latest_checkpoint`` in place of a search. It may be given in some ranks only.
+            :func:`~halodet.checkpoint.latest.latest_checkpoint`. The first load uses it in place of its file, and
+            resuming uses one of ``latest_checkpoint`` in place of a search. It may be given in some ranks only.
         checkpointables: further objects to save and load.
 
     Raises:

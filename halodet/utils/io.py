@@ -1,4 +1,4 @@
-"""Atomic writes: a file is either the complete new version or what was there before, also when the machine stops in between."""
+"""Atomic writes: a file is the complete new version or the previous one, also when the machine stops in between."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def atomic_write(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
     """Call ``write`` with the name of a temporary file, then rename that file to ``path``.
 
-    The data reaches the disk before the rename, and the rename before this function returns. On any failure the previous
-    version of ``path`` is unchanged. A process that is killed in between leaves a file that :func:`remove_leftovers` removes.
+    The data reaches the disk before the rename, and the rename before this function returns. On any failure the
+    previous version of ``path`` is unchanged. A process that is killed in between leaves a file that
+    :func:`remove_leftovers` removes.
 
     Args:
         path: the file to write. Its folder must exist.
@@ -93,7 +94,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind ``error``: PyTorch's writer raises a second error when it closes a file that could not be written."""
+    """Return the OSError behind ``error``: PyTorch's writer raises another error when it closes a failed file."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

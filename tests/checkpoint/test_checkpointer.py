@@ -57,7 +57,8 @@ class _Payload:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A file for each case: right, renamed prefix, other variant, no matching keys, half the keys, truncated, pickle with code, text."""
+    """A file for each case: right, renamed prefix, other variant, no matching keys, half the keys, truncated, pickle
+    with code, text."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(3)
     right = detector().state_dict()
@@ -92,8 +93,18 @@ def test_files_that_load(files, name):
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("variant.pth", ["backbone.bottom_up.res2.0.conv3.conv.weight", "(64, 64, 1, 1)", "(32, 64, 1, 1)", "res4.7", "95.0 %"]),
-        ("strange.pth", [" 0.0 %", "missing in the file: backbone.bottom_up.stem", "a0.weight (3, 3), a1.weight (3, 3), a2.weight (3, 3)"]),
+        (
+            "variant.pth",
+            ["backbone.bottom_up.res2.0.conv3.conv.weight", "(64, 64, 1, 1)", "(32, 64, 1, 1)", "res4.7", "95.0 %"],
+        ),
+        (
+            "strange.pth",
+            [
+                " 0.0 %",
+                "missing in the file: backbone.bottom_up.stem",
+                "a0.weight (3, 3), a1.weight (3, 3), a2.weight (3, 3)",
+            ],
+        ),
         ("half.pth", ["missing in the file: backbone."]),
         ("truncated.pth", ["truncated.pth"]),
         ("code.pkl", ["code.pkl"]),
@@ -101,7 +112,7 @@ def test_files_that_load(files, name):
         ("text.pth", ["text.pth"]),
         ("gone.pth", ["gone.pth"]),
     ],
-)  # fmt: skip
+)
 def test_files_that_do_not_load(files, file, words):
     model = detector()
     before = snapshot(model)

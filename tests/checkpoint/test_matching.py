@@ -1,4 +1,4 @@
-"""Which tensor of a file fills which one of a model: our names, timm's, wrappers, classifiers, tables, Detectron2's heuristics."""
+"""Matching of files with models: HaloNet's and timm's names, wrappers, classifiers, tables, matching heuristics."""
 
 import dataclasses
 
@@ -114,10 +114,23 @@ def test_timms_names_fill_a_timm_backbone(config):
 
 def test_timms_final_conv_is_not_used_where_the_backbone_has_none():
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    cfg = cached_config("mask_rcnn_haloregnetz_b", *["MODEL.DEVICE", "cpu", "MODEL.TIMM.OUT_FEATURES", "['res2', 'res3', 'res4']",
-                      "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4']", "MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']",
-                      "MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3', 'p4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64], [128], [256]]",
-                      ])  # fmt: skip
+    cfg = cached_config(
+        "mask_rcnn_haloregnetz_b",
+        *[
+            "MODEL.DEVICE",
+            "cpu",
+            "MODEL.TIMM.OUT_FEATURES",
+            "['res2', 'res3', 'res4']",
+            "MODEL.FPN.IN_FEATURES",
+            "['res2', 'res3', 'res4']",
+            "MODEL.RPN.IN_FEATURES",
+            "['p2', 'p3', 'p4', 'p5']",
+            "MODEL.ROI_HEADS.IN_FEATURES",
+            "['p2', 'p3', 'p4']",
+            "MODEL.ANCHOR_GENERATOR.SIZES",
+            "[[32], [64], [128], [256]]",
+        ],
+    )
     found, _ = filled(build_model(cfg), timm.create_model("haloregnetz_b").state_dict())
     assert {name.split(".")[0] for name in found.unused} == {"head", "final_conv"} and not found.missing
     assert {name.split(".")[1] for name in found.unexpected} == {"3"}  # the stage that is not built
@@ -125,7 +138,8 @@ def test_timms_final_conv_is_not_used_where_the_backbone_has_none():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_preprocessing_in_the_metadata_comes_first(whole):
-    """Saved by our own conversion, the convention holds for a backbone by any name, and for a detector filled with one."""
+    """Saved by our own conversion, the convention holds for a backbone by any name, and for a detector filled with
+    one."""
     source, model = classifier(), small_detector()
     state = {PREFIX + n: v for n, v in source.state_dict().items() if not n.startswith("head.")}
     state |= {n: v for n, v in model.state_dict().items() if not n.startswith(PREFIX)} if whole else {}

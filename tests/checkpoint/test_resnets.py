@@ -1,4 +1,4 @@
-"""ResNet weights in HaloNet's convolutional part and in Detectron2's ResNet: every tensor, and the maps they compute."""
+"""ResNet weights in HaloNet and in Detectron2's ResNet: every tensor, and the feature maps."""
 
 import pickle
 import re
@@ -12,8 +12,24 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from helpers import cached_config
 
-SMALL = ["MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16",
-         "MODEL.FPN.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "", "MODEL.HALONET.NORM", "BN", "MODEL.RESNETS.NORM", "BN"]  # fmt: skip
+SMALL = [
+    "MODEL.DEVICE",
+    "cpu",
+    "MODEL.ROI_BOX_HEAD.FC_DIM",
+    "16",
+    "MODEL.FPN.OUT_CHANNELS",
+    "16",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM",
+    "16",
+    "MODEL.FPN.NORM",
+    "",
+    "MODEL.ROI_MASK_HEAD.NORM",
+    "",
+    "MODEL.HALONET.NORM",
+    "BN",
+    "MODEL.RESNETS.NORM",
+    "BN",
+]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,8 +61,16 @@ def ours(name):
         return {"conv1": "stem.conv1.conv", "bn1": "stem.conv1.norm"}[name.split(".")[0]] + "." + name.split(".")[1]
     stage, index, rest = int(block[1]) + 1, block[2], block[3]
     layer, leaf = rest.rsplit(".", 1)
-    layers = {"conv1": "conv1.conv", "bn1": "conv1.norm", "conv2": "mixer.conv", "bn2": "norm2", "conv3": "conv3.conv", "bn3": "conv3.norm",
-              "downsample.0": "shortcut.conv", "downsample.1": "shortcut.norm"}  # fmt: skip
+    layers = {
+        "conv1": "conv1.conv",
+        "bn1": "conv1.norm",
+        "conv2": "mixer.conv",
+        "bn2": "norm2",
+        "conv3": "conv3.conv",
+        "bn3": "conv3.norm",
+        "downsample.0": "shortcut.conv",
+        "downsample.1": "shortcut.norm",
+    }
     return f"res{stage}.{index}.{layers[layer]}.{leaf}"
 
 
@@ -97,11 +121,22 @@ def test_every_tensor_of_torchvisions_resnet_has_its_place(resnet):
     ("config", "opts"),
     [
         ("mask_rcnn_r50_se", ["MODEL.HALONET.SE_RATIO", "0.0"]),
-        ("mask_rcnn_r50_se", ["MODEL.HALONET.SE_RATIO", "0.0", "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
-                              "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]"]),
+        (
+            "mask_rcnn_r50_se",
+            [
+                "MODEL.HALONET.SE_RATIO",
+                "0.0",
+                "INPUT.FORMAT",
+                "RGB",
+                "MODEL.PIXEL_MEAN",
+                "[123.675, 116.28, 103.53]",
+                "MODEL.PIXEL_STD",
+                "[58.395, 57.12, 57.375]",
+            ],
+        ),
         ("mask_rcnn_r50", ["MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"]),
     ],
-)  # fmt: skip
+)
 def test_the_maps_are_torchvisions(resnet, config, opts, tmp_path):
     """The same image with torchvision's preprocessing and the config's gives the same maps."""
     torch.save(resnet.state_dict(), tmp_path / "resnet50.pth")
@@ -129,7 +164,8 @@ def msra(resnet):
 
 
 def test_msras_files_fill_what_detectron2_fills(resnet, tmp_path):
-    """With MSRA's own convention and frozen norms nothing is adapted: the result is that of Detectron2's checkpointer."""
+    """With MSRA's own convention and frozen norms nothing is adapted: the result is that of Detectron2's
+    checkpointer."""
     opts = [
         "MODEL.PIXEL_STD",
         "[1.0, 1.0, 1.0]",
@@ -160,9 +196,16 @@ def test_detectron1s_detectors_fill_what_detectron2_fills(resnet, tmp_path):
     ]
     theirs, own = detector("mask_rcnn_r50", *opts), detector("mask_rcnn_r50", *opts)
     # 80 classes, as here: their background is the first row, Detectron2's the last
-    heads = {"fpn_inner_res4_5_sum_lateral_w": (16, 1024, 1, 1), "fpn_res4_5_sum_b": (16,), "conv_rpn_fpn2_w": (16, 16, 3, 3),
-             "fc7_b": (16,), "rpn_cls_logits_fpn2_b": (3,), "cls_score_w": (81, 16),
-             "bbox_pred_b": (324,), "_[mask]_fcn2_w": (16, 16, 3, 3)}  # fmt: skip
+    heads = {
+        "fpn_inner_res4_5_sum_lateral_w": (16, 1024, 1, 1),
+        "fpn_res4_5_sum_b": (16,),
+        "conv_rpn_fpn2_w": (16, 16, 3, 3),
+        "fc7_b": (16,),
+        "rpn_cls_logits_fpn2_b": (3,),
+        "cls_score_w": (81, 16),
+        "bbox_pred_b": (324,),
+        "_[mask]_fcn2_w": (16, 16, 3, 3),
+    }
     blobs = msra(resnet) | {name: torch.randn(shape) for name, shape in heads.items()}
     (tmp_path / "model_final.pkl").write_bytes(
         pickle.dumps({"blobs": {name: value.numpy() for name, value in blobs.items()}})
@@ -198,7 +241,8 @@ def test_msras_files_in_halonet_are_noted_where_they_differ(resnet):
 
 
 def test_torchvisions_weights_as_detectron2_converts_them(resnet):
-    """Detectron2's tool renames them and keeps the classifier as ``stem.fc``; its author entry identifies the conversion."""
+    """Detectron2's tool renames them and keeps the classifier as ``stem.fc``; its author entry identifies the
+    conversion."""
     state = {f"stem.{name}": value for name, value in resnet.state_dict().items() if name.startswith("fc")}
     for name, value in resnet.state_dict().items():
         if not name.startswith("fc"):
@@ -231,7 +275,8 @@ def test_norms_without_statistics_leave_the_files_out(resnet):
 
 
 def test_detectron2s_resnet_detector_in_the_hybrid(tmp_path):
-    """Names of Detectron2: backbone, FPN and heads arrive; squeeze-excitation has no counterpart, and the stem stays as it is."""
+    """Names of Detectron2: backbone, FPN and heads arrive; squeeze-excitation has no counterpart, and the stem stays as
+    it is."""
     source, goal = detector("mask_rcnn_r50"), detector("mask_rcnn_r50_se")
     DetectionCheckpointer(source, str(tmp_path)).save("r50")
     checkpointer = Checkpointer(goal)
@@ -239,9 +284,11 @@ def test_detectron2s_resnet_detector_in_the_hybrid(tmp_path):
     report, after = checkpointer.report, goal.state_dict()
     assert report.share == 1.0 and 0.88 < report.backbone_share < 0.92 and report.match.whole
     for theirs, mine in {
-        "stem.conv1.weight": "stem.conv1.conv.weight", "res4.5.conv2.weight": "res4.5.mixer.conv.weight",
-        "res5.0.shortcut.norm.bias": "res5.0.shortcut.norm.bias", "res2.1.conv2.norm.running_var": "res2.1.norm2.running_var",
-    }.items():  # fmt: skip
+        "stem.conv1.weight": "stem.conv1.conv.weight",
+        "res4.5.conv2.weight": "res4.5.mixer.conv.weight",
+        "res5.0.shortcut.norm.bias": "res5.0.shortcut.norm.bias",
+        "res2.1.conv2.norm.running_var": "res2.1.norm2.running_var",
+    }.items():
         assert torch.equal(after[f"backbone.bottom_up.{mine}"], source.state_dict()[f"backbone.bottom_up.{theirs}"])
     for name, value in source.state_dict().items():
         if not name.startswith("backbone.bottom_up."):

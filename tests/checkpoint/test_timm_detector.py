@@ -1,4 +1,5 @@
-"""timm's weights in a detector on timm's network: all of the backbone is filled, by this package and by plain Detectron2."""
+"""timm's weights in a detector on timm's network: all of the backbone is filled, by this package and by plain
+Detectron2."""
 
 from halodet.checkpoint import Checkpointer, write_weights
 from halodet.errors import CheckpointError

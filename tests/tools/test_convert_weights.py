@@ -17,10 +17,23 @@ from helpers import cached_config, load_tool
 tool = load_tool("convert_weights")
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
-    "MODEL.DEVICE", "cpu",
-    "MODEL.HALONET.DEPTHS", "(1, 1, 1, 1)", "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.HALONET.NUM_HEADS", "(1, 1, 2, 2)",
-    "MODEL.HALONET.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16",
-]  # fmt: skip
+    "MODEL.DEVICE",
+    "cpu",
+    "MODEL.HALONET.DEPTHS",
+    "(1, 1, 1, 1)",
+    "MODEL.HALONET.BASE_WIDTH",
+    "16",
+    "MODEL.HALONET.NUM_HEADS",
+    "(1, 1, 2, 2)",
+    "MODEL.HALONET.NORM",
+    "BN",
+    "MODEL.FPN.OUT_CHANNELS",
+    "16",
+    "MODEL.ROI_BOX_HEAD.FC_DIM",
+    "16",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM",
+    "16",
+]
 KWARGS = {"depths": (1, 1, 1, 1), "base_width": 16, "num_heads": (1, 1, 2, 2), "num_classes": 3}
 
 
@@ -145,7 +158,8 @@ def test_refusals_are_one_sentence_and_write_nothing(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("to", ["backbone", "detector", "into"])
 def test_a_converted_classifier_says_which_pixels_it_takes(to, trained, tmp_path, capsys):
-    """The head, by which a classifier is known, is gone: without a word beside them its weights would meet pixels of another order."""
+    """The head, by which a classifier is known, is gone: without a word beside them its weights would meet pixels of
+    another order."""
     classifier = HaloNet(get_cfg_variant(), num_classes=3, out_features=["linear"])
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     into = ["--into", trained] if to == "into" else []
