@@ -47,7 +47,7 @@ class ConvNorm(nn.Sequential):
 
 
 class Stem(nn.Module):
-    """7x7 convolution and 3x3 pooling of stride 2: (B, in_channels, H, W) -> (B, channels, ceil(H / 4), ceil(W / 4))."""
+    """7x7 convolution and max pooling, stride 4: (B, in_channels, H, W) -> (B, channels, ceil(H / 4), ceil(W / 4))."""
 
     def __init__(
         self, in_channels: int, channels: int, *, norm: NormLayer, activation: Callable[..., nn.Module]
