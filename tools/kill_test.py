@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Kill a small training at random moments, resume it, and compare its final checkpoint with that of an uninterrupted run.
+"""Kill a small training at random moments, resume it, and compare its final checkpoint with an uninterrupted run's.
 
 Each round trains from the start, is killed with SIGKILL, and is resumed until the end. In every second round the kill
 comes while a checkpoint is being written, which is slowed down for that; in every fourth round the newest checkpoint is
@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from train_net import main as train  # noqa: E402
 
 SMALL = [
-    "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", "2",
-    "SOLVER.WARMUP_ITERS", "5", "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.CHECKPOINT_MAX_TO_KEEP", "3", "DATASETS.TEST", "()", "SEED", "3",
+    "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(64,)",
+    "SOLVER.WARMUP_ITERS", "5", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.CHECKPOINT_MAX_TO_KEEP", "3",
+    "DATASETS.TEST", "()", "SEED", "3",
 ]  # fmt: skip
 CONFIG = "quick/mask_rcnn_halo_shapes"
 WRITE_SECONDS = 0.4  # duration of writing a checkpoint, and again until its tag is written

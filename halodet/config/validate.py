@@ -1,4 +1,4 @@
-"""Check config values that Detectron2 and the model's construction would reject late, without a clear message, or not at all."""
+"""Check config values that Detectron2 and the model would reject late, without a clear message, or not at all."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 _INTERVALS = {
     "[0, inf)": (
-        "DATALOADER.NUM_WORKERS", "DATALOADER.REPEAT_THRESHOLD", "INPUT.MIN_SIZE_TEST", "SOLVER.STEPS", "SOLVER.BASE_LR",
-        "SOLVER.BASE_LR_END", "SOLVER.GAMMA", "SOLVER.MOMENTUM", "SOLVER.BIAS_LR_FACTOR", "SOLVER.WEIGHT_DECAY",
-        "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.WEIGHT_DECAY_REL_POS", "SOLVER.WARMUP_ITERS",
-        "SOLVER.WARMUP_FACTOR", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "SOLVER.CHECKPOINT_MAX_TO_KEEP",
+        "DATALOADER.NUM_WORKERS", "DATALOADER.REPEAT_THRESHOLD", "INPUT.MIN_SIZE_TEST", "SOLVER.STEPS",
+        "SOLVER.BASE_LR", "SOLVER.BASE_LR_END", "SOLVER.GAMMA", "SOLVER.MOMENTUM", "SOLVER.BIAS_LR_FACTOR",
+        "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.WEIGHT_DECAY_REL_POS",
+        "SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_FACTOR", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "SOLVER.CHECKPOINT_MAX_TO_KEEP",
         "SOLVER.NON_FINITE_MAX_STEPS", "TEST.EVAL_PERIOD", "TEST.VIS_PERIOD", "TEST.VIS_IMAGES",
     ),
     "[1, inf)": (

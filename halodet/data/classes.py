@@ -45,6 +45,28 @@ def write_classes(path: str | os.PathLike[str], classes: list[dict[str, Any]]) -
     write_json(path, [{"id": int(entry["id"]), "name": str(entry["name"])} for entry in classes])
 
 
+def check_classes(cfg: CfgNode) -> None:
+    """Check that the datasets of an evaluation have the classes, in the order, that the model was trained on."""
+    if not os.path.isfile(os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_FILE)):
+        return
+    trained = [entry["name"] for entry in read_classes(cfg)]
+    for name in cfg.DATASETS.TEST:
+        classes = list(MetadataCatalog.get(name).thing_classes)
+        if classes != trained:
+            raise ClassesError(
+                f"Dataset {name} has the classes {classes}, but {cfg.MODEL.WEIGHTS} was trained on {trained}."
+            )
+
+
+def save_classes(cfg: CfgNode) -> None:
+    """Write the classes of the model to OUTPUT_DIR/classes.json, where the demo finds them beside the weights."""
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    names = metadata.get("thing_classes", ())
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
+    classes = [{"id": dataset_id, "name": names[index]} for dataset_id, index in ids.items()]
+    write_classes(os.path.join(cfg.OUTPUT_DIR, CLASSES_FILE), classes)
+
+
 def _from_file(path: str, count: int) -> list[dict[str, Any]]:
     fix = "Fix: restore the file that training wrote, or delete it."
     try:

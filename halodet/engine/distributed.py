@@ -58,8 +58,8 @@ def detect_dist_env(environ: MutableMapping[str, str] = os.environ) -> DistEnv |
             raise ValueError(env)
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"The launcher's environment is invalid ({type(error).__name__}: {error}): expected {', '.join(_TORCHRUN)}. "
-            "Fix: start the processes with torchrun or srun."
+            f"The launcher's environment is invalid ({type(error).__name__}: {error}): expected "
+            f"{', '.join(_TORCHRUN)}. Fix: start the processes with torchrun or srun."
         ) from error
     return env
 

@@ -9,7 +9,6 @@ import os
 import sys
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from halodet.checkpoint import (
@@ -22,7 +21,7 @@ from halodet.checkpoint import (
 )
 from halodet.config.load import find_config, load_config
 from halodet.config.validate import one_line
-from halodet.data.classes import CLASSES_FILE, read_classes, write_classes
+from halodet.data.classes import check_classes, save_classes
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
 from halodet.engine.distributed import (
     check_shared,
@@ -39,11 +38,11 @@ from halodet.errors import ConfigError, HalodetError
 from halodet.evaluation.tta import check_tta
 from halodet.solver.build import lr_factors
 from halodet.solver.lr_scaling import scale_to_batch
+from halodet.utils.io import check_writable
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -162,7 +161,7 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, LoadedCheckpoint | None]:
     world_size = comm.get_world_size()
     if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of the {world_size} processes."
+            f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of {world_size} ranks."
         )
     if args.train_json or args.val_json or args.train_images or args.val_images:
         cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
@@ -205,8 +204,8 @@ def check_machine(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check on each other machine what :func:`setup` has checked on that of rank 0; fetch weights once per machine."""
     if cfg.MODEL.DEVICE.startswith("cuda") and comm.get_local_rank() >= torch.cuda.device_count():
         raise ConfigError(
-            f"{comm.get_local_size()} processes on this machine are invalid: expected at most {torch.cuda.device_count()}, "
-            "the number of its GPUs. Fix: start fewer, or set MODEL.DEVICE cpu."
+            f"LOCAL_WORLD_SIZE={comm.get_local_size()} is invalid: expected at most {torch.cuda.device_count()}, the "
+            "number of GPUs of this machine. Fix: start fewer, or set MODEL.DEVICE cpu."
         )
     if comm.get_local_rank() == 0:
         check_writable(cfg.OUTPUT_DIR)
@@ -276,42 +275,3 @@ def choose_seed(checkpoint: dict[str, Any] | None) -> int:
     seed = state.get("seed", int.from_bytes(os.urandom(4), "big") >> 1)
     logger.info("Using random seed %d; set SEED %d to reproduce this run", seed, seed)
     return seed
-
-
-def check_writable(folder: str) -> None:
-    """Create ``folder`` and check that files can be written to it.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        probe = Path(folder) / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"OUTPUT_DIR={folder} is invalid: expected a writable folder ({error.strerror}). Fix: set another OUTPUT_DIR."
-        ) from error
-
-
-def check_classes(cfg: CfgNode) -> None:
-    """Check that the datasets of an evaluation have the classes, in the order, that the model was trained on."""
-    if not os.path.isfile(os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_FILE)):
-        return
-    trained = [entry["name"] for entry in read_classes(cfg)]
-    for name in cfg.DATASETS.TEST:
-        classes = list(MetadataCatalog.get(name).thing_classes)
-        if classes != trained:
-            raise ConfigError(
-                f"Dataset {name} has the classes {classes}, but {cfg.MODEL.WEIGHTS} was trained on {trained}."
-            )
-
-
-def save_classes(cfg: CfgNode) -> None:
-    """Write the classes of the model to OUTPUT_DIR/classes.json, where the demo finds them beside the weights."""
-    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
-    names = metadata.get("thing_classes", ())
-    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
-    classes = [{"id": dataset_id, "name": names[index]} for dataset_id, index in ids.items()]
-    write_classes(os.path.join(cfg.OUTPUT_DIR, CLASSES_FILE), classes)

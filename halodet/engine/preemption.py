@@ -107,7 +107,7 @@ class PreemptionHook(HookBase):
 
 @contextlib.contextmanager
 def exit_on_preemption() -> Iterator[None]:
-    """Exit at once with code 75 on SIGTERM or SIGUSR1 while there is nothing to save: before training, or in an evaluation."""
+    """Exit at once with code 75 on SIGTERM or SIGUSR1 while there is nothing to save: outside of training."""
     own = os.getpid()
 
     def leave(number: int, frame: FrameType | None) -> None:

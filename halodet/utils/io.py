@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "remove_leftovers", "write_json"]
+from halodet.errors import ConfigError
+
+__all__ = ["atomic_write", "check_writable", "remove_leftovers", "write_json"]
 
 _TEMPORARY = ".part"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -98,3 +100,20 @@ def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def check_writable(folder: str) -> None:
+    """Create ``folder`` and check that files can be written to it.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = Path(folder) / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR={folder} is invalid: expected a writable folder ({error.strerror}). Fix: set another OUTPUT_DIR."
+        ) from error

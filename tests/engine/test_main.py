@@ -4,8 +4,9 @@ import os
 
 from halodet.config import load_config
 from halodet.engine import main
-from halodet.engine.main import build_meta_model, check_weights, check_writable, choose_seed
+from halodet.engine.main import build_meta_model, check_weights, choose_seed
 from halodet.errors import CheckpointError, ConfigError
+from halodet.utils.io import check_writable
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 as they come from outside: to one process, to a process group, and to the parent of --num-gpus."""
+"""SIGTERM and SIGUSR1 to one process, to a process group, and to the parent of --num-gpus."""
 
 import os
 import signal

@@ -39,9 +39,10 @@ SMALL = ["MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu"]
 # All anchors and proposals contribute, none by chance, and each image has as many: losses are then divided by the same
 # number in each process, and the mean of the processes' gradients must be the gradient of all images together.
 NO_CHANCE = [
-    "MODEL.HALONET.NORM", "GN", "MODEL.MASK_ON", "False", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.NMS_THRESH", "1.0",
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "24", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
-    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.5", "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)",
+    "MODEL.HALONET.NORM", "GN", "MODEL.MASK_ON", "False", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000",
+    "MODEL.RPN.NMS_THRESH", "1.0", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "24", "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "0",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.5",
+    "INPUT.MIN_SIZE_TRAIN", "(64,)",
 ]  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import torch
 from helpers import CreatesFile, read_metrics, registered
 
 TINY = [
-    "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.WARMUP_ITERS", "5",
+    "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "SOLVER.IMS_PER_BATCH", "4",
+    "SOLVER.WARMUP_ITERS", "5",
     "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.CHECKPOINT_PERIOD", "30", "DATALOADER.NUM_WORKERS", "0",
 ]  # fmt: skip
 
