@@ -35,8 +35,8 @@ from train_net import main as train  # noqa: E402
 
 SMALL = [
     "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(64,)",
-    "SOLVER.WARMUP_ITERS", "5", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.CHECKPOINT_MAX_TO_KEEP", "3",
-    "DATASETS.TEST", "()", "SEED", "3",
+    "SOLVER.WARMUP_ITERS", "5", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "4",
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP", "3", "DATASETS.TEST", "()", "SEED", "3",
 ]  # fmt: skip
 CONFIG = "quick/mask_rcnn_halo_shapes"
 WRITE_SECONDS = 0.4  # duration of writing a checkpoint, and again until its tag is written
