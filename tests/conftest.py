@@ -2,7 +2,6 @@
 
 import logging
 import os
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from halodet.data.user_datasets import USER_DATASETS  # noqa: E402
 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
-from helpers import ROOT, dataset_flags, load_tool, read_metrics  # noqa: E402
+from helpers import dataset_flags, load_tool, read_metrics, run_python  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))  # for small_run, which scripts of other processes import too
 
@@ -33,6 +32,7 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Assign tests to the workers of pytest-xdist.
 
@@ -48,14 +48,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (not item.get_closest_marker("distributed"), item.path not in slow))
 
 
-@pytest.fixture
-def one_thread():
-    """Every test has one thread by now; kept for the files that ask for it."""
-
-
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
-    """What names four scenes to train on, which are evaluated on as well."""
+    """Flags of four drawn scenes, for training and for evaluation."""
     return dataset_flags(tmp_path_factory.mktemp("scenes"), 4)
 
 
@@ -64,7 +59,7 @@ def tool():
     """tools/train_net.py in this process: list of arguments -> exit code."""
 
     def run(arguments):
-        with as_before():
+        with restore_process():
             return load_tool("train_net").main(arguments)
 
     return run
@@ -72,7 +67,7 @@ def tool():
 
 @pytest.fixture
 def train_net(scenes, tool):
-    """The tool with a tiny detector: (output folder, keys and values, further flags) -> exit code."""
+    """tools/train_net.py with a tiny detector: (output folder, keys and values, further flags) -> exit code."""
 
     def run(output, *opts, flags=(), config="quick/mask_rcnn_halo_shapes", tiny=TINY):
         return tool([f"--config-file={config}", *scenes, *map(str, (*flags, "OUTPUT_DIR", output, *tiny, *opts))])
@@ -81,8 +76,8 @@ def train_net(scenes, tool):
 
 
 @contextmanager
-def as_before():
-    """Take back what a run leaves in its process: its datasets, and loggers that other tests listen to."""
+def restore_process():
+    """Remove the datasets and log handlers that a run adds to its process."""
     setup_logger.cache_clear()
     loggers = [logging.getLogger(name) for name in ("halodet", "detectron2", "fvcore")]
     before = [(log, list(log.handlers), log.propagate, log.level) for log in loggers]
@@ -102,26 +97,16 @@ def as_before():
 
 @pytest.fixture(scope="session")
 def metrics():
-    """The lines of a run's metrics.json."""
+    """See :func:`helpers.read_metrics`."""
     return read_metrics
 
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """Run a script in two processes of this machine, without GPUs; returns (torchrun's exit code, everything that was printed)."""
+    """Run a script in two processes without GPUs: arguments -> (torchrun's exit code, everything that was printed)."""
 
-    def start(*arguments, timeout=300, **environment):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            *map(str, arguments),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+    def start(*arguments, **options):
+        run = run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments, **options)
         return run.returncode, run.stdout + run.stderr
 
     return start
@@ -133,7 +118,7 @@ def shapes_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def shapes(shapes_folder, monkeypatch, one_thread):
-    """Runs look for datasets/shapes in a folder of the tests', where it is drawn once."""
+def shapes(shapes_folder, monkeypatch):
+    """Change to a folder in which runs draw datasets/shapes once per worker."""
     monkeypatch.chdir(shapes_folder)
     return shapes_folder

@@ -91,7 +91,7 @@ def test_maps_equal_timms_at_sizes_timm_accepts(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_any_size_has_strides_and_gradients(name, one_thread):
+def test_any_size_has_strides_and_gradients(name):
     ours = TimmBackbone(name, norm="BN")
     for height, width in [(70, 103), (33, 32)]:
         maps = ours(torch.randn(2, 3, height, width))
@@ -104,7 +104,7 @@ def test_any_size_has_strides_and_gradients(name, one_thread):
 
 
 @pytest.mark.parametrize(("name", "last"), [("halonet26t", "res4"), ("sehalonet33ts", "res3"), ("halonet50ts", "res3")])
-def test_pixels_outside_an_image_are_zeros(name, last, one_thread):
+def test_pixels_outside_an_image_are_zeros(name, last):
     """Far enough from its end, an image gives what timm gives for it on a larger black ground.
 
     Far enough: where timm's maps do not change when the ground is noise. Squeeze-excitation, which looks at the whole

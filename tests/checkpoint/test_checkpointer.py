@@ -13,12 +13,11 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from helpers import cached_config
+from helpers import CreatesFile, cached_config
 from safetensors.torch import save_file
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = "mask_rcnn_halo_h0"
 NORMS = ["MODEL.HALONET.NORM", "MODEL.FPN.NORM", "MODEL.ROI_MASK_HEAD.NORM"]
 LIGHT = [
@@ -45,16 +44,6 @@ def unchanged(model, before):
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-class _Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A file for each case: right, renamed prefix, other variant, no matching keys, half the keys, truncated, pickle
@@ -69,8 +58,8 @@ def files(tmp_path_factory):
     torch.save({"model": dict(list(right.items())[::2])}, folder / "half.pth")
     whole = (folder / "right.pth").read_bytes()
     (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
-    (folder / "code.pkl").write_bytes(pickle.dumps({"model": {"a": _Payload(str(folder / "marker"))}}))
-    torch.save({"model": {"a": _Payload(str(folder / "marker"))}}, folder / "code.pth")
+    (folder / "code.pkl").write_bytes(pickle.dumps({"model": {"a": CreatesFile(str(folder / "marker"))}}))
+    torch.save({"model": {"a": CreatesFile(str(folder / "marker"))}}, folder / "code.pth")
     (folder / "text.pth").write_text("<html>not found</html>")
     return folder
 
@@ -303,7 +292,7 @@ def test_evaluation_takes_safetensors_and_no_less_than_all(tmp_path):
 
 def test_pickles_that_may_run_code_are_read_when_trusted(files, tmp_path):
     (tmp_path / "code.pkl").write_bytes(
-        pickle.dumps({"model": {"a": _Payload(str(tmp_path / "marker"))}, "__author__": "x"})
+        pickle.dumps({"model": {"a": CreatesFile(str(tmp_path / "marker"))}, "__author__": "x"})
     )
     with pytest.raises(CheckpointError):  # it is no tensor, but it did run: this is what the flag allows
         load_weights(detector(), str(tmp_path / "code.pkl"), allow_pickle=True)

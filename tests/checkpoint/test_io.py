@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import assert_same_tensors
 
 TENSORS = {
     "conv.weight": torch.arange(24, dtype=torch.float32).reshape(2, 3, 2, 2) / 7,
@@ -36,13 +37,6 @@ class RunsCode:
         return os.mkdir, (self.marker,)
 
 
-def assert_same(read, written):
-    assert list(read) == list(written)
-    for name, tensor in written.items():
-        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape, name
-        assert torch.equal(read[name], tensor), name
-
-
 def refusal(path, **options):
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path, **options)
@@ -61,7 +55,7 @@ def test_reads_every_kind_of_tensor_whatever_the_file_is_called(tmp_path, form):
             torch.save({"model": TENSORS}, path, _use_new_zipfile_serialization=form == "zip")
         checkpoint = read_checkpoint(path)
         assert sorted(checkpoint["model"]) == sorted(TENSORS)
-        assert_same({name: checkpoint["model"][name] for name in TENSORS}, TENSORS)
+        assert_same_tensors({name: checkpoint["model"][name] for name in TENSORS}, TENSORS)
         assert checkpoint.get("metadata") == ({"variant": "H0"} if form == "safetensors" else None)
 
 
@@ -69,7 +63,7 @@ def test_reads_every_kind_of_tensor_whatever_the_file_is_called(tmp_path, form):
 def test_takes_the_state_dict_out_of_its_wrapper(tmp_path, wrapper):
     torch.save(TENSORS if wrapper is None else {wrapper: TENSORS, "epoch": 3}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
-    assert_same(checkpoint["model"], TENSORS)
+    assert_same_tensors(checkpoint["model"], TENSORS)
     assert checkpoint.get("epoch") == (None if wrapper is None else 3)
 
 

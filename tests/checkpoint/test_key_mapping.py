@@ -9,9 +9,8 @@ from halodet.models import HaloNet
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import cached_config
+from helpers import assert_same_tensors, cached_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = ["MODEL.DEVICE", "cpu", "MODEL.HALONET.NORM", "BN"]
 
 
@@ -36,11 +35,6 @@ def classifier():
     return randomised(HaloNet(dataclasses.replace(backbone.variant, final_channels=40), num_classes=3))
 
 
-def assert_same(one, other):
-    assert list(one) == list(other)
-    assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
-
-
 def test_detector_to_timm_and_back_into_the_detector(detector):
     there = convert(detector, "timm")
     assert there.source == "detector" and not any(name.startswith("backbone.") for name in there.tensors)
@@ -49,7 +43,7 @@ def test_detector_to_timm_and_back_into_the_detector(detector):
     blank = {name: torch.zeros_like(t) if name.startswith("backbone.bottom_up.") else t for name, t in detector.items()}
     back = convert(there.tensors, "detector", into=blank)
     assert (back.filled, back.unfilled, back.left_out) == (len(there.tensors), [], {})
-    assert_same(back.tensors, detector)
+    assert_same_tensors(back.tensors, detector)
 
 
 def test_classifier_to_detector_and_back(detector, classifier):
@@ -57,9 +51,9 @@ def test_classifier_to_detector_and_back(detector, classifier):
     assert there.source == "classifier"
     assert set(there.left_out) == {name for name in classifier if name.startswith("head.")} != set()
     assert set(there.tensors) == {name for name in detector if name.startswith("backbone.bottom_up.")}
-    assert_same(convert(there.tensors, "backbone").tensors, convert(classifier, "backbone").tensors)
-    assert_same(convert(classifier, "timm").tensors, classifier)
-    assert_same(convert(classifier, "classifier").tensors, classifier)
+    assert_same_tensors(convert(there.tensors, "backbone").tensors, convert(classifier, "backbone").tensors)
+    assert_same_tensors(convert(classifier, "timm").tensors, classifier)
+    assert_same_tensors(convert(classifier, "classifier").tensors, classifier)
 
 
 def test_the_heads_of_the_detector_that_is_filled_stay(detector, classifier):
@@ -80,7 +74,7 @@ def test_a_detector_into_a_detector_lists_the_heads_not_taken(detector):
 
 
 def test_a_detector_as_a_detector_is_unchanged(detector):
-    assert_same(convert(detector, "detector").tensors, detector)
+    assert_same_tensors(convert(detector, "detector").tensors, detector)
     bare = {name.replace("backbone.bottom_up.", "backbone."): tensor for name, tensor in detector.items()}
     assert list(convert(bare | {"x.y": torch.ones(1)}, "backbone").left_out)[-1] == "x.y"  # without FPN
 
@@ -102,7 +96,7 @@ def test_what_the_input_does_not_have_is_listed(detector, classifier):
 
 def test_names_of_wrappers_are_taken_off(classifier):
     wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in classifier.items()}
-    assert_same(convert(wrapped, "timm").tensors, classifier)
+    assert_same_tensors(convert(wrapped, "timm").tensors, classifier)
 
 
 def test_networks_of_timm_keep_timms_names_in_a_detector():

@@ -13,7 +13,6 @@ import torch
 from detectron2.modeling import build_model
 from helpers import cached_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dataclasses.replace(
     VARIANTS["H1"],
     depths=(1, 2, 2, 1),

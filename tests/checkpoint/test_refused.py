@@ -17,7 +17,6 @@ from detectron2.modeling import build_model
 from helpers import cached_config
 from torchvision.models import resnet50, resnet101
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LIGHT = [
     "MODEL.DEVICE",
     "cpu",

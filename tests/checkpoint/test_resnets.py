@@ -32,8 +32,6 @@ SMALL = [
 ]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def detector(name, *opts):
     torch.manual_seed(1)

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
+from helpers import assert_same_tensors
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
@@ -43,11 +44,6 @@ def fill_cache(folder, name, write, file="model.safetensors"):
     write(repository / "snapshots" / COMMIT / file)
 
 
-def assert_same(read, written):
-    assert sorted(read) == sorted(written)
-    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in written.items())
-
-
 @pytest.mark.parametrize("url", [f"timm://{NAME}", "timm://halonet26t", f"timm://{NAME}?matching_heuristics=True"])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_gives_detectron2_a_file_with_timms_tensors(caches, state_dict, url, file):
@@ -56,7 +52,7 @@ def test_gives_detectron2_a_file_with_timms_tensors(caches, state_dict, url, fil
     local = PathManager.get_local_path(url)
     assert local == str(caches / "detectron2" / "timm" / f"{NAME}.pth")
     checkpoint = torch.load(local, weights_only=True)
-    assert_same(checkpoint["model"], state_dict)
+    assert_same_tensors(checkpoint["model"], state_dict)
     assert (checkpoint["__author__"], checkpoint["matching_heuristics"]) == ("timm", True)
     assert checkpoint["metadata"]["architecture"] == "halonet26t"
     assert list(checkpoint["metadata"]["mean"]) == list(timm.get_pretrained_cfg(NAME).mean)
@@ -74,7 +70,7 @@ def test_plain_detectron2_fills_a_model_whose_names_end_with_timms(caches, state
     model = Detector()
     DetectionCheckpointer(model).load(f"timm://{NAME}")
     filled = model.backbone.bottom_up.state_dict()
-    assert_same(filled, {name: state_dict[name] for name in filled})
+    assert_same_tensors(filled, {name: state_dict[name] for name in filled})
 
 
 def test_a_second_time_neither_timm_nor_the_hub_is_asked(caches, state_dict, monkeypatch):
@@ -132,7 +128,7 @@ def test_fetches_from_the_hub(caches, state_dict, monkeypatch, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
-    assert_same(torch.load(local, weights_only=True)["model"], state_dict)
+    assert_same_tensors(torch.load(local, weights_only=True)["model"], state_dict)
 
 
 def refusal(url):

@@ -18,7 +18,7 @@ from halodet.errors import ImageError
 
 import pytest
 from detectron2.data.datasets import load_coco_json
-from helpers import load_tool
+from helpers import load_tool, truncate
 from PIL import Image
 
 BAD_IMAGES = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "bad_inputs" / "images"
@@ -36,14 +36,10 @@ def shapes(tmp_path):
     return json_file, folder, [image["file_name"] for image in json.loads(json_file.read_text())["images"]]
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def test_truncated_file_is_found(shapes):
     json_file, folder, names = shapes
-    cut(folder / names[1])
-    cut(folder / names[4])
+    truncate(folder / names[1])
+    truncate(folder / names[4])
     checked = validate_coco(json_file, folder)
     assert checked.issues == []  # its header is intact
     issues = check_images(checked, folder, processes=1)
@@ -71,7 +67,7 @@ def test_the_tool_reports_all_bad_files_in_lines_and_json(shapes, tool, tmp_path
     captured = capsys.readouterr()
     assert "6 images" in captured.out and "6/6" in captured.err, "no progress was shown"
 
-    cut(folder / names[0])
+    truncate(folder / names[0])
     (folder / names[5]).unlink()
     assert tool.main([*arguments, "--report", str(report)]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -92,7 +88,7 @@ def test_the_tool_reports_all_bad_files_in_lines_and_json(shapes, tool, tmp_path
 def test_nothing_readable_is_unusable(shapes, tool, capsys):
     json_file, folder, names = shapes
     for name in names:
-        cut(folder / name)
+        truncate(folder / name)
     assert tool.main(["--json", str(json_file), "--images", str(folder), "--processes", "1"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "none of its 6 images" in captured.err.splitlines()[-1]
@@ -116,7 +112,7 @@ def test_tool_lists_the_images_that_training_skips(shapes, tool, tmp_path):
     broken = [{**box, "image_id": n, "id": 200 + n, "bbox": [5, 5, 0, 3]} for n in (1, 3)]
     crowds = [{**box, "image_id": n, "id": 300 + n, "iscrowd": 1} for n in (3, 4)]
     data["annotations"] = whole + broken + crowds
-    cut(folder / names[2])
+    truncate(folder / names[2])
     odd, report = tmp_path / "odd.json", tmp_path / "report.json"
     odd.write_text(json.dumps(data))
     assert tool.main(["--json", str(odd), "--images", str(folder), "--processes", "1", "--report", str(report)]) == 1
@@ -148,7 +144,7 @@ def test_unwritable_report_is_an_error_before_images_are_read(shapes, tool, tmp_
 
 def test_ctrl_c_keeps_the_issues_found_so_far(shapes, tool, tmp_path, monkeypatch, capsys):
     json_file, folder, names = shapes
-    cut(folder / names[0])
+    truncate(folder / names[0])
     read = []
 
     def read_and_interrupt(path):
@@ -173,7 +169,7 @@ def test_ctrl_c_keeps_the_issues_found_so_far(shapes, tool, tmp_path, monkeypatc
 def test_ctrl_c_in_a_terminal_reaches_all_processes(shapes, monkeypatch, capfd):
     """A terminal sends SIGINT to the workers too, which must ignore it and finish what they read."""
     json_file, folder, names = shapes
-    cut(folder / names[0])
+    truncate(folder / names[0])
     data = json.loads(json_file.read_text())
     data["images"] += [{**data["images"][1], "id": number} for number in range(1000, 1994)]
     json_file.write_text(json.dumps({**data, "annotations": []}))

@@ -4,8 +4,6 @@ import functools
 import os
 import re
 import signal
-import struct
-import zlib
 from pathlib import Path
 
 from halodet.config.load import load_config
@@ -22,6 +20,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.structures import BoxMode
+from helpers import noise, png, truncate
 from PIL import Image
 
 WIDTH, HEIGHT = 60, 40
@@ -52,40 +51,30 @@ def entry(path, width=WIDTH, height=HEIGHT, annotations=None):
     return {"file_name": str(path), "image_id": 7, "width": width, "height": height, "annotations": annotations}
 
 
-def noise(width=WIDTH, height=HEIGHT):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+def image(width=WIDTH, height=HEIGHT):
+    return Image.fromarray(noise(height, width))
 
 
 @pytest.fixture
 def good(tmp_path):
-    noise().save(tmp_path / "good.png")
+    image().save(tmp_path / "good.png")
     return entry(tmp_path / "good.png")
 
 
 def bomb(path):
-    """Write a PNG of 10 kB whose header declares 400 million pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 0, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(10000)))
-        + chunk(b"IEND", b"")
-    )
+    """Write a PNG of a few bytes whose header declares 400 million pixels."""
+    path.write_bytes(png(20000, 20000, bytes(10000)))
 
 
 def cut(path):
-    noise().save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    image().save(path)
+    truncate(path, 2 / 3)
 
 
 def rotated(path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    noise().save(path, exif=exif)
+    image().save(path, exif=exif)
 
 
 BAD = {
@@ -95,7 +84,7 @@ BAD = {
     "empty.png": (lambda path: path.write_bytes(b""), "empty file"),
     "gone.png": (lambda path: None, "does not exist"),
     "folder.png": (lambda path: path.mkdir(), "folder"),
-    "small.png": (lambda path: noise(30, 20).save(path), "30 x 20 .*60 x 40"),
+    "small.png": (lambda path: image(30, 20).save(path), "30 x 20 .*60 x 40"),
     "rotated.jpg": (rotated, "40 x 60 .*60 x 40"),
     "bomb.png": (bomb, "decompression bomb"),
 }
@@ -209,7 +198,7 @@ def test_object_outside_the_crop_is_dropped_silently(good):
 
 
 def test_very_long_images_keep_a_pixel(tmp_path):
-    noise(8000, 3).save(tmp_path / "long.png")
+    image(8000, 3).save(tmp_path / "long.png")
     sample = RobustDatasetMapper(config(), is_train=True)(entry(tmp_path / "long.png", 8000, 3, []))
     assert sample["image"].shape == (3, 1, 1333)
 

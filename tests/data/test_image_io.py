@@ -4,7 +4,6 @@ import io
 import os
 import struct
 import warnings
-import zlib
 from pathlib import Path
 
 from halodet.data.image_io import read_image
@@ -12,6 +11,7 @@ from halodet.errors import ImageError
 
 import numpy as np
 import pytest
+from helpers import png
 from PIL import Image
 
 HOSTILE = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "bad_inputs" / "images"
@@ -103,7 +103,7 @@ def test_16_bit_grey_is_not_stretched(tmp_path):
 
 def test_16_bit_rgb_is_scaled(tmp_path):
     pixels = np.array([[[65535, 32896, 0], [257, 65535, 40 * 257]]], dtype=">u2")
-    (tmp_path / "a.png").write_bytes(_png(pixels.tobytes(), width=2, bit_depth=16, colour_type=2))
+    (tmp_path / "a.png").write_bytes(png(2, 1, b"\0" + pixels.tobytes(), bit_depth=16, colour_type=2))
     assert read_image(tmp_path / "a.png").tolist() == [[[0, 128, 255], [40, 255, 1]]]
 
 
@@ -189,7 +189,7 @@ def test_unusable_paths_are_an_error_with_the_reason(tmp_path):
 
 
 def test_a_decompression_bomb_is_an_error_with_the_numbers(tmp_path):
-    (tmp_path / "bomb.png").write_bytes(_png(b"", width=60_000, height=60_000))
+    (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000, b"\0"))
     with pytest.raises(ImageError, match="3600000000.*178956970"):
         read_image(tmp_path / "bomb.png")
 
@@ -252,16 +252,3 @@ def test_which_hostile_images_are_unreadable():
         "zero_bytes.jpg",
         "zero_width.gif",
     }
-
-
-def _png(rows, width, height=1, bit_depth=8, colour_type=0):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" + rows))
-        + chunk(b"IEND", b"")
-    )

@@ -27,7 +27,6 @@ TINY = [
     "SOLVER.WARMUP_ITERS", "5", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.CHECKPOINT_PERIOD", "30",
     "DATALOADER.NUM_WORKERS", "2",
 ]  # fmt: skip
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -121,7 +121,6 @@ def trained(torchrun, tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("processes")
 class TestTwoRanks:
     def test_environment(self, found):
         assert [rank["env"] for rank in found] == [[0, 0, 2], [1, 1, 2]]

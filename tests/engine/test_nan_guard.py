@@ -119,7 +119,6 @@ def test_gather_metric_period_does_not_disable_the_guard(shapes, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.xdist_group("processes")
 def test_two_ranks_decide_together(shapes, tmp_path):
     register_tiny_shapes()
     keys = {**SIX, "SOLVER.MAX_ITER": 5, "MODEL.MASK_ON": False}

@@ -12,7 +12,7 @@ from halodet.engine import PREEMPTED
 import pytest
 from helpers import ROOT, dataset_flags, run_python
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.distributed
 OPTS = [
     "--config-file", "quick/mask_rcnn_halo_shapes", "MODEL.HALONET.BASE_WIDTH", "16", "INPUT.MIN_SIZE_TRAIN", "(64,)",
     "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000",

@@ -55,7 +55,7 @@ def best_of(boxes, scores, classes, *, threshold, most):
 
 
 @torch.no_grad()
-def test_a_flip_is_the_union_of_both_passes(detector, one_thread):
+def test_a_flip_is_the_union_of_both_passes(detector):
     cfg, model = detector
     image = (torch.rand(3, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(0)) * 255).round()
     image = image.repeat_interleave(8, 1).repeat_interleave(8, 2).to(torch.uint8)

@@ -16,6 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from helpers import CreatesFile, noise
 
 
 def small_config():
@@ -59,10 +60,6 @@ def trained(tmp_path_factory):
     DetectionCheckpointer(model, str(folder)).save("model_final")
     cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
     return cfg
-
-
-def noise(height, width):
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def test_predictions_are_detectron2s_in_pixels_of_the_image(trained):
@@ -118,18 +115,10 @@ def test_weights_that_leave_parameters_at_random_are_refused(trained, tmp_path):
         Predictor(cfg)
 
 
-class _Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
 def test_weights_that_bring_code_are_refused_and_do_not_run_it(trained, tmp_path):
     cfg = trained.clone()
     cfg.MODEL.WEIGHTS = str(tmp_path / "code.pth")
-    torch.save({"model": {}, "payload": _Payload(str(tmp_path / "made"))}, cfg.MODEL.WEIGHTS)
+    torch.save({"model": {}, "payload": CreatesFile(str(tmp_path / "made"))}, cfg.MODEL.WEIGHTS)
     with pytest.raises(CheckpointError, match="io.open"):
         Predictor(cfg)
     assert not (tmp_path / "made").exists()

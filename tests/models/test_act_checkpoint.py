@@ -45,7 +45,6 @@ def timm_network(stages):
 
 
 @pytest.mark.parametrize("make", [halonet, sync_bn_halonet, timm_network])
-@pytest.mark.usefixtures("one_thread")
 def test_outputs_gradients_and_statistics_equal_the_plain_network(make):
     x = torch.randn(2, 3, 65, 96)
     plain, saving = pass_through(make(()), x), pass_through(make(ALL), x)
@@ -57,7 +56,6 @@ def test_outputs_gradients_and_statistics_equal_the_plain_network(make):
     assert counts and all(count == 2 for count in counts)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_named_stages_save_fewer_activations():
     x = torch.randn(2, 3, 64, 64)
 

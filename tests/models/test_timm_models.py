@@ -16,7 +16,6 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay  # noqa: E4
 from timm.scheduler import create_scheduler_v2  # noqa: E402
 from timm.utils import CheckpointSaver, ModelEmaV3  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 # As timm's --model-kwargs gives them.
 TINY = {
     "base_width": 8,

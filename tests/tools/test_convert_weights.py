@@ -12,10 +12,9 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from helpers import cached_config, load_tool
+from helpers import assert_same_tensors, cached_config, load_tool
 
 tool = load_tool("convert_weights")
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
     "MODEL.DEVICE",
     "cpu",
@@ -56,9 +55,7 @@ def run(*arguments):
 
 
 def assert_same_file(one, other):
-    one, other = read_checkpoint(one)["model"], read_checkpoint(other)["model"]
-    assert sorted(one) == sorted(other)
-    assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+    assert_same_tensors(read_checkpoint(one)["model"], read_checkpoint(other)["model"])
 
 
 def test_round_trips_are_bit_equal(trained, tmp_path, capsys):

@@ -7,7 +7,6 @@ from helpers import ROOT, load_tool, run_python
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.xdist_group("processes")
 def test_killed_runs_end_with_the_same_bits(tmp_path):
     arguments = ["--kills", 2, "--iterations", 8, "--seed", 1]
     run = run_python(ROOT / "tools" / "kill_test.py", *arguments, DETECTRON2_DATASETS=str(tmp_path))
