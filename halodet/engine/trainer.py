@@ -83,24 +83,17 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Build the hooks in the order in which they run."""
         cfg, test = self.cfg, self.cfg.TEST
-        hooks: list[HookBase] = []
-        before_save = []
-        if isinstance(self.data_loader, SkipTrackingLoader):
-            resume_state = ResumeState(self.data_loader.loader, self.checkpointer.model, cfg)
-            bad_images = BadImageHook(
-                self.data_loader,
-                cfg.OUTPUT_DIR,
-                max_share=cfg.DATALOADER.MAX_BAD_IMAGES,
-                checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
-            )
-            hooks += [resume_state, bad_images]
-            before_save += [resume_state.gather, bad_images.collect]
-        else:
+        loader = self.data_loader if isinstance(self.data_loader, SkipTrackingLoader) else None
+        resume_state = ResumeState(loader and loader.loader, self.checkpointer.model, cfg)
+        hooks: list[HookBase] = [resume_state]
+        before_save = [resume_state.gather]
+        if loader is None:
             logger.warning("build_train_loader() is not halodet's: bad images are not counted, resume is not bit-exact")
-            resume_state = ResumeState(None, self.checkpointer.model, cfg)
-            hooks.append(resume_state)
-            before_save.append(resume_state.gather)
-
+        else:
+            share, period = cfg.DATALOADER.MAX_BAD_IMAGES, cfg.SOLVER.CHECKPOINT_PERIOD
+            bad_images = BadImageHook(loader, cfg.OUTPUT_DIR, max_share=share, checkpoint_period=period)
+            hooks.append(bad_images)
+            before_save.append(bad_images.collect)
         hooks += [IterationTimer(), LRScheduler(), Throughput(cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.GRAD_ACCUM_STEPS)]
 
         # What changes the weights runs before the checkpoint.
@@ -108,8 +101,8 @@ class Trainer(DefaultTrainer):
             no_workers = cfg.clone()
             no_workers.defrost()
             no_workers.DATALOADER.NUM_WORKERS = 0
-            loader = self.build_train_loader(no_workers)
-            hooks.append(PreciseBN(test.EVAL_PERIOD, self.model, loader, test.PRECISE_BN.NUM_ITER))
+            bn_loader = self.build_train_loader(no_workers)
+            hooks.append(PreciseBN(test.EVAL_PERIOD, self.model, bn_loader, test.PRECISE_BN.NUM_ITER))
         ema = EMA(self.model, cfg.MODEL.EMA.DECAY, cfg.OUTPUT_DIR) if cfg.MODEL.EMA.ENABLED else None
         if ema:
             self.checkpointer.add_checkpointable("ema", ema.average)
@@ -140,9 +133,7 @@ class Trainer(DefaultTrainer):
         return hooks
 
     def _evaluate(self) -> dict:
-        self._last_eval_results = self.test(
-            self.cfg, self.model
-        )  # DefaultTrainer.train() checks EXPECTED_RESULTS with it
+        self._last_eval_results = self.test(self.cfg, self.model)  # DefaultTrainer compares it with EXPECTED_RESULTS
         return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
