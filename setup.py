@@ -20,8 +20,8 @@ setup(
     packages=[*find_packages(include=["halodet", "halodet.*"]), "halodet.configs", "halodet.configs.quick"],
     package_dir={"halodet.configs": "configs"},
     package_data={"halodet": ["py.typed"], "halodet.configs": ["*.yaml"], "halodet.configs.quick": ["*.yaml"]},
-    # Detectron2 is not here: it is not on the package index under its own name (tools/install_detectron2.py gets it), and a user's own
-    # build must never be replaced.
+    # Detectron2 is missing on purpose: the index does not have it under its own name (tools/install_detectron2.py
+    # installs it), and a user's own build must never be replaced.
     install_requires=[
         "torch>=2.6,<2.16",
         "torchvision>=0.21,<0.30",

@@ -36,8 +36,8 @@ TINY = [
 def pytest_collection_modifyitems(items):
     """Assign tests to the workers of pytest-xdist.
 
-    Tests that start or signal processes run one after the other; each other file stays on one worker, because its fixtures
-    are made once. Long files come first, so that no worker is left alone with one of them.
+    Tests that start or signal processes run one after the other; each other file stays on one worker, because its
+    fixtures are made once. Long files come first, so that no worker is left alone with one of them.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:

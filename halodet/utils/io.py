@@ -115,5 +115,6 @@ def check_writable(folder: str) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"OUTPUT_DIR={folder} is invalid: expected a writable folder ({error.strerror}). Fix: set another OUTPUT_DIR."
+            f"OUTPUT_DIR={folder} is invalid: expected a writable folder ({error.strerror}). "
+            "Fix: set another OUTPUT_DIR."
         ) from error

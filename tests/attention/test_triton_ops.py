@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True, scope="module")
 def fast_interpreter():
-    """Skip what takes the interpreter most of its time: patching the language at every call inside a kernel, where it is
+    """Skip what takes the interpreter most time: patching the language at every call inside a kernel, where it is
     patched already, and checking every integer for overflow."""
     import triton.language as tl
     from triton.runtime import interpreter

@@ -207,7 +207,8 @@ def test_arrays_of_objects_are_refused(tmp_path, form):
 
 def test_a_forged_numpy_type_cannot_reach_memory(tmp_path):
     # a float type whose state says that it has a field of objects
-    forged = b"cnumpy\ndtype\n(U\x02f8K\x00K\x01tR(K\x03U\x01<N(U\x01at}U\x01a(cnumpy\ndtype\n(U\x02O8K\x00K\x01tRK\x00tsK\x08K\x01K\x00tb"
+    forged = b"cnumpy\ndtype\n(U\x02f8K\x00K\x01tR(K\x03U\x01<N(U\x01at}U\x01a("
+    forged += b"cnumpy\ndtype\n(U\x02O8K\x00K\x01tRK\x00tsK\x08K\x01K\x00tb"
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02}U\x01w" + forged + b"s.")
     assert "holds a numpy array of" in refusal(tmp_path / "a.pkl")
 
