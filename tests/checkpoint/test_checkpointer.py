@@ -314,7 +314,7 @@ def test_a_model_in_distributed_data_parallel_is_filled(files):
 class NoImages(list):
     """Replaces the training data."""
 
-    fingerprint = "0 images"
+    fingerprint, seed = "0 images", 0
 
 
 def test_the_trainer_loads_and_saves_through_it(files, tmp_path, monkeypatch):

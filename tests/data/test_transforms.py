@@ -126,7 +126,7 @@ def test_a_polygon_outside_the_crop_is_dropped():
         (["INPUT.COPY_PASTE.ENABLED", "True", "MODEL.MASK_ON", "False"], "MODEL.MASK_ON"),
         (["INPUT.COPY_PASTE.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"], "KEYPOINT_ON"),
         (["DATALOADER.MAX_BAD_IMAGES", "5.0"], "DATALOADER.MAX_BAD_IMAGES=5.0"),
-        (["INPUT.FORMAT", "L"], "INPUT.FORMAT='L'"),
+        (["INPUT.FORMAT", "L"], "INPUT.FORMAT=L"),
     ],
 )
 def test_invalid_keys_are_an_error(opts, says):

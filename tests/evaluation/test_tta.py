@@ -3,6 +3,7 @@
 import json
 
 from halodet.config.load import load_config
+from halodet.engine.main import build_meta_model
 from halodet.errors import ConfigError
 
 import numpy as np
@@ -159,5 +160,6 @@ def test_results_are_named_and_filed_apart_during_and_after_training(tmp_path, t
     ],
 )
 def test_unsupported_config_is_an_error(config, opts, message):
+    cfg = load_config(config, ["TEST.AUG.ENABLED", "True", *opts])
     with pytest.raises(ConfigError, match=message):
-        load_config(config, ["TEST.AUG.ENABLED", "True", *opts])
+        build_meta_model(cfg)

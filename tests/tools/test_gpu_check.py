@@ -14,12 +14,12 @@ tool = load_tool("gpu_check")
 @pytest.mark.usefixtures("shapes")
 def test_all_steps_on_the_cpu(tmp_path, monkeypatch, capsys):
     """All commands in process; the Triton tests are part of this suite anyway."""
-    from conftest import as_before
+    from conftest import restore_process
 
     def run(command, log, timeout):
         if "pytest" in command:
             return 0
-        with as_before():
+        with restore_process():
             return load_tool(command[1].removeprefix("tools/").removesuffix(".py")).main(command[2:])
 
     monkeypatch.setattr(tool, "run_command", run)
