@@ -34,6 +34,7 @@ from detectron2.engine.hooks import EvalHook, IterationTimer, LRScheduler, Perio
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.utils.data import DataLoader
@@ -54,6 +55,8 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, allow_pickle: bool = False) -> None:
         TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()  # as DefaultTrainer does for programs that have not called it
         logging.getLogger("detectron2.engine.train_loop").addFilter(_drop_traceback)
         cfg = DefaultTrainer.auto_scale_workers(scale_to_batch(cfg), comm.get_world_size())
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER

@@ -15,7 +15,7 @@ from helpers import ROOT, dataset_flags, run_python
 pytestmark = pytest.mark.distributed
 OPTS = [
     "--config-file", "quick/mask_rcnn_halo_shapes", "MODEL.HALONET.BASE_WIDTH", "16", "INPUT.MIN_SIZE_TRAIN", "(64,)",
-    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000",
+    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3000", "SOLVER.CHECKPOINT_PERIOD", "3000",
     "DATALOADER.NUM_WORKERS", "2", "MODEL.DEVICE", "cpu",
 ]  # fmt: skip
 TOOL = [ROOT / "tools/train_net.py"]
