@@ -130,12 +130,7 @@ def _check_yaml(path: str, parents: tuple[str, ...]) -> None:
     except OSError as error:
         named = f", the _BASE_ of {parents[-1]}," if parents else ""
         raise ConfigError(f"{path}{named} cannot be read: {error.strerror or error}.") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # ValueError: bytes or dates; TypeError: keys
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # dates are ValueErrors, keys TypeErrors
         raise ConfigError(f"{path} is not a plain YAML config: {one_line(error)}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a config: expected a YAML mapping with keys such as MODEL and SOLVER.")

@@ -107,15 +107,10 @@ def init_distributed(env: DistEnv, timeout: timedelta) -> None:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
     except (RuntimeError, OSError) as error:
-        in_use = "EADDRINUSE" in str(error)
+        fix = "set MASTER_PORT to a free port" if "EADDRINUSE" in str(error) else "check that each machine can reach it"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"Rendezvous at {address} failed (expected {env.world_size} ranks within {timeout}): {reason}. "
-            + (
-                "Fix: set MASTER_PORT to a free port."
-                if in_use
-                else "Fix: check that each machine can reach that port."
-            )
+            f"Rendezvous at {address} failed (expected {env.world_size} ranks within {timeout}): {reason}. Fix: {fix}."
         ) from error
     sizes = comm.all_gather(env.local_world_size)
     if len(set(sizes)) > 1:
