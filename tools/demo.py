@@ -10,13 +10,19 @@ Exit code: 0 if every image was drawn, 1 if some failed, 2 for invalid arguments
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 
 from halodet.config import load_config
 from halodet.errors import HalodetError
 from halodet.inference import Predictor
 from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, draw_images, find_images
+
+# Warnings about Detectron2's own calls, which would break the progress bar.
+warnings.filterwarnings("ignore", message="torch.meshgrid")
+logging.getLogger("torch.fx").setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> int:
