@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from halodet.config import load_config
@@ -17,12 +15,16 @@ from halodet.errors import ImageError
 
 import pytest
 import torch
+import two_ranks
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from helpers import run_ranks
 
 BAD_IMAGES = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "bad_inputs" / "images"
 TINY = [
-    "MODEL.HALONET.BASE_WIDTH", "16", "INPUT.MIN_SIZE_TRAIN", "(48,)", "INPUT.MIN_SIZE_TEST", "48",
+    "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.HALONET.DEPTHS", "(1, 1, 1, 1)", "MODEL.ROI_BOX_HEAD.NUM_CONV", "0",
+    "MODEL.HALONET.MIXERS", "('conv', 'conv', 'conv', 'halo')", "MODEL.MASK_ON", "False",
+    "MODEL.ROI_BOX_HEAD.FC_DIM", "64", "INPUT.MIN_SIZE_TRAIN", "(48,)", "INPUT.MIN_SIZE_TEST", "48",
     "SOLVER.IMS_PER_BATCH", "4",
     "SOLVER.WARMUP_ITERS", "5", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.CHECKPOINT_PERIOD", "30",
     "DATALOADER.NUM_WORKERS", "2",
@@ -210,55 +212,20 @@ def test_real_bad_files_among_good_ones(shapes, register, tmp_path):
     assert len(bad) > 5 and sorted(entry["file"] for entry in report["files"]) == sorted(bad)
 
 
-TWO_PROCESSES = """
-import sys
-from halodet.data.bad_images import SKIPPED_KEY, SkipTrackingLoader, Skipped, TooManyBadImages
-from halodet.engine.bad_image_hook import BadImageHook
-from detectron2.engine import TrainerBase, launch
-from detectron2.utils import comm
-
-class Loop(TrainerBase):
-    def __init__(self, loader):
-        super().__init__()
-        self.batches = iter(loader)
-
-    def run_step(self):
-        next(self.batches)
-
-def batches():  # rank 1 meets a bad file in each batch of two
-    for number in range(1000):
-        yield [{SKIPPED_KEY: [Skipped(f"{number % 3}.jpg", "does not exist")]} if comm.get_rank() else {}, {}]
-
-def run(max_share):
-    loader = SkipTrackingLoader(batches())
-    loop = Loop(loader)
-    loop.register_hooks([BadImageHook(loader, sys.argv[1], max_share=max_share, checkpoint_period=100)])
-    try:
-        loop.train(0, 50)
-    except TooManyBadImages as error:
-        print(f"rank {comm.get_rank()} stops after {loop.iter + 1}: {error}", flush=True)
-
-if __name__ == "__main__":
-    launch(run, 2, dist_url="auto", args=(float(sys.argv[2]),))
-"""
-
-
+@pytest.mark.distributed
 @pytest.mark.parametrize("stops", [False, True])
 def test_two_processes_count_together_and_stop_together(tmp_path, stops):
-    script = tmp_path / "run.py"
-    script.write_text(TWO_PROCESSES)
-    command = [sys.executable, str(script), str(tmp_path), "0.1" if stops else "0.3"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    share = 0.1 if stops else 0.3
+    codes, log = run_ranks(two_ranks.count_bad_images, str(tmp_path), share, printed=tmp_path / "printed.txt")
     report = json.loads((tmp_path / "skipped.json").read_text())
     iterations = 20 if stops else 50
     # Of five images that come in an iteration one is bad.
-    assert (report["images_seen"], report["images_skipped"]) == (5 * iterations, iterations), result.stderr
+    assert codes == [0, 0], log
+    assert (report["images_seen"], report["images_skipped"]) == (5 * iterations, iterations), log
     assert {entry["file"]: entry["count"] for entry in report["files"]} == {
         f"{n}.jpg": len(range(n, iterations, 3)) for n in range(3)
     }
-    lines = sorted(line for line in result.stdout.splitlines() if "stops after" in line)
+    lines = sorted(line for line in log.splitlines() if "stops after" in line)
     assert [line.partition(" images")[0] for line in lines] == (
         [f"rank {n} stops after 20: 20 of 100" for n in (0, 1)] if stops else []
     )

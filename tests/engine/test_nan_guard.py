@@ -3,9 +3,6 @@
 import copy
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 from halodet.engine.nan_guard import (
     NanGuard,
@@ -15,11 +12,12 @@ from halodet.engine.nan_guard import (
     is_non_finite_error,
 )
 
+import nan_guard_ranks
 import pytest
 import torch
 from detectron2.structures import Boxes
 from fvcore.nn.precise_bn import update_bn_stats
-from helpers import assert_same_tensors
+from helpers import assert_same_tensors, run_ranks
 from small_run import all_finite, inject_nan, make_trainer, record_steps, register_tiny_shapes
 from torch import nn
 
@@ -124,10 +122,8 @@ def test_two_ranks_decide_together(shapes, tmp_path):
     keys = {**SIX, "SOLVER.MAX_ITER": 5, "MODEL.MASK_ON": False}
     # Batch 3 is the last of an accumulated step: the forward pass fails on one rank only, and both must continue.
     runs = {"stop": keys, "skip": keys | SKIP, "accumulate": keys | SKIP | {"SOLVER.GRAD_ACCUM_STEPS": 2}}
-    command = [sys.executable, str(Path(__file__).with_name("nan_guard_ranks.py")), str(tmp_path), json.dumps(runs)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    log = run.stdout + run.stderr
-    assert run.returncode == 0, log
+    codes, log = run_ranks(nan_guard_ranks.work, str(shapes), str(tmp_path), runs, printed=tmp_path / "printed.txt")
+    assert codes == [0, 0], log
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second, "the ranks differ"
     steps = {name: result["steps"] for name, result in first.items()}

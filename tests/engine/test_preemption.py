@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from halodet.engine import PREEMPTED
 
 import pytest
-from helpers import ROOT, dataset_flags, run_python
+import two_ranks
+from helpers import ROOT, dataset_flags, fork
 
 pytestmark = pytest.mark.distributed
 OPTS = [
@@ -18,56 +18,63 @@ OPTS = [
     "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3000", "SOLVER.CHECKPOINT_PERIOD", "3000",
     "DATALOADER.NUM_WORKERS", "2", "MODEL.DEVICE", "cpu",
 ]  # fmt: skip
-TOOL = [ROOT / "tools/train_net.py"]
-SPAWNED = [Path(__file__).with_name("two_ranks.py"), "train_spawned"]
 
 
-@pytest.fixture
-def run(tmp_path, request):
-    """A run with two data loading workers, in a process group of its own, once it has trained for some iterations."""
-    data = dataset_flags(tmp_path / "data", 4)[:2]
-    with open(tmp_path / "printed.txt", "w") as printed:
-        process = subprocess.Popen(
-            [sys.executable, *request.param, *data, *OPTS, "OUTPUT_DIR", tmp_path],
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            cwd=ROOT,
-            start_new_session=True,
-        )
-    metrics, deadline = tmp_path / "metrics.json", time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+def started(folder):
+    """Wait until the run in ``folder`` trains."""
+    printed, deadline = folder / "printed.txt", time.monotonic() + 200
+    while time.monotonic() < deadline and not (printed.exists() and "Starting training" in printed.read_text()):
         time.sleep(0.05)
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
-def assert_preempted(run, folder):
-    code = run.wait(timeout=100)
+def assert_preempted(code, folder):
     text = (folder / "printed.txt").read_text()
     assert code == PREEMPTED and "Traceback" not in text and text.count("Stopped by SIG") == 1, text
     assert len(list(folder.glob("model_*.pth"))) == 1
 
 
-@pytest.mark.parametrize("run", [TOOL], indirect=True, ids=["alone"])
-def test_signals_to_the_process_group_save_one_checkpoint(run, tmp_path):
-    run.send_signal(signal.SIGSTOP)  # so that both arrive within one iteration
-    os.killpg(run.pid, signal.SIGTERM)
-    run.send_signal(signal.SIGUSR1)
-    run.send_signal(signal.SIGCONT)
-    assert_preempted(run, tmp_path)
+def test_signals_to_the_process_group_save_one_checkpoint(tmp_path):
+    data = dataset_flags(tmp_path / "data", 4)[:2]
+    with open(tmp_path / "printed.txt", "w") as printed:
+        run = subprocess.Popen(
+            [sys.executable, "tools/train_net.py", *data, *OPTS, "OUTPUT_DIR", tmp_path],
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            cwd=ROOT,
+            start_new_session=True,  # a process group of its own, with its data loading workers
+        )
+    try:
+        started(tmp_path)
+        run.send_signal(signal.SIGSTOP)  # so that both arrive within one iteration
+        os.killpg(run.pid, signal.SIGTERM)
+        run.send_signal(signal.SIGUSR1)
+        run.send_signal(signal.SIGCONT)
+        assert_preempted(run.wait(timeout=100), tmp_path)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
 
 
-@pytest.mark.parametrize("run", [SPAWNED], indirect=True, ids=["spawned"])
-def test_a_signal_to_the_parent_reaches_the_ranks(run, tmp_path):
-    run.send_signal(signal.SIGTERM)
-    assert_preempted(run, tmp_path)
+def test_a_signal_to_the_parent_reaches_the_ranks(tmp_path):
+    data = dataset_flags(tmp_path / "data", 4)[:2]
+    arguments = [*data, *OPTS, "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "0"]
+    run = fork(two_ranks.train_spawned, *arguments, printed=tmp_path / "printed.txt")
+    try:
+        started(tmp_path)
+        os.kill(run.pid, signal.SIGTERM)
+        run.join(100)
+        assert_preempted(run.exitcode, tmp_path)
+    finally:
+        run.terminate()  # the parent forwards it
+        run.join(30)
+        run.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_outside_of_training(number):
-    code = "from halodet.engine.preemption import *\nwith exit_on_preemption(): os.kill(os.getpid(), {})\nprint('late')"
-    run = run_python("-c", code.format(int(number)))
-    assert run.returncode == PREEMPTED and number.name in run.stderr and not run.stdout, run.stderr
+def test_a_signal_outside_of_training(number, tmp_path):
+    run = fork(two_ranks.leave, int(number), printed=tmp_path / "printed.txt")
+    run.join(60)
+    text = (tmp_path / "printed.txt").read_text()
+    assert run.exitcode == PREEMPTED and number.name in text and "late" not in text, text

@@ -1,4 +1,4 @@
-"""Scripts that torchrun, or Detectron2's launch, runs in two processes: ``two_ranks.py NAME ARGUMENTS``."""
+"""Functions that tests run in two processes; under torchrun also as ``two_ranks.py NAME ARGUMENTS``."""
 
 import copy
 import json
@@ -9,7 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from halodet.config import load_config
+from halodet.data.bad_images import SKIPPED_KEY, Skipped, SkipTrackingLoader, TooManyBadImages
 from halodet.engine import Trainer, main
+from halodet.engine.bad_image_hook import BadImageHook
 from halodet.engine.distributed import (
     broadcast_buffers,
     check_shared,
@@ -20,11 +22,12 @@ from halodet.engine.distributed import (
     run_and_broadcast_errors,
     wait_for_all_ranks,
 )
+from halodet.engine.preemption import exit_on_preemption
 from halodet.errors import ConfigError
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import create_ddp_model
+from detectron2.engine import TrainerBase, create_ddp_model
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
@@ -177,6 +180,11 @@ def measure(folder, timm):
     dist.destroy_process_group()
 
 
+def train(*arguments):
+    """Run tools/train_net.py; returns its exit code."""
+    return train_net.main(list(arguments))
+
+
 def train_killed(iteration, *arguments):
     """Train; on torchrun's first attempt rank 1 gets SIGKILL before ``iteration``."""
     run_step = Trainer.run_step
@@ -188,14 +196,49 @@ def train_killed(iteration, *arguments):
         run_step(self)
 
     Trainer.run_step = run_step_or_die
-    sys.exit(train_net.main(list(arguments)))
+    sys.exit(train(*arguments))
 
 
 def train_spawned(*arguments):
     """Train with two processes as ``--num-gpus 2`` starts them, but on the CPU."""
     args = train_net.parse(list(arguments))
     args.num_gpus, args.dist_url = 2, "auto"
-    sys.exit(main.launch_ranks(args, timedelta(minutes=5)))
+    return main.launch_ranks(args, timedelta(minutes=5))
+
+
+def leave(number):
+    """Get a signal outside of training."""
+    with exit_on_preemption():
+        os.kill(os.getpid(), number)
+    print("late")
+
+
+class _Loop(TrainerBase):
+    def __init__(self, loader):
+        super().__init__()
+        self._batches = iter(loader)
+
+    def run_step(self):
+        next(self._batches)
+
+
+def _batches():
+    """Batches of two images; on rank 1 the first of them is a bad file."""
+    for number in range(1000):
+        yield [{SKIPPED_KEY: [Skipped(f"{number % 3}.jpg", "does not exist")]} if comm.get_rank() else {}, {}]
+
+
+def count_bad_images(folder, max_share):
+    """Run 50 iterations with a bad file in each on rank 1; print when the run stops."""
+    init_distributed(detect_dist_env(), timedelta(minutes=2))
+    loader = SkipTrackingLoader(_batches())
+    loop = _Loop(loader)
+    loop.register_hooks([BadImageHook(loader, folder, max_share=max_share, checkpoint_period=100)])
+    try:
+        loop.train(0, 50)
+    except TooManyBadImages as error:
+        print(f"rank {comm.get_rank()} stops after {loop.iter + 1}: {error}", flush=True)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from helpers import ROOT, load_tool, run_python
+from helpers import fork, load_tool, run_tool
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_killed_runs_end_with_the_same_bits(tmp_path):
-    arguments = ["--kills", 2, "--iterations", 8, "--seed", 1]
-    run = run_python(ROOT / "tools" / "kill_test.py", *arguments, DETECTRON2_DATASETS=str(tmp_path))
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "seed 1: 2 of 2" in run.stdout and run.stdout.count("different entries: 0") == 2
+    arguments = ["--kills", "2", "--iterations", "8", "--seed", "1"]
+    printed = tmp_path / "printed.txt"
+    run = fork(run_tool, "kill_test", arguments, printed=printed, DETECTRON2_DATASETS=str(tmp_path))
+    run.join(240)
+    text = printed.read_text()
+    assert run.exitcode == 0 and "seed 1: 2 of 2" in text and text.count("different entries: 0") == 2, text
 
 
 def test_differing_entries_are_named():

@@ -10,7 +10,8 @@ import torch
 from helpers import CreatesFile, read_metrics, registered
 
 TINY = [
-    "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "SOLVER.IMS_PER_BATCH", "4",
+    "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "SOLVER.IMS_PER_BATCH", "2",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "TEST.DETECTIONS_PER_IMAGE", "30",
     "SOLVER.WARMUP_ITERS", "5",
     "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.CHECKPOINT_PERIOD", "30", "DATALOADER.NUM_WORKERS", "0",
 ]  # fmt: skip
@@ -114,16 +115,11 @@ def test_real_photos_train_and_evaluate(tool, tmp_path, capsys):
     data = [f"--train-json={few}", f"--train-images={images}", f"--val-json={few}", f"--val-images={images}"]
     # Two iterations from random weights find nothing above the usual score threshold.
     small = [
-        "TEST.DETECTIONS_PER_IMAGE",
-        "5",
-        "INPUT.MIN_SIZE_TRAIN",
-        "(128,)",
-        "INPUT.MIN_SIZE_TEST",
-        "128",
-        "MODEL.HALONET.BASE_WIDTH",
-        "16",
-    ]
-    small += ["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+        "TEST.DETECTIONS_PER_IMAGE", "5", "INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "128",
+        "MODEL.HALONET.BASE_WIDTH", "16", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16",
+        "MODEL.RPN.POST_NMS_TOPK_TEST", "50",
+    ]  # fmt: skip
     output = ["OUTPUT_DIR", str(tmp_path / "out"), "SOLVER.MAX_ITER", "2"]
     assert tool(["--config-file=mask_rcnn_halo_h0", *data, *output, *small]) == 0
     log = printed(capsys)
