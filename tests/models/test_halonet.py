@@ -76,10 +76,11 @@ def test_h1_equals_timm_with_its_weights():
         state[key] = value
     ours.load_state_dict(state, strict=True)
 
-    x = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
-            features, logits = theirs.to(dtype).forward_features(x.to(dtype)), theirs(x.to(dtype))
+            features = theirs.to(dtype).forward_features(x.to(dtype))
+            logits = theirs.forward_head(features)
             maps = ours.to(dtype)(x.to(dtype))
             assert features.std() > 0.1 and logits.std() > 0.01
             torch.testing.assert_close(maps["linear"], logits, rtol=0, atol=tolerance)
@@ -90,13 +91,18 @@ def test_h1_equals_timm_with_its_weights():
 @pytest.mark.parametrize("size", [(64, 64), (97, 131), (33, 200), (9, 5)])
 def test_any_size(size, border):
     model = randomize(HaloNet(dataclasses.replace(SMALL, border=border), out_features=["stem", *STAGES])).eval()
-    maps = model(torch.randn(2, 3, *size))
+    images = torch.randn(2, 3, *size)
+    maps = model(images)
     strides, channels = model.feature_strides, model.feature_channels
     assert list(maps) == ["stem", *STAGES] and [strides[name] for name in maps] == [4, 4, 8, 16, 32]
     for name, x in maps.items():
         # every layer that halves rounds up, so the last map is the input over its stride, rounded up
         assert x.shape == (2, channels[name], *(-(-s // strides[name]) for s in size))
         assert torch.isfinite(x).all() and x.std() > 0
+    # Images of a batch do not mix.
+    one = model(images[1:])
+    for name, x in maps.items():
+        torch.testing.assert_close(x[1:], one[name])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
