@@ -31,13 +31,12 @@ def test_documented_configs_exist():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [(333, 517), (800, 1333)])
-def test_backbone_gives_the_feature_maps_of_the_heads(name, size):
+def test_backbone_gives_the_feature_maps_of_the_heads(name):
     cfg = cached_config(name)
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         backbone = build_backbone(cfg).eval()
-        # detectors pad images to a multiple of size_divisibility
-        height, width = (-(-s // backbone.size_divisibility) * backbone.size_divisibility for s in size)
+        # detectors pad images to a multiple of size_divisibility; then p5 is odd in height and even in width
+        height, width = (-(-s // backbone.size_divisibility) * backbone.size_divisibility for s in (333, 1333))
         maps = backbone(torch.empty(2, 3, height, width))
     retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     strides = {f"p{level}": 2**level for level in (range(3, 8) if retina else range(2, 7))}
