@@ -1,5 +1,6 @@
 """The Triton backend against the reference in float64; without a GPU in Triton's interpreter (see conftest.py)."""
 
+import functools
 import random
 import re
 import warnings
@@ -113,13 +114,13 @@ def test_random_cases_equal_reference(seed):
 
 
 LARGE = {
-    "more queries than a tile": (make_layout(15, 14, 14, 2), {"depth": 16}),
-    "ragged blocks": (make_layout(20, 27, 8, 3, mask=False), {"depth": 16, "value_depth": 32}),
-    "halo larger than the block": (make_layout(9, 7, 2, (5, 3, 4, 6)), {"heads": 2}),
+    "more queries than a tile": (make_layout(13, 12, 12, 2), {"depth": 16}),
+    "ragged blocks": (make_layout(10, 21, 8, 3, mask=False), {"depth": 16, "value_depth": 32}),
+    "halo larger than the block": (make_layout(9, 5, 2, (5, 3, 4, 6)), {}),
     "halo on one side": (make_layout(9, 11, 4, (0, 0, 7, 0), mask=False), {}),
-    "more extra keys than a tile": (make_layout(6, 5, 4, 1), {"extra": 18, "heads": 2}),
+    "more extra keys than a tile": (make_layout(6, 3, 4, 1), {"extra": 18, "batch": 2, "heads": 2}),
     "blocks larger than the map": (make_layout(3, 5, 32, 1, stride=2), {}),
-    "wide windows": (make_layout(5, 6, 4, 20, mask=False), {}),
+    "wide windows": (make_layout(3, 6, 4, 20, mask=False), {}),
 }
 
 
@@ -177,7 +178,7 @@ def test_half_types_are_as_exact_as_plain_pytorch(mask, dtype, half_types):
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_large_logits_stay_finite(mask, sign):
     # All keys of a corner block's first tile are masked; with very negative logits any leak would dominate.
-    layout = make_layout(5, 6, 4, (3, 3, 70, 3), mask=mask)
+    layout = make_layout(5, 3, 4, (3, 3, 70, 3), mask=mask)
     arguments = make(layout, extra=1)
     q, k, _, rel_h, rel_w, extra_k, _ = arguments
     for x, mean in ((q, 100 * sign), (k, 2), (rel_h, 0.5), (rel_w, 0.5), (extra_k, 2)):
@@ -186,31 +187,34 @@ def test_large_logits_stay_finite(mask, sign):
     assert_near(run(halo_attention_triton, arguments, layout), exact, 1e-3)
 
 
+@functools.cache
+def plain():
+    """Return a layout, arguments, and the output and gradients for them."""
+    layout, arguments = some_case(4)
+    return layout, arguments, run(halo_attention_triton, arguments, layout)
+
+
 def test_results_are_deterministic():
-    layout, arguments = some_case(3)
-    for first, second in zip(
-        run(halo_attention_triton, arguments, layout), run(halo_attention_triton, arguments, layout), strict=True
-    ):
+    layout, arguments, expected = plain()
+    for first, second in zip(run(halo_attention_triton, arguments, layout), expected, strict=True):
         assert torch.equal(first, second)
 
 
 def test_maps_in_any_memory_format():
-    layout = make_layout(7, 6, 4, 2)
+    layout = make_layout(3, 6, 4, 2)
     arguments = [None if x is None else x.float() for x in make(layout, batch=2, heads=2)]
-    expected = run(halo_attention_triton, arguments, layout)
+    leaves = [x.detach().requires_grad_() for x in arguments[:3]]
+    expected = halo_attention_triton(*leaves, *arguments[3:], layout)
     # Views of one channels-last tensor, as a fused projection returns them.
     together = torch.cat([x.flatten(1, 2) for x in arguments[:3]], 1).contiguous(memory_format=torch.channels_last)
-    maps = [x.unflatten(1, (2, 4)) for x in together.chunk(3, 1)]
+    maps = [x.unflatten(1, (2, 4)) for x in together.requires_grad_().chunk(3, 1)]
     assert maps[0].stride(2) == 1 and not maps[0].is_contiguous()
     out = halo_attention_triton(*maps, *arguments[3:], layout)
-    assert torch.equal(out, expected[0])
+    assert torch.equal(out, expected)
     assert out.flatten(1, 2).is_contiguous(memory_format=torch.channels_last)
-    together.requires_grad_()
-    out = halo_attention_triton(*[x.unflatten(1, (2, 4)) for x in together.chunk(3, 1)], *arguments[3:], layout)
     # An expanded scalar gradient has zero strides.
     (grad,) = torch.autograd.grad(out.sum(), together)
-    leaves = [x.detach().requires_grad_() for x in arguments[:3]]
-    one_by_one = torch.autograd.grad(halo_attention_triton(*leaves, *arguments[3:], layout).sum(), leaves)
+    one_by_one = torch.autograd.grad(expected.sum(), leaves)
     assert torch.equal(grad, torch.cat([x.flatten(1, 2) for x in one_by_one], 1))
 
 
@@ -251,18 +255,14 @@ def test_compiled_equals_eager():
 
 
 def test_checkpointed_equals_plain():
-    layout, arguments = some_case(5)
-    for a, b in zip(
-        run(lambda *x: checkpoint(halo_attention_triton, *x, use_reentrant=False), arguments, layout),
-        run(halo_attention_triton, arguments, layout),
-        strict=True,
-    ):
+    layout, arguments, expected = plain()
+    recomputed = run(lambda *x: checkpoint(halo_attention_triton, *x, use_reentrant=False), arguments, layout)
+    for a, b in zip(recomputed, expected, strict=True):
         assert torch.equal(a, b)
 
 
 def test_autocast_changes_nothing():
-    layout, arguments = some_case(5)
-    expected = run(halo_attention_triton, arguments, layout)
+    layout, arguments, expected = plain()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         for a, b in zip(run(halo_attention_triton, arguments, layout), expected, strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
