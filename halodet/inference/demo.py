@@ -5,18 +5,16 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from halodet.data.image_io import read_image
 from halodet.errors import ConfigError, HalodetError, ImageError
-from halodet.inference.predictor import to_coco
+from halodet.inference.predictor import Predictor, to_coco
 from halodet.inference.visualize import draw
 from halodet.utils.io import write_json
 
-import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
@@ -55,7 +53,7 @@ def find_images(inputs: Sequence[str], output: str) -> list[str]:
 
 
 def draw_images(
-    predictor: Callable[[np.ndarray], Instances], files: Sequence[str], output: str, *, threshold: float
+    predictor: Predictor, files: Sequence[str], output: str, *, threshold: float
 ) -> int:
     """Draw the predictions for each file into the folder ``output``, and save them in :data:`DETECTIONS_FILE`.
 
@@ -103,7 +101,7 @@ def draw_images(
 
 
 def _draw_image(
-    predictor: Callable[[np.ndarray], Instances],
+    predictor: Predictor,
     file: str,
     output: str,
     threshold: float,

@@ -27,6 +27,7 @@ class Predictor(DefaultPredictor):
         allow_pickle: whether to run code that pickle files hold.
 
     Attributes:
+        aug: resizes an image as for evaluation.
         classes: dataset id and name of each class in the order of the model's outputs.
 
     Raises:
@@ -34,6 +35,8 @@ class Predictor(DefaultPredictor):
         ConfigError: the model cannot be built.
         ClassesError: the class list beside the weights does not fit the model.
     """
+
+    aug: ResizeShortestEdge
 
     def __init__(self, cfg: CfgNode, *, allow_pickle: bool = False) -> None:
         weights = cfg.MODEL.WEIGHTS

@@ -15,10 +15,10 @@ def capture() -> dict[str, Any]:
     """Return the random states in plain containers and tensors that a checkpoint can hold."""
     _, words, gauss = random.getstate()
     _, key, position, has_gauss, cached = np.random.get_state()
-    key = torch.from_numpy(key.astype(np.int64))
-    state = {
+    words_of_numpy = torch.from_numpy(np.array(key, np.int64))
+    state: dict[str, Any] = {
         "python": {"words": torch.tensor(words), "gauss": gauss},
-        "numpy": {"key": key, "position": position, "has_gauss": has_gauss, "cached": cached},
+        "numpy": {"key": words_of_numpy, "position": position, "has_gauss": has_gauss, "cached": cached},
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_initialized():
