@@ -9,6 +9,7 @@ takes about a second per ten million.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -106,7 +107,9 @@ class ResumableTrainLoader:
             worker_init_fn=ignore_stop_signals if os.name == "posix" else None,
             generator=Generator(),  # by default it would draw from the model's generator
         )
-        for batch in loader:
+        with _stop_signals_blocked():
+            batches = iter(loader)  # starts the workers
+        for batch in batches:
             self.batches += 1
             yield batch
 
@@ -161,3 +164,17 @@ def ignore_stop_signals(worker_id: int) -> None:
     """
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_PERIOD))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block stop signals, also in processes started meanwhile: PyTorch lets a worker die of SIGTERM at its start."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
