@@ -27,6 +27,9 @@ class RelativePosition(nn.Module):
             nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
 
 
+torch.fx.wrap("halo_attention")  # a symbolic trace keeps the call: it depends on shapes and the device
+
+
 @register_mixer("halo")
 class HaloMixer(Mixer):
     """Blocked local self-attention with a halo, without bias and without an output projection.
@@ -114,13 +117,12 @@ class HaloMixer(Mixer):
         # Attention and 1x1 convolutions both prefer channels last. Keys and values are projected separately because
         # splitting one map would copy their gradients into one again.
         x = x.contiguous(memory_format=torch.channels_last)
-        weights = self.kv.weight.unflatten(0, (self.num_heads, -1)).split((self.depth, self.value_depth), dim=1)
-        maps = (self.q(x), *(F.conv2d(x, weight.flatten(0, 1)) for weight in weights))
-        q, k, v = (y.view(y.shape[0], self.num_heads, -1, *y.shape[2:]) for y in maps)
+        weights = self.kv.weight.view(self.num_heads, self.depth + self.value_depth, -1, 1, 1)
+        k_weight, v_weight = weights.split((self.depth, self.value_depth), dim=1)
         out = halo_attention(
-            q,
-            k,
-            v,
+            self._split_heads(self.q(x), self.depth),
+            self._split_heads(F.conv2d(x, k_weight.flatten(0, 1)), self.depth),
+            self._split_heads(F.conv2d(x, v_weight.flatten(0, 1)), self.value_depth),
             self.pos_embed.height_rel,
             self.pos_embed.width_rel,
             block_size=self.block_size,
@@ -130,6 +132,9 @@ class HaloMixer(Mixer):
             backend=self.backend,
         ).flatten(1, 2)
         return average_2x2(out) if self.pool else out
+
+    def _split_heads(self, x: Tensor, depth: int) -> Tensor:
+        return x.view(x.shape[0], self.num_heads, depth, x.shape[2], x.shape[3])
 
     def extra_repr(self) -> str:
         stride = 2 if self.pool else self.query_stride

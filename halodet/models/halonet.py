@@ -140,6 +140,20 @@ class Head(nn.Module):
         return self.linear(self.final(x).mean((-2, -1)))
 
 
+@torch.fx.wrap  # a symbolic trace keeps the call: it depends on the number of dimensions and the device
+def prepare_images(x: Tensor) -> Tensor:
+    """Check that ``x`` is a batch of images, and on the CPU bring it to the channels-last format.
+
+    Convolutions on the CPU are faster with channels last, and attention uses it too, so that no map is transposed.
+
+    Raises:
+        ValueError: ``x`` does not have four dimensions.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"HaloNet expects images (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
 class HaloNet(nn.Module):
     """HaloNet: a ResNet in which halo attention replaces the 3x3 convolutions of some stages.
 
@@ -260,13 +274,7 @@ class HaloNet(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map images (B, in_channels, H, W) to the feature maps named in ``out_features``."""
-        if x.dim() != 4:
-            raise ValueError(f"HaloNet expects images (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
-        if x.device.type == "cpu":
-            # Convolutions on the CPU are faster with channels last, and attention uses it too, so that no map is
-            # transposed.
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = self.stem(x)
+        x = self.stem(prepare_images(x))
         maps = {"stem": x}
         for name, stage in zip(STAGES, self.stages, strict=False):
             x = maps[name] = run_stage(stage, x, recompute=name in self.use_act_checkpoint)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from halodet.mixers import Mixer
-from halodet.models.halonet import HaloNet
+from halodet.models.halonet import STAGES, HaloNet, prepare_images
 from halodet.models.variants import VARIANTS, HaloNetVariant, get_variant
 
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(HaloNetVariant))
+POOLS = ("avg", "max", "avgmax", "")
 # training image sizes of keras_cv_attention_models; 256 for the others
 _IMAGE_SIZES = {"H3": 320, "H4": 384, "H5": 448, "H6": 512, "H7": 600}
 
@@ -35,7 +38,7 @@ class HaloNetClassifier(HaloNet):
         variant: name of a row of VARIANTS.
         num_classes: number of classes; 0 returns the pooled features (B, head_hidden_size) instead of logits.
         in_chans: number of image channels.
-        global_pool: only ``"avg"``.
+        global_pool: one of :data:`POOLS`; ``""`` for no pooling, so that the last layer must be removed too.
         drop_rate: dropout probability before the last layer.
         drop_path_rate: drop path probability of the last block, rising linearly from 0 at the first.
         norm: as in :class:`HaloNet`.
@@ -89,23 +92,73 @@ class HaloNetClassifier(HaloNet):
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = module.momentum if bn_momentum is None else bn_momentum
                 module.eps = module.eps if bn_eps is None else bn_eps
-        self._check_pool(global_pool)
+        self.feature_info = [
+            {"num_chs": self.feature_channels[name], "reduction": self.feature_strides[name], "module": name}
+            for name in STAGES
+        ]
+        self._set_pool(global_pool)
         if num_classes < 1:
             self.reset_classifier(0)
         self.num_classes = num_classes
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to features (B, num_features, ceil(H / 32), ceil(W / 32))."""
-        if not (self.grad_checkpointing and self.training):
-            return HaloNet.forward(self, x)["res5"]
-        x = self.stem(x)
+        x = self.stem(prepare_images(x))
         for stage in self.stages:
-            x = checkpoint_seq(stage, x)
+            x = self._run(stage, x)
         return x
+
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the features of the last stage and the feature maps of chosen stages.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages, 0 to 3 or negative from the end; an integer n stands for the last n, None for all.
+            norm: without effect; the feature maps are normalized.
+            stop_early: do not run the stages after the last one chosen.
+            output_fmt: only ``"NCHW"``.
+            intermediates_only: return the list of feature maps only.
+
+        Raises:
+            ValueError: ``output_fmt`` is another format.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r} is invalid: expected 'NCHW'")
+        chosen, last = feature_take_indices(len(self.stages), indices)
+        maps = []
+        x = self.stem(prepare_images(x))
+        for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = self._run(stage, x)
+            if index in chosen:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last one of ``indices``, and the head; return the stages chosen."""
+        chosen, last = feature_take_indices(len(self.stages), indices)
+        for name in STAGES[last + 1 : len(self.stages)]:
+            delattr(self, name)
+        if prune_head:
+            self.head.final = nn.Identity()
+            self.reset_classifier(0, "")
+        return chosen
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features (B, num_features, h, w) to (B, num_classes), or to (B, head_hidden_size) with ``pre_logits``."""
-        x = self.head.final(x).mean((-2, -1))
+        x = self._pool(self.head.final(x))
         if pre_logits:
             return x
         return self.head.linear(F.dropout(x, self.drop_rate, self.training))
@@ -119,8 +172,9 @@ class HaloNetClassifier(HaloNet):
         return self.head.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer by a new one for ``num_classes`` classes, or remove it for 0."""
-        self._check_pool("avg" if global_pool is None else global_pool)
+        """Replace the last layer by a new one for ``num_classes`` classes, or remove it for 0; set the pooling."""
+        if global_pool is not None:
+            self._set_pool(global_pool)
         self.num_classes = num_classes
         old = next(self.parameters())
         self.head.linear = nn.Identity()
@@ -144,9 +198,17 @@ class HaloNetClassifier(HaloNet):
         """Keep only the inputs of blocks for the backward pass and recompute the rest."""
         self.grad_checkpointing = enable
 
-    def _check_pool(self, global_pool: str) -> None:
-        if global_pool != "avg":
-            raise ValueError(f"global_pool={global_pool!r} is invalid: expected 'avg'")
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.global_pool == "avg":
+            return x.mean((-2, -1))
+        if self.global_pool == "max":
+            return x.amax((-2, -1))
+        return (x.mean((-2, -1)) + x.amax((-2, -1))) / 2 if self.global_pool == "avgmax" else x
+
+    def _set_pool(self, global_pool: str) -> None:
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool={global_pool!r} is invalid: expected one of {', '.join(map(repr, POOLS))}")
+        self.global_pool = global_pool
 
 
 def _model_name(variant: str) -> str:
@@ -177,12 +239,8 @@ default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(variant) for nam
 
 def _register(name: str, variant: str) -> None:
     def model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if kwargs.get("features_only"):
-            raise ValueError(
-                f"features_only=True is invalid for {name}: expected False. Fix: use halodet.HaloNet({variant!r}), "
-                "which returns feature maps"
-            )
-        return build_model_with_cfg(functools.partial(HaloNetClassifier, variant), name, pretrained, **kwargs)
+        build = functools.partial(HaloNetClassifier, variant)
+        return build_model_with_cfg(build, name, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3)}, **kwargs)
 
     model.__name__ = model.__qualname__ = name
     model.__doc__ = f"Build {variant} of VARIANTS as a classifier."

@@ -8,6 +8,7 @@ from halodet.models import STAGES, VARIANTS, HaloNet
 import pytest
 import torch
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 PARAMETERS = {"H0": 5.50, "H1": 8.10, "H2": 9.41, "H3": 11.84, "H4": 19.10, "H5": 30.72, "H6": 43.46, "H7": 67.43}
@@ -222,3 +223,18 @@ def test_mixer_options_reach_their_mixer_only():
 def test_norm_may_be_a_factory():
     model = HaloNet(SMALL, norm=lambda channels: nn.GroupNorm(1, channels))
     assert {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)} == {1}
+
+
+def test_feature_extraction_and_symbolic_traces_take_any_size():
+    model = randomize(HaloNet(SMALL)).eval()
+    extractor = create_feature_extractor(model, {"res3": "a", "res5.0.mixer": "b"})
+    traced = torch.fx.symbolic_trace(model)
+    for size in ((64, 64), (97, 131)):
+        x = torch.randn(1, 3, *size)
+        maps, inner = model(x), {}
+        hook = model.res5[0].mixer.register_forward_hook(lambda _, __, out, inner=inner: inner.update(out=out))
+        model(x)
+        hook.remove()
+        found = extractor(x)
+        assert torch.equal(found["a"], maps["res3"]) and torch.equal(found["b"], inner["out"])
+        assert all(torch.equal(value, maps[name]) for name, value in traced(x).items())

@@ -89,12 +89,11 @@ def test_arguments_of_timms_training_script():
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"global_pool": "max"}, "global_pool"),
+        ({"global_pool": "token"}, "global_pool"),
         ({"drop_block_rate": 0.1}, "drop_block_rate"),
         ({"depth": 3}, "depth=3"),
         ({"drop_rate": 1.0}, "drop_rate"),
         ({"mixers": ["halo"]}, "mixers"),
-        ({"features_only": True}, "features_only"),
     ],
 )
 def test_invalid_arguments_are_named(options, key):
@@ -121,7 +120,48 @@ def test_reset_classifier():
     model.reset_classifier(7)
     assert model(x).shape == (1, 7) and model.num_classes == 7
     with pytest.raises(ValueError, match="global_pool"):
-        model.reset_classifier(7, "max")
+        model.reset_classifier(7, "token")
+    features = model.forward_features(x)
+    model.reset_classifier(0, "max")
+    assert torch.equal(model(x), model.head.final(features).amax((-2, -1)))
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), model.head.final(features))
+
+
+def test_features_only_gives_the_maps_of_halonet():
+    whole = randomize(tiny()).eval()
+    ours = HaloNet(whole.variant).eval()
+    ours.load_state_dict(whole.state_dict(), strict=False)
+    model = tiny(features_only=True, out_indices=(1, -1)).eval()
+    assert (model.feature_info.reduction(), model.feature_info.channels()) == (
+        [8, 32],
+        [whole.feature_channels[name] for name in ("res3", "res5")],
+    )
+    assert not model.load_state_dict(whole.state_dict(), strict=False).missing_keys
+    x = torch.rand(1, 3, 51, 83)
+    with torch.no_grad():
+        maps = ours(x)
+        for actual, name in zip(model(x), ("res3", "res5"), strict=True):
+            assert actual.std() > 0
+            torch.testing.assert_close(actual, maps[name])  # timm's wrapper keeps the images' memory format
+
+
+def test_intermediates_are_the_maps_of_halonet():
+    model = randomize(tiny()).eval()
+    ours = HaloNet(model.variant).eval()
+    ours.load_state_dict(model.state_dict(), strict=False)
+    x = torch.rand(1, 3, 51, 83)
+    with torch.no_grad():
+        maps = list(ours(x).values())
+        last, intermediates = model.forward_intermediates(x)
+        assert torch.equal(last, maps[3]) and all(map(torch.equal, intermediates, maps))
+        (third,) = model.forward_intermediates(x, [2], stop_early=True, intermediates_only=True)
+        assert torch.equal(third, maps[2])
+        with pytest.raises(ValueError, match="output_fmt='NHWC'"):
+            model.forward_intermediates(x, output_fmt="NHWC")
+        assert model.prune_intermediate_layers([1, 2]) == [1, 2]
+        assert not any(name.startswith(("res5", "head")) for name in model.state_dict())
+        assert torch.equal(model(x), maps[2])
 
 
 def test_grad_checkpointing_gives_the_same_gradients():
