@@ -141,7 +141,7 @@ import halodet
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils.file_io import PathManager
-assert "build_halonet_fpn_backbone" in BACKBONE_REGISTRY and "build_timm_backbone" in BACKBONE_REGISTRY
+assert "build_halonet_fpn_backbone" in BACKBONE_REGISTRY and "build_halodet_timm_backbone" in BACKBONE_REGISTRY
 assert any("shapes" in name for name in DatasetCatalog.list())
 assert type(PathManager._PathManager__get_path_handler("timm://x")).__name__ == "TimmHandler"
 """

@@ -15,6 +15,7 @@ import logging
 import sys
 
 from halodet.config.load import load_config
+from halodet.config.projects import add_project_arguments, import_projects
 from halodet.errors import HalodetError
 
 import torch
@@ -69,12 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config file, or name of a halodet config")
     parser.add_argument("--size", nargs=2, type=int, default=(800, 1333), metavar=("HEIGHT", "WIDTH"),
                         help="image size in pixels (default: 800 1333)")  # fmt: skip
+    add_project_arguments(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides KEY VALUE ...")
     args = parser.parse_args(argv)
     if min(args.size) < 1:
         parser.error(f"argument --size: {args.size} is invalid: expected a height and a width of at least 1")
     try:
-        cfg = load_config(args.config_file, args.opts)
+        projects = import_projects(args.imports)
+        cfg = load_config(args.config_file, args.opts, add_configs=projects, allow_unsafe=args.allow_unsafe_config)
     except HalodetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

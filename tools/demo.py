@@ -16,6 +16,7 @@ import sys
 import warnings
 
 from halodet.config import load_config
+from halodet.config.projects import add_project_arguments, import_projects
 from halodet.errors import HalodetError
 from halodet.inference import Predictor
 from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, draw_images, find_images
@@ -30,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         files = find_images(args.input, args.output)
-        cfg = load_config(args.config_file, args.opts, train=False).clone()
+        projects = import_projects(args.imports)
+        unsafe = args.allow_unsafe_config
+        cfg = load_config(args.config_file, args.opts, train=False, add_configs=projects, allow_unsafe=unsafe).clone()
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
@@ -61,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--confidence-threshold", type=_score, default=0.5, metavar="SCORE", help="minimum score (default: 0.5)"
     )
     parser.add_argument("--allow-pickle", action="store_true", help="run code that pickle files hold")
+    add_project_arguments(parser)
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides; must come last"
     )

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 import halodet.engine.main
+from halodet.config.projects import add_project_arguments
 
 from detectron2.engine import default_argument_parser
 
@@ -27,6 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="MINUTES",
         help="time limit of the rendezvous and of each collective operation (default: %(default)g)",
     )
+    add_project_arguments(parser)
     data = parser.add_argument_group("COCO-format data of your own, instead of the config's datasets")
     data.add_argument("--train-json", metavar="FILE", help="COCO json to train on; its classes become the model's")
     data.add_argument("--train-images", metavar="DIR", help="folder of the images of --train-json")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 from halodet.backbones.halonet import HaloNetBackbone
 from halodet.backbones.timm_backbone import TimmBackbone
 
@@ -11,43 +14,61 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-TIMM_BACKBONES = ("build_timm_backbone", "build_timm_fpn_backbone", "build_retinanet_timm_fpn_backbone")
+logger = logging.getLogger(__name__)
+
+TIMM_BACKBONES = (
+    "build_halodet_timm_backbone",
+    "build_halodet_timm_fpn_backbone",
+    "build_retinanet_halodet_timm_fpn_backbone",
+)
 
 
-@BACKBONE_REGISTRY.register()
+def _register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
+    """Register a builder; a name that is taken stays as it is, unlike with Detectron2's own decorator, which raises."""
+    name = builder.__name__
+    if name not in BACKBONE_REGISTRY:
+        BACKBONE_REGISTRY.register(builder)
+        return builder
+    owner = BACKBONE_REGISTRY.get(name).__module__
+    if owner != __name__:  # otherwise halodet is imported again
+        logger.warning("MODEL.BACKBONE.NAME=%s is already registered by %s and is not halodet's", name, owner)
+    return builder
+
+
+@_register
 def build_halonet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HaloNetBackbone:
     """Build a HaloNet from MODEL.HALONET."""
     return HaloNetBackbone(cfg, input_shape)
 
 
-@BACKBONE_REGISTRY.register()
+@_register
 def build_halonet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build a HaloNet with an FPN of levels p2 to p6, for the R-CNN family."""
     return _fpn(cfg, build_halonet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
-@BACKBONE_REGISTRY.register()
+@_register
 def build_retinanet_halonet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build a HaloNet with an FPN of levels p3 to p7, for RetinaNet."""
     return _retinanet_fpn(cfg, build_halonet_backbone(cfg, input_shape))
 
 
-@BACKBONE_REGISTRY.register()
-def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """Build a timm network with attention from MODEL.TIMM."""
+@_register
+def build_halodet_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """Build a timm network with attention from MODEL.HALODET_TIMM."""
     return TimmBackbone(cfg, input_shape)
 
 
-@BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+@_register
+def build_halodet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build a timm network with attention and an FPN of levels p2 to p6, for the R-CNN family."""
-    return _fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
+    return _fpn(cfg, build_halodet_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
-@BACKBONE_REGISTRY.register()
-def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+@_register
+def build_retinanet_halodet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build a timm network with attention and an FPN of levels p3 to p7, for RetinaNet."""
-    return _retinanet_fpn(cfg, build_timm_backbone(cfg, input_shape))
+    return _retinanet_fpn(cfg, build_halodet_timm_backbone(cfg, input_shape))
 
 
 def _retinanet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:

@@ -100,7 +100,7 @@ class TimmBackbone(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        node = cfg.MODEL.TIMM
+        node = cfg.MODEL.HALODET_TIMM
         check_input(cfg)
         return {
             "name": node.NAME,
@@ -160,33 +160,34 @@ def expected_input(name: str) -> tuple[str, list[float], list[float]]:
 
 
 def check_input(cfg: CfgNode) -> None:
-    """Compare the preprocessing of ``cfg`` with that of its timm weights if MODEL.TIMM.CHECK_PREPROCESSING is set.
+    """Compare the preprocessing of ``cfg`` with that of its timm weights unless CHECK_PREPROCESSING is False.
 
     Raises:
         ValueError: they differ; the message has the values of the weights.
     """
-    if not cfg.MODEL.TIMM.CHECK_PREPROCESSING:
+    if not cfg.MODEL.HALODET_TIMM.CHECK_PREPROCESSING:
         return
-    order, mean, std = expected_input(cfg.MODEL.TIMM.NAME)
+    order, mean, std = expected_input(cfg.MODEL.HALODET_TIMM.NAME)
     given = [*cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD]
     close = len(given) == 6 and all(abs(a - b) < 0.01 for a, b in zip(given, mean + std, strict=True))
     if cfg.INPUT.FORMAT != order or not close:
         raise ValueError(
             f"INPUT.FORMAT={cfg.INPUT.FORMAT} MODEL.PIXEL_MEAN={list(cfg.MODEL.PIXEL_MEAN)} "
-            f"MODEL.PIXEL_STD={list(cfg.MODEL.PIXEL_STD)} are invalid for the weights of {cfg.MODEL.TIMM.NAME}: "
-            f"expected {order}, {mean} and {std}. Fix: set these, or MODEL.TIMM.CHECK_PREPROCESSING False to keep yours"
+            f"MODEL.PIXEL_STD={list(cfg.MODEL.PIXEL_STD)} are invalid for the weights of "
+            f"{cfg.MODEL.HALODET_TIMM.NAME}: expected {order}, {mean} and {std}. "
+            "Fix: set these, or MODEL.HALODET_TIMM.CHECK_PREPROCESSING False to keep yours"
         )
 
 
 def apply_pretrained_preprocessing(cfg: CfgNode) -> None:
     """Set the channel order and normalization of the timm weights in ``cfg`` if it has default values."""
     default = cfg.INPUT.FORMAT == "BGR" and list(cfg.MODEL.PIXEL_STD) in _DEFAULT_STD
-    if cfg.MODEL.TIMM.CHECK_PREPROCESSING and default:
-        order, mean, std = expected_input(cfg.MODEL.TIMM.NAME)
+    if cfg.MODEL.HALODET_TIMM.CHECK_PREPROCESSING and default:
+        order, mean, std = expected_input(cfg.MODEL.HALODET_TIMM.NAME)
         cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = order, mean, std
         logger.info(
             "Using the preprocessing of %s: INPUT.FORMAT %s, MODEL.PIXEL_MEAN %s, MODEL.PIXEL_STD %s",
-            cfg.MODEL.TIMM.NAME,
+            cfg.MODEL.HALODET_TIMM.NAME,
             order,
             mean,
             std,

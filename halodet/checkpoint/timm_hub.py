@@ -132,4 +132,4 @@ def _connection_problem() -> str:
     return ""
 
 
-PathManager.register_handler(TimmHandler())
+PathManager.register_handler(TimmHandler(), allow_override=True)  # halodet may be imported again

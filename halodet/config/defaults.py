@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from halodet.errors import ConfigError
 
 from detectron2.config import CfgNode as CN
 
@@ -10,8 +13,39 @@ from detectron2.config import CfgNode as CN
 def add_halodet_config(cfg: CN) -> None:
     """Add halodet's keys and their default values to a Detectron2 config.
 
+    Keys that exist keep their values: the function may be called before or after other projects' and more than once.
+
+    Raises:
+        ConfigError: another project has added one of the keys with a value of another type.
+    """
+    _add_missing(cfg, halodet_defaults())
+
+
+def _add_missing(cfg: CN, defaults: CN, prefix: str = "") -> None:
+    for key, default in defaults.items():
+        if key not in cfg:
+            setattr(cfg, key, default)
+        elif isinstance(default, CN) and isinstance(cfg[key], CN):
+            _add_missing(cfg[key], default, f"{prefix}{key}.")
+        elif not _same_kind(cfg[key], default):
+            raise ConfigError(
+                f"{prefix}{key}={cfg[key]!r} is invalid: another project has added this key, halodet expects a value "
+                f"like {default!r}. Fix: use the projects in separate configs."
+            )
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    kinds = ((bool,), (int, float), (str,), (list, tuple), (CN,))
+    return None in (value, default) or any(isinstance(value, k) and isinstance(default, k) for k in kinds)
+
+
+def halodet_defaults() -> CN:
+    """Return the keys that halodet adds, with their default values.
+
     The comment above a key is its entry in docs/config.md, which `python tools/config_reference.py` generates.
     """
+    cfg = CN({name: CN() for name in ("MODEL", "INPUT", "DATALOADER", "SOLVER", "TEST")})
+    cfg["SOLVER"]["AMP"] = CN()
     # HaloNet, built by build_halonet_backbone and its FPN variants.
     cfg.MODEL.HALONET = CN()
     # Network, a row of halodet/models/variants.py: H0 to H7, R50-SE, R50-SE-halo-b8h3, R101-SE and others.
@@ -53,26 +87,26 @@ def add_halodet_config(cfg: CN) -> None:
     # Keys outside the feature map: mask (excluded) or zero (zeros that take part, as in timm). None: the variant's.
     cfg.MODEL.HALONET.BORDER = None
 
-    # Attention networks of timm, built by build_timm_backbone and its FPN variants.
-    cfg.MODEL.TIMM = CN()
+    # Attention networks of timm, built by build_halodet_timm_backbone and its FPN variants.
+    cfg.MODEL.HALODET_TIMM = CN()
     # timm's model name, with the tag of its pretrained weights.
-    cfg.MODEL.TIMM.NAME = "halonet50ts.a1h_in1k"
+    cfg.MODEL.HALODET_TIMM.NAME = "halonet50ts.a1h_in1k"
     # Normalization layer: FrozenBN, BN or SyncBN.
-    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    cfg.MODEL.HALODET_TIMM.NORM = "FrozenBN"
     # Feature maps to return: any of res2, res3, res4, res5.
-    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.HALODET_TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Drop path rate of the last block, 0 to below 1. It increases linearly from 0 at the first block.
-    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
+    cfg.MODEL.HALODET_TIMM.DROP_PATH_RATE = 0.0
     # Window of bottleneck (global) attention in pixels of its feature map; 0: the whole map.
-    cfg.MODEL.TIMM.WINDOW_SIZE = 0
+    cfg.MODEL.HALODET_TIMM.WINDOW_SIZE = 0
     # Relative position tables of bottleneck attention at other map sizes: interpolate, or offset (true pixel offsets).
-    cfg.MODEL.TIMM.REL_POS_MODE = "interpolate"
+    cfg.MODEL.HALODET_TIMM.REL_POS_MODE = "interpolate"
     # Attention backend, as MODEL.HALONET.BACKEND.
-    cfg.MODEL.TIMM.BACKEND = "auto"
+    cfg.MODEL.HALODET_TIMM.BACKEND = "auto"
     # Stages with activation checkpointing, as MODEL.HALONET.USE_ACT_CHECKPOINT.
-    cfg.MODEL.TIMM.USE_ACT_CHECKPOINT = []
+    cfg.MODEL.HALODET_TIMM.USE_ACT_CHECKPOINT = []
     # Require INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD to be those of the pretrained weights.
-    cfg.MODEL.TIMM.CHECK_PREPROCESSING = True
+    cfg.MODEL.HALODET_TIMM.CHECK_PREPROCESSING = True
 
     # Minimum fraction, 0 to 1, of the expected tensors and parameters that MODEL.WEIGHTS must load.
     cfg.MODEL.WEIGHTS_MIN_LOADED = 0.95
@@ -113,7 +147,7 @@ def add_halodet_config(cfg: CN) -> None:
     cfg.DATALOADER.MAX_BAD_IMAGES = 0.05
 
     # Optimizer: SGD or AdamW.
-    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.OPTIMIZER_NAME = "SGD"
     # Precision of SOLVER.AMP.ENABLED: bf16, or fp16 with gradient scaling.
     cfg.SOLVER.AMP.PRECISION = "bf16"
     # Number of batches of SOLVER.IMS_PER_BATCH images whose gradients are averaged for one optimizer step.
@@ -125,7 +159,7 @@ def add_halodet_config(cfg: CN) -> None:
     # Batch size that BASE_LR and the schedule are defined for; both are scaled to IMS_PER_BATCH. 0: no scaling.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
     # Learning rate multiplier of the bottom-up network; FPN and heads use BASE_LR.
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    cfg.SOLVER.BACKBONE_LR_MULTIPLIER = 1.0
     # Layer-wise learning rate decay from the last block back to the stem, as in timm and ViTDet; 1: none.
     cfg.SOLVER.LR_LAYER_DECAY = 1.0
     # Weight decay of relative position tables.
@@ -144,6 +178,7 @@ def add_halodet_config(cfg: CN) -> None:
     cfg.WANDB.ENABLED = False
     # Project name.
     cfg.WANDB.PROJECT = "halodet"
+    return cfg
 
 
 def config_dir() -> Path:

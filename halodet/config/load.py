@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from halodet.backbones.build import TIMM_BACKBONES
 from halodet.backbones.timm_backbone import apply_pretrained_preprocessing
 from halodet.config.defaults import add_halodet_config, config_dir
+from halodet.config.projects import AddConfig
 from halodet.config.validate import one_line, validate
 from halodet.errors import ConfigError
 
@@ -27,7 +28,9 @@ _RENAMED_KEYS = {
     "POSITION": "REL_POS_MODE",
     "CHECK_INPUT": "CHECK_PREPROCESSING",
     "ACCUMULATE": "GRAD_ACCUM_STEPS",
-    "BACKBONE_LR_FACTOR": "BACKBONE_MULTIPLIER",
+    "OPTIMIZER": "OPTIMIZER_NAME",
+    "BACKBONE_MULTIPLIER": "BACKBONE_LR_MULTIPLIER",
+    "BACKBONE_LR_FACTOR": "BACKBONE_LR_MULTIPLIER",
     "LAYER_DECAY": "LR_LAYER_DECAY",
     "REFERENCE_BATCH": "REFERENCE_IMS_PER_BATCH",
     "CHECKPOINT_KEEP": "CHECKPOINT_MAX_TO_KEEP",
@@ -39,28 +42,46 @@ _RENAMED_KEYS = {
 _TYPE_MISMATCH = re.compile(
     r"Type mismatch \(<class '(.*?)'> vs\. <class '(.*?)'>\) with values \((.*) vs\. (.*)\) for config key: (\S+)"
 )
-_MERGE_ERRORS = (KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, RecursionError)
+_MERGE_ERRORS = (
+    yaml.YAMLError, KeyError, AssertionError, ValueError, TypeError, AttributeError, OSError, RecursionError,
+)  # fmt: skip
 
 
-def load_config(config_file: str, opts: Sequence[str] = (), *, train: bool = True) -> CfgNode:
+def load_config(
+    config_file: str,
+    opts: Sequence[str] = (),
+    *,
+    train: bool = True,
+    add_configs: Iterable[AddConfig] = (),
+    allow_unsafe: bool = False,
+) -> CfgNode:
     """Merge ``config_file`` and ``opts`` into Detectron2's and halodet's defaults and validate the values.
 
-    Nothing in the file is executed, and no model is built.
+    Nothing in the file is executed unless ``allow_unsafe`` is set, and no model is built.
 
     Args:
         config_file: path of a YAML file, or its name inside halodet's own configs (``mask_rcnn_halo_h4.yaml``).
         opts: KEY VALUE pairs that override the file.
         train: whether to validate the keys that only training uses.
+        add_configs: functions of other projects that add their keys and defaults to the config.
+        allow_unsafe: allow Python tags in the file, which may run code.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, or a value is invalid.
     """
     cfg = get_cfg()
     add_halodet_config(cfg)
+    for add_config in add_configs:
+        try:
+            add_config(cfg)
+        except Exception as error:  # of another project
+            name = f"{add_config.__module__}.{getattr(add_config, '__qualname__', '')}"
+            raise ConfigError(f"{name}(cfg) failed: {type(error).__name__}: {one_line(error)}.") from error
     path = find_config(config_file)
-    _check_yaml(str(path), ())
+    if not allow_unsafe:
+        _check_yaml(str(path), ())
     try:
-        cfg.merge_from_file(str(path), allow_unsafe=False)
+        cfg.merge_from_file(str(path), allow_unsafe=allow_unsafe)
     except _MERGE_ERRORS as error:
         raise ConfigError(f"{path} is invalid: {_merge_error(cfg, error)}") from error
     for word in opts:
@@ -82,7 +103,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, train: bool = Tru
         try:
             apply_pretrained_preprocessing(cfg)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"MODEL.TIMM.NAME={cfg.MODEL.TIMM.NAME} is invalid: {one_line(error)}") from error
+            name = cfg.MODEL.HALODET_TIMM.NAME
+            raise ConfigError(f"MODEL.HALODET_TIMM.NAME={name} is invalid: {one_line(error)}") from error
     validate(cfg, train=train)
     cfg.freeze()
     return cfg
@@ -131,7 +153,8 @@ def _check_yaml(path: str, parents: tuple[str, ...]) -> None:
         named = f", the _BASE_ of {parents[-1]}," if parents else ""
         raise ConfigError(f"{path}{named} cannot be read: {error.strerror or error}.") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # dates are ValueErrors, keys TypeErrors
-        raise ConfigError(f"{path} is not a plain YAML config: {one_line(error)}.") from error
+        fix = ". Fix: if you trust the file, add --allow-unsafe-config" if "python/" in str(error) else ""
+        raise ConfigError(f"{path} is not a plain YAML config: {one_line(error)}{fix}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a config: expected a YAML mapping with keys such as MODEL and SOLVER.")
     bases = content.get(BASE_KEY, [])

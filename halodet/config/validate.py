@@ -36,7 +36,7 @@ _INTERVALS = {
     ),
     "[-1, inf)": ("TEST.DETECTIONS_PER_IMAGE",),  # -1: all
     "[-inf, 2147483648)": ("SEED",),  # numpy accepts seeds below 2**32, and each rank adds to it
-    "(0, inf)": ("INPUT.LSJ.MIN_SCALE", "INPUT.LSJ.MAX_SCALE", "SOLVER.BACKBONE_MULTIPLIER"),
+    "(0, inf)": ("INPUT.LSJ.MIN_SCALE", "INPUT.LSJ.MAX_SCALE", "SOLVER.BACKBONE_LR_MULTIPLIER"),
     "[0, 1]": ("DATALOADER.MAX_BAD_IMAGES", "MODEL.WEIGHTS_MIN_LOADED"),
     "(0, 1]": ("INPUT.COPY_PASTE.PROBABILITY", "SOLVER.LR_LAYER_DECAY"),
     "[0, 1)": ("MODEL.EMA.DECAY",),
@@ -53,7 +53,7 @@ _CHOICES = {
     "SOLVER.AMP.PRECISION": ("bf16", "fp16"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.NON_FINITE_POLICY": ("stop", "skip"),
-    "SOLVER.OPTIMIZER": OPTIMIZERS,
+    "SOLVER.OPTIMIZER_NAME": OPTIMIZERS,
 }  # fmt: skip
 _TRAINING = (
     "DATALOADER.", "INPUT.COPY_PASTE.", "INPUT.CROP.", "INPUT.LSJ.", "INPUT.MASK_FORMAT", "INPUT.MAX_SIZE_TRAIN",
@@ -123,7 +123,7 @@ def _validate_device(cfg: CfgNode) -> torch.device:
         raise _invalid("MODEL.DEVICE", cfg.MODEL.DEVICE, "cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise _invalid("MODEL.DEVICE", cfg.MODEL.DEVICE, f"an index below {torch.cuda.device_count()}")
-    for key in ("MODEL.HALONET.BACKEND", "MODEL.TIMM.BACKEND"):
+    for key in ("MODEL.HALONET.BACKEND", "MODEL.HALODET_TIMM.BACKEND"):
         reason = triton_unavailable_reason(device) if _value(cfg, key) == "triton" else None
         if reason:
             raise _invalid(key, "triton", f"auto ({reason})")

@@ -74,6 +74,8 @@ def validate_record(record: dict[str, Any], *, need_mask: bool) -> None:
 
 
 def _validate_annotation(annotation: dict[str, Any], width: int, height: int, need_mask: bool) -> dict[str, Any]:
+    if annotation["bbox_mode"] == BoxMode.XYWHA_ABS:  # rotated boxes are left to the user's mapper
+        return annotation
     box = annotation.get("bbox")
     coordinates = box.tolist() if isinstance(box, np.ndarray) else box
     if not isinstance(coordinates, (list, tuple)) or len(coordinates) != 4 or not _are_numbers(coordinates):

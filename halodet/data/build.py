@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from halodet.data.annotations import validate_record
+from halodet.data.annotations import show, validate_record
 from halodet.data.bad_images import SKIPPED_KEY, SkipTrackingLoader
 from halodet.data.dataset_mapper import RobustDatasetMapper
 from halodet.data.resumable_loader import ResumableTrainLoader, ignore_stop_signals
@@ -45,6 +45,7 @@ def build_train_dataset(cfg: CfgNode) -> tuple[DatasetFromList, RobustDatasetMap
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+        check_records(", ".join(names), records)
         check_masks(cfg, records)
         if not all(MetadataCatalog.get(name).get("validated", False) for name in names):
             for record in records:
@@ -57,8 +58,14 @@ def build_train_dataset(cfg: CfgNode) -> tuple[DatasetFromList, RobustDatasetMap
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Build Detectron2's loader of one test dataset; an image that cannot be read becomes a blank, marked sample."""
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=RobustDatasetMapper(cfg, is_train=False))
+    """Build Detectron2's loader of one test dataset.
+
+    For COCO evaluation, an image that cannot be read becomes a blank, marked sample. Other evaluators cannot leave out
+    an image, so there it is an error.
+    """
+    blanks = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco") == "coco"
+    mapper = RobustDatasetMapper(cfg, is_train=False, blanks=blanks)
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
     loader.worker_init_fn = ignore_stop_signals if os.name == "posix" else None
     return loader
 
@@ -74,14 +81,30 @@ def wrap_dataset_errors(*names: str) -> Iterator[None]:
         yield
     except DatasetError:
         raise
-    except (AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # the function that is registered for a dataset may raise anything
         files = [str(MetadataCatalog.get(name).get("json_file", "")) for name in names]
         reason = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+        fix = "correct the function that DatasetCatalog.register got"
+        if any(files):
+            fix = "find the invalid entries with tools/check_dataset.py, or pass the file to --train-json or --val-json"
         raise DatasetError(
             f"Detectron2 cannot read {' and '.join(filter(None, files)) or ' and '.join(names)} "
-            f"({type(error).__name__}: {reason}). Fix: find the invalid entries with tools/check_dataset.py, or pass "
-            "the file to --train-json or --val-json, which skip them."
+            f"({type(error).__name__}: {reason}). Fix: {fix}."
         ) from error
+
+
+def check_records(name: str, records: Any) -> None:
+    """Check that a dataset is a list of dicts with ``file_name``, as Detectron2 expects.
+
+    Raises:
+        DatasetError: it is not.
+    """
+    if not isinstance(records, Sequence) or isinstance(records, str):
+        raise DatasetError(f"dataset {name!r} is a {type(records).__name__}: expected a list of dicts")
+    for index, record in enumerate(records):
+        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str | os.PathLike):
+            found = f"without 'file_name': {sorted(record)}" if isinstance(record, dict) else f"{show(record)}"
+            raise DatasetError(f"dataset {name!r}: entry {index} is {found}; expected a dict with 'file_name'")
 
 
 def check_masks(cfg: CfgNode, records: Iterable[dict[str, Any]]) -> None:
@@ -90,6 +113,10 @@ def check_masks(cfg: CfgNode, records: Iterable[dict[str, Any]]) -> None:
     Raises:
         DatasetError: they are not.
     """
+    if cfg.INPUT.COPY_PASTE.ENABLED and any("sem_seg_file_name" in record for record in records):
+        raise DatasetError(
+            "INPUT.COPY_PASTE.ENABLED=True is invalid: expected False for a dataset with semantic segmentation."
+        )
     if not cfg.MODEL.MASK_ON:
         return
     masks = [a.get("segmentation") for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]

@@ -51,17 +51,23 @@ def check_classes(cfg: CfgNode) -> None:
         return
     trained = [entry["name"] for entry in read_classes(cfg)]
     for name in cfg.DATASETS.TEST:
-        classes = list(MetadataCatalog.get(name).thing_classes)
-        if classes != trained:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and list(classes) != trained:
+            classes = list(classes)
             raise ClassesError(
                 f"Dataset {name} has the classes {classes}, but {cfg.MODEL.WEIGHTS} was trained on {trained}."
             )
 
 
 def save_classes(cfg: CfgNode) -> None:
-    """Write the classes of the model to OUTPUT_DIR/classes.json, where the demo finds them beside the weights."""
+    """Write the classes of the model to OUTPUT_DIR/classes.json, where the demo finds them beside the weights.
+
+    Nothing is written for a dataset without ``thing_classes``.
+    """
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
-    names = metadata.get("thing_classes", ())
+    names = metadata.get("thing_classes")
+    if not names:
+        return
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
     classes = [{"id": dataset_id, "name": names[index]} for dataset_id, index in ids.items()]
     write_classes(os.path.join(cfg.OUTPUT_DIR, CLASSES_FILE), classes)

@@ -37,11 +37,13 @@ class RobustDatasetMapper(DatasetMapper):
     Args:
         is_train: whether to map annotations.
         others: dataset dicts from which copy-paste takes its second image.
+        blanks: whether an image that cannot be read maps to a blank one in evaluation; otherwise it is an error.
         copy_paste: probability of pasting objects of a second image.
         max_consecutive: number of consecutive skipped images that is an error.
 
     Raises:
         TooManyBadImages: ``max_consecutive`` images in a row were skipped in training.
+        ImageError: an image cannot be read in evaluation and ``blanks`` is False.
     """
 
     @configurable
@@ -50,25 +52,29 @@ class RobustDatasetMapper(DatasetMapper):
         is_train: bool,
         *,
         others: Sequence[dict[str, Any]] = (),
+        blanks: bool = True,
         copy_paste: float = 0.0,
         max_consecutive: int = _MAX_CONSECUTIVE,
         **kwargs: Any,
     ) -> None:
         super().__init__(is_train, **kwargs)
         self.others = others
+        self.blanks = blanks
         self.copy_paste = copy_paste
         self.max_consecutive = max_consecutive
         self._skipped: list[Skipped] = []
         self._consecutive = 0
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, is_train: bool = True, others: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, is_train: bool = True, others: Sequence[dict[str, Any]] = (), blanks: bool = True
+    ) -> dict[str, Any]:
         """Return the constructor arguments for ``cfg``."""
         kwargs = super().from_config(cfg, is_train)
         kwargs["augmentations"] = build_augmentations(cfg, is_train)
         crops_objects = cfg.INPUT.CROP.ENABLED or cfg.INPUT.LSJ.ENABLED
         kwargs["recompute_boxes"] = is_train and cfg.MODEL.MASK_ON and crops_objects
-        kwargs["others"] = others
+        kwargs["others"], kwargs["blanks"] = others, blanks
         if is_train and cfg.INPUT.COPY_PASTE.ENABLED:
             kwargs["copy_paste"] = cfg.INPUT.COPY_PASTE.PROBABILITY
             kwargs["instance_mask_format"] = "bitmask"  # the visible part of an occluded object is not one polygon
@@ -91,6 +97,10 @@ class RobustDatasetMapper(DatasetMapper):
 
     def _skip(self, dataset_dict: dict[str, Any], reason: str) -> dict[str, Any] | None:
         self._skipped.append(Skipped(dataset_dict["file_name"], reason))
+        if not self.is_train and not self.blanks:
+            raise ImageError(
+                f"{dataset_dict['file_name']} {reason}. Fix: repair the file or remove it from the dataset."
+            )
         if not self.is_train:
             sample = {key: dataset_dict[key] for key in ("file_name", "image_id") if key in dataset_dict}
             image = torch.zeros(len(self.image_format), _BLANK, _BLANK, dtype=torch.uint8)
@@ -119,9 +129,13 @@ class RobustDatasetMapper(DatasetMapper):
             annotations = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
             if invalid and not annotations:  # without annotations its objects would be learned as background
                 raise InvalidAnnotation(f"all of its {len(invalid)} annotations are invalid")
-        aug_input = T.AugInput(image)
+        sem_seg_file = dataset_dict.pop("sem_seg_file_name", None)
+        sem_seg = self._read_sem_seg(sem_seg_file, image) if self.is_train and sem_seg_file else None
+        aug_input = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(aug_input)
         image_shape = aug_input.image.shape[:2]
+        if sem_seg is not None:
+            dataset_dict["sem_seg"] = torch.as_tensor(aug_input.sem_seg.astype("long"))
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
         if self.proposal_topk is not None:
             detection_utils.transform_proposals(dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk)
@@ -148,6 +162,17 @@ class RobustDatasetMapper(DatasetMapper):
         except OSError as error:  # a URL that cannot be downloaded
             raise InvalidAnnotation(f"cannot be downloaded ({error})") from error
         return np.ascontiguousarray(image[:, :, ::-1]) if self.image_format == "RGB" else image
+
+    def _read_sem_seg(self, path: str, image: np.ndarray) -> np.ndarray:
+        """Return the class of each pixel of ``image``, (H, W) uint8."""
+        try:
+            labels = detection_utils.read_image(path, "L").squeeze(2)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InvalidAnnotation(f"has unreadable labels {path} ({error})") from error
+        if labels.shape != image.shape[:2]:
+            size = f"{labels.shape[1]} x {labels.shape[0]}"
+            raise InvalidAnnotation(f"is {image.shape[1]} x {image.shape[0]} pixels, but its labels {path} are {size}")
+        return labels
 
     def _paste(self, sample: dict[str, Any]) -> None:
         record = self.others[np.random.randint(len(self.others))]

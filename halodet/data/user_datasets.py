@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-from halodet.data.build import wrap_dataset_errors
+from halodet.data.build import check_records, wrap_dataset_errors
 from halodet.data.coco import ValidatedCoco, check_same_categories, register_cleaned, register_validated, validate_coco
 from halodet.errors import ConfigError
 
@@ -44,8 +44,6 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
                 raise ConfigError(str(error)) from error
             continue
         metadata = MetadataCatalog.get(name)
-        if metadata.get("evaluator_type", "coco") != "coco" or "json_file" not in metadata.as_dict():
-            raise ConfigError(f"dataset {name!r} is not supported: expected COCO instances (evaluator_type 'coco').")
         for path in (metadata.get("json_file"), metadata.get("image_root")):
             if path is not None and not os.path.exists(path):
                 raise ConfigError(
@@ -54,7 +52,7 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
                 )
         if name in cfg.DATASETS.TEST and name not in USER_DATASETS:
             with wrap_dataset_errors(name):
-                DatasetCatalog.get(name)
+                check_records(name, DatasetCatalog.get(name))
 
 
 def _check_registered(name: str) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from halodet.checkpoint import (
     read_weights,
 )
 from halodet.config.load import find_config, load_config
+from halodet.config.projects import AddConfig, import_projects
 from halodet.config.validate import one_line
 from halodet.data.classes import check_classes, save_classes
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
@@ -114,14 +116,16 @@ def run_rank(args: argparse.Namespace) -> int:
     setup_logger(distributed_rank=comm.get_rank(), name="halodet")
     logging.getLogger("halodet").addHandler(logging.NullHandler())  # other ranks are silent until they have a log file
     loaded: LoadedCheckpoint | None = None  # stays on rank 0
+    projects: list[AddConfig] = []
 
     def prepare() -> CfgNode:
         nonlocal loaded
-        cfg, loaded = setup(args)
+        cfg, loaded = setup(args, projects)
         return cfg
 
     try:
         create_exit_group()
+        run_and_broadcast_errors(lambda: projects.extend(import_projects(args.imports)))
         cfg = run_and_broadcast_errors(prepare, comm.is_main_process())[0]
         if not comm.is_main_process():
             args.config_file = ""  # Detectron2 would open it to log it
@@ -147,14 +151,15 @@ def report_error(error: HalodetError, rank: int) -> int:
     return error.exit_code
 
 
-def setup(args: argparse.Namespace) -> tuple[CfgNode, LoadedCheckpoint | None]:
+def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple[CfgNode, LoadedCheckpoint | None]:
     """Load the config and check data, model and weights, so that a mistake is found before anything long starts.
 
     Returns:
         The config of the run, and the checkpoint it starts from, None for random weights.
     """
     args.config_file = str(find_config(args.config_file))
-    cfg = load_config(args.config_file, args.opts)
+    unsafe = args.allow_unsafe_config
+    cfg = load_config(args.config_file, args.opts, add_configs=projects, allow_unsafe=unsafe)
     check_writable(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, name="halodet", configure_stdout=False)
     cfg = (cfg if args.eval_only else scale_to_batch(cfg)).clone()
@@ -217,24 +222,34 @@ def check_machine(cfg: CfgNode, args: argparse.Namespace) -> None:
 def build_meta_model(cfg: CfgNode) -> nn.Module:
     """Build the detector without memory (device ``meta``) and check the keys that depend on its modules.
 
+    A model whose construction needs values, which tensors on ``meta`` do not have, is built on the CPU.
+
     Raises:
         ConfigError: the model cannot be built, or has no parts that SOLVER or TEST.AUG ask for.
     """
-    meta = cfg.clone()
-    meta.defrost()
-    meta.MODEL.DEVICE = "meta"
     try:
-        with torch.device("meta"):
-            model = build_model(meta)
+        model = _build_on(cfg, "meta")
     except Exception as error:
-        kind = "" if isinstance(error, ValueError | KeyError) else f"{type(error).__name__}: "
-        raise ConfigError(f"Cannot build the model of this config: {kind}{one_line(error)}") from error
+        logger.info("Cannot build the model on the meta device (%s); trying the CPU", one_line(error))
+        try:
+            model = _build_on(cfg, "cpu")
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError | KeyError) else f"{type(error).__name__}: "
+            raise ConfigError(f"Cannot build the model of this config: {kind}{one_line(error)}") from error
     try:
         lr_factors(cfg, model)
         check_tta(cfg, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return model
+
+
+def _build_on(cfg: CfgNode, device: str) -> nn.Module:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = device
+    with torch.device(device):
+        return build_model(cfg)
 
 
 def check_weights(

@@ -28,7 +28,7 @@ _IGNORED_KEYS = (
 # Keys whose values are part of the optimizer's state, so that the checkpoint's values are used.
 _OPTIMIZER_KEYS = (
     "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.BIAS_LR_FACTOR",
-    "SOLVER.BACKBONE_MULTIPLIER", "SOLVER.LR_LAYER_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS",
+    "SOLVER.BACKBONE_LR_MULTIPLIER", "SOLVER.LR_LAYER_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS",
     "SOLVER.WEIGHT_DECAY_REL_POS",
 )  # fmt: skip
 _MAX_LISTED = 12
@@ -96,10 +96,10 @@ class ResumeState(HookBase):
 
     def _rank_state(self) -> dict[str, Any]:
         averages = {
-            f"{name}.{attribute}": float(vars(module)[attribute])
+            f"{name}.{attribute}": vars(module)[attribute]
             for name, module in self.model.named_modules()
             for attribute in _AVERAGES
-            if attribute in vars(module)
+            if isinstance(vars(module).get(attribute), int | float)  # a string is an option, such as "visible"
         }
         return {"rng": self._rng or rng.capture(), "averages": averages}
 

@@ -193,9 +193,9 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:
-        """Build the evaluator of a dataset; predictions are written to OUTPUT_DIR/``folder``."""
-        return build_evaluator(cfg, dataset_name, folder)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """Build the evaluator of a dataset; predictions are written to ``output_folder`` (OUTPUT_DIR/inference)."""
+        return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
@@ -206,8 +206,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test_into(cls, folder: str, cfg: CfgNode, model: nn.Module) -> dict:
         """Evaluate, with predictions in OUTPUT_DIR/``folder``."""
-        logger.info("Evaluating with predictions in %s", os.path.join(cfg.OUTPUT_DIR, folder))
-        return cls.test(cfg, model, [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST])
+        output = os.path.join(cfg.OUTPUT_DIR, folder)
+        logger.info("Evaluating with predictions in %s", output)
+        return cls.test(cfg, model, [cls.build_evaluator(cfg, name, output) for name in cfg.DATASETS.TEST])
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module, folder: str = "inference_TTA") -> dict:

@@ -25,7 +25,7 @@ _LAYER = re.compile(r"(stem|res\d+\.\d+|stages\.\d+\.\d+)\.")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer of SOLVER.OPTIMIZER for the trainable parameters of ``model``, and log its parameter groups.
+    """Build the optimizer SOLVER.OPTIMIZER_NAME for the trainable parameters of ``model``; log its parameter groups.
 
     Learning rates and weight decays are Detectron2's (BASE_LR, BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM,
     WEIGHT_DECAY_BIAS), except:
@@ -33,7 +33,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     SOLVER.WEIGHT_DECAY_REL_POS, and other parameters in a mixer's :meth:`Mixer.no_weight_decay` have none.
 
     Raises:
-        ValueError: ``model`` has no backbone, or no layers, that BACKBONE_MULTIPLIER or LR_LAYER_DECAY could apply to.
+        ValueError: ``model`` has no backbone or layers that BACKBONE_LR_MULTIPLIER or LR_LAYER_DECAY could apply to.
     """
     solver = cfg.SOLVER
     factors = lr_factors(cfg, model)
@@ -54,7 +54,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     # Not Detectron2's overrides, which match the last part of a name only. Here the last group of a parameter wins.
     groups = reduce_param_groups([*groups, *_mixer_weight_decay(cfg, model)])
     optimizer: torch.optim.Optimizer
-    if solver.OPTIMIZER == "SGD":
+    if solver.OPTIMIZER_NAME == "SGD":
         optimizer = torch.optim.SGD(
             groups,
             solver.BASE_LR,
@@ -65,16 +65,16 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         )
     else:
         optimizer = torch.optim.AdamW(groups, solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
-    logger.info("Parameter groups of %s:\n%s", solver.OPTIMIZER, _table(cfg, model, optimizer))
+    logger.info("Parameter groups of %s:\n%s", solver.OPTIMIZER_NAME, _table(cfg, model, optimizer))
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
 def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """Return the learning rate multiplier of each parameter of the bottom-up network by name; empty if all are 1.
 
-    The multiplier is SOLVER.BACKBONE_MULTIPLIER * SOLVER.LR_LAYER_DECAY ** d. The distance d is 1 for the last block,
-    one more for each block before it, and one more than that of the first block for the stem. Parameters after the last
-    block (timm's final_conv) have its multiplier.
+    The multiplier is SOLVER.BACKBONE_LR_MULTIPLIER * SOLVER.LR_LAYER_DECAY ** d. The distance d is 1 for the last
+    block, one more for each block before it, and one more than that of the first block for the stem. Parameters after
+    the last block (timm's final_conv) have its multiplier.
 
     Raises:
         ValueError: a multiplier other than 1 is set and ``model`` has no backbone, or its layers have unknown names.
@@ -82,14 +82,14 @@ def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     Source: timm's param_groups_layer_decay; Li et al., Exploring Plain Vision Transformer Backbones for Object
     Detection, ECCV 2022 (arXiv 2203.16527).
     """
-    multiplier, decay = cfg.SOLVER.BACKBONE_MULTIPLIER, cfg.SOLVER.LR_LAYER_DECAY
+    multiplier, decay = cfg.SOLVER.BACKBONE_LR_MULTIPLIER, cfg.SOLVER.LR_LAYER_DECAY
     if multiplier == decay == 1:
         return {}
     layers = _backbone_layers(model)
     if not layers:
         raise ValueError(
-            f"SOLVER.BACKBONE_MULTIPLIER={multiplier} SOLVER.LR_LAYER_DECAY={decay} are invalid: expected a model with "
-            "parameters under 'backbone.'. Fix: set both to 1.0"
+            f"SOLVER.BACKBONE_LR_MULTIPLIER={multiplier} SOLVER.LR_LAYER_DECAY={decay} are invalid: expected a model "
+            "with parameters under 'backbone.'. Fix: set both to 1.0"
         )
     if decay == 1:
         return dict.fromkeys(layers, multiplier)

@@ -193,11 +193,16 @@ def test_invalid_names_and_values_list_the_valid_ones():
 
 def test_configs_take_preprocessing_from_timm():
     assert expected_input("haloregnetz_b") == ("RGB", [127.5] * 3, [127.5] * 3)
-    backbone = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "haloregnetz_b.ra3_in1k"]
+    backbone = [
+        "MODEL.BACKBONE.NAME",
+        "build_halodet_timm_fpn_backbone",
+        "MODEL.HALODET_TIMM.NAME",
+        "haloregnetz_b.ra3_in1k",
+    ]
     cfg = load_config("mask_rcnn_halo_h0", backbone)
     assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == ("RGB", [127.5] * 3, [127.5] * 3)
     wrong = [*backbone, "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]"]
     with torch.device("meta"), pytest.raises(ValueError, match="PIXEL_STD.*58.395.*haloregnetz_b.*127.5"):
         build_backbone(load_config("mask_rcnn_halo_h0", wrong))
-    kept = load_config("mask_rcnn_halo_h0", [*wrong, "MODEL.TIMM.CHECK_PREPROCESSING", "False"])
+    kept = load_config("mask_rcnn_halo_h0", [*wrong, "MODEL.HALODET_TIMM.CHECK_PREPROCESSING", "False"])
     assert kept.INPUT.FORMAT == "BGR" and kept.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]

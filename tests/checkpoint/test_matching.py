@@ -99,7 +99,7 @@ def test_timms_names_fill_a_timm_backbone(config):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
     cfg = cached_config(f"mask_rcnn_{config}", "MODEL.DEVICE", "cpu")
-    network, model = timm.create_model(cfg.MODEL.TIMM.NAME), build_model(cfg)
+    network, model = timm.create_model(cfg.MODEL.HALODET_TIMM.NAME), build_model(cfg)
     known = {key: network.default_cfg[key] for key in ("mean", "std")}
     kinds = {"__author__": "timm", "matching_heuristics": True, "metadata": known}
     for entries in ({}, kinds):  # a file of timm, and what timm:// makes of it
@@ -118,7 +118,7 @@ def test_timms_final_conv_is_not_used_where_the_backbone_has_none():
         *[
             "MODEL.DEVICE",
             "cpu",
-            "MODEL.TIMM.OUT_FEATURES",
+            "MODEL.HALODET_TIMM.OUT_FEATURES",
             "['res2', 'res3', 'res4']",
             "MODEL.FPN.IN_FEATURES",
             "['res2', 'res3', 'res4']",

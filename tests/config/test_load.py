@@ -105,9 +105,9 @@ def test_bytes_that_are_not_utf8(tmp_path):
 
 
 def test_aliases_and_merged_keys(tmp_path):
-    path = write(tmp_path, "MODEL:\n  HALONET: &own\n    NORM: GN\n  TIMM:\n    <<: *own\n    NORM: BN\n")
+    path = write(tmp_path, "MODEL:\n  HALONET: &own\n    NORM: GN\n  HALODET_TIMM:\n    <<: *own\n    NORM: BN\n")
     cfg = load_config(path)
-    assert (cfg.MODEL.HALONET.NORM, cfg.MODEL.TIMM.NORM) == ("GN", "BN")
+    assert (cfg.MODEL.HALONET.NORM, cfg.MODEL.HALODET_TIMM.NORM) == ("GN", "BN")
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_overrides_that_are_rejected(opts, named):
 
 def test_an_old_key_names_the_new_one(tmp_path):
     assert "SOLVER.GRAD_ACCUM_STEPS" in rejected("mask_rcnn_r50", ["SOLVER.ACCUMULATE", "2"])
-    path = write(tmp_path, "MODEL:\n  TIMM:\n    WINDOW: 8\n")
-    assert "MODEL.TIMM.WINDOW_SIZE" in rejected(path)
+    path = write(tmp_path, "MODEL:\n  HALODET_TIMM:\n    WINDOW: 8\n")
+    assert "MODEL.HALODET_TIMM.WINDOW_SIZE" in rejected(path)
     leaves = {key.rpartition(".")[2] for key in re.findall(r"(?:node|cfg)\.([\w.]+) = ", _defaults())}
     assert set(_RENAMED_KEYS.values()) <= leaves and not set(_RENAMED_KEYS) & leaves
 

@@ -88,7 +88,7 @@ def assert_same_run(left, right):
         EVALUATE,
         EVALUATE
         | {"MODEL.HALONET.NORM": "BN", "TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2}
-        | {"SOLVER.OPTIMIZER": "SGD", "MODEL.HALONET.DROP_PATH_RATE": 0.5},
+        | {"SOLVER.OPTIMIZER_NAME": "SGD", "MODEL.HALONET.DROP_PATH_RATE": 0.5},
         {"MODEL.EMA.ENABLED": True, "SOLVER.GRAD_ACCUM_STEPS": 2, "SOLVER.AMP.ENABLED": True},
     ],
     ids=["evaluation", "precise_bn", "ema"],

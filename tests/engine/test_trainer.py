@@ -34,7 +34,11 @@ def test_no_evaluation_after_a_failed_last_iteration(shapes, tmp_path):
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_gradients_are_clipped(tmp_path, name):
-    clip = {"SOLVER.OPTIMIZER": name, "SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "norm"}
+    clip = {
+        "SOLVER.OPTIMIZER_NAME": name,
+        "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "norm",
+    }
     cfg = make_config(tmp_path, clip)
     model = Trainer.build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)

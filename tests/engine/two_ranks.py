@@ -125,7 +125,7 @@ def backbone_gradient(norm="SyncBN", config="quick/mask_rcnn_halo_shapes", optio
 
 
 def timm_gradient():
-    options = ("MODEL.TIMM.NORM", "MODEL.TIMM.OUT_FEATURES", "('res2','res3','res4','res5')")
+    options = ("MODEL.HALODET_TIMM.NORM", "MODEL.HALODET_TIMM.OUT_FEATURES", "('res2','res3','res4','res5')")
     return backbone_gradient(config="mask_rcnn_eca_halonext26ts", options=options)
 
 

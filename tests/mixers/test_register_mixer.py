@@ -65,7 +65,7 @@ MODEL:
     MIXER_OPTIONS:
       toy: {{reach: {reach}}}
 SOLVER:
-  OPTIMIZER: "AdamW"
+  OPTIMIZER_NAME: "AdamW"
   WEIGHT_DECAY: 0.05
   WEIGHT_DECAY_REL_POS: 0.02
 """

@@ -55,7 +55,7 @@ def below(given, prefix):
 @pytest.mark.parametrize(("config", "layers"), [HALO, RESNET], ids=["HaloNet", "ResNet"])
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_lr_decays_from_the_last_block_to_the_stem(name, config, layers):
-    keys = ("SOLVER.OPTIMIZER", name, "SOLVER.BACKBONE_MULTIPLIER", "0.5", "SOLVER.LR_LAYER_DECAY", "0.8")
+    keys = ("SOLVER.OPTIMIZER_NAME", name, "SOLVER.BACKBONE_LR_MULTIPLIER", "0.5", "SOLVER.LR_LAYER_DECAY", "0.8")
     _, model, optimizer = build(config, *keys)
     given = groups(model, optimizer)
     assert len(given) == len(list(model.parameters()))
@@ -89,7 +89,7 @@ def test_lr_without_an_fpn():
 
 
 def test_backbone_multiplier_alone():
-    _, model, optimizer = build("mask_rcnn_halo_h0", "SOLVER.BACKBONE_MULTIPLIER", "0.1")
+    _, model, optimizer = build("mask_rcnn_halo_h0", "SOLVER.BACKBONE_LR_MULTIPLIER", "0.1")
     for name, group in groups(model, optimizer).items():
         assert group["lr"] == pytest.approx(0.001 if name.startswith("backbone.bottom_up.") else 0.01), name
 
@@ -124,7 +124,7 @@ def test_layers_equal_timms():
 @pytest.mark.parametrize("decay", ["0.0", "0.02"])
 def test_weight_decay_of_tables_norms_and_biases(name, decay):
     keys = (
-        "SOLVER.OPTIMIZER",
+        "SOLVER.OPTIMIZER_NAME",
         name,
         "SOLVER.WEIGHT_DECAY_NORM",
         "0.001",
@@ -177,7 +177,9 @@ def test_sgd_equals_detectron2s_by_default():
 
 
 def test_bias_factor_and_backbone_multiplier_multiply():
-    _, model, optimizer = build("mask_rcnn_r50_se", "SOLVER.BIAS_LR_FACTOR", "2.0", "SOLVER.BACKBONE_MULTIPLIER", "0.1")
+    _, model, optimizer = build(
+        "mask_rcnn_r50_se", "SOLVER.BIAS_LR_FACTOR", "2.0", "SOLVER.BACKBONE_LR_MULTIPLIER", "0.1"
+    )
     given = groups(model, optimizer)
     assert given["backbone.bottom_up.res2.0.se.fc1.bias"]["lr"] == pytest.approx(0.002)
     assert given["backbone.bottom_up.res2.0.se.fc1.weight"]["lr"] == pytest.approx(0.001)
@@ -236,9 +238,9 @@ def test_groups_are_logged_once(caplog):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("SOLVER.BACKBONE_MULTIPLIER", "0.0"),
-        ("SOLVER.BACKBONE_MULTIPLIER", "-1.0"),
-        ("SOLVER.BACKBONE_MULTIPLIER", "1e999"),
+        ("SOLVER.BACKBONE_LR_MULTIPLIER", "0.0"),
+        ("SOLVER.BACKBONE_LR_MULTIPLIER", "-1.0"),
+        ("SOLVER.BACKBONE_LR_MULTIPLIER", "1e999"),
         ("SOLVER.LR_LAYER_DECAY", "0.0"),
         ("SOLVER.LR_LAYER_DECAY", "1.1"),
         ("SOLVER.WEIGHT_DECAY_REL_POS", "-0.1"),
@@ -256,7 +258,7 @@ def test_layer_decay_needs_known_layers(other_backbone):
 
 def test_other_backbones_take_the_multiplier(other_backbone):
     _, model, optimizer = build(
-        "mask_rcnn_halo_h0", "MODEL.BACKBONE.NAME", other_backbone, "SOLVER.BACKBONE_MULTIPLIER", "0.5"
+        "mask_rcnn_halo_h0", "MODEL.BACKBONE.NAME", other_backbone, "SOLVER.BACKBONE_LR_MULTIPLIER", "0.5"
     )
     assert {group["lr"] for group in below(groups(model, optimizer), "backbone.bottom_up")} == {0.005}
 
@@ -264,8 +266,8 @@ def test_other_backbones_take_the_multiplier(other_backbone):
 def test_multiplier_needs_a_backbone():
     cfg = cached_config("mask_rcnn_halo_h0")
     cfg.defrost()
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.5
-    with pytest.raises(ValueError, match="BACKBONE_MULTIPLIER=0.5"):
+    cfg.SOLVER.BACKBONE_LR_MULTIPLIER = 0.5
+    with pytest.raises(ValueError, match="BACKBONE_LR_MULTIPLIER=0.5"):
         build_optimizer(cfg, nn.Linear(2, 2))
 
 

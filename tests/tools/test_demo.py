@@ -83,7 +83,7 @@ def test_the_tool_from_end_to_end(run_folder, photos, tmp_path):
 
 def test_keys_that_only_training_uses_are_not_validated(run_folder, photos, tmp_path):
     keys = [
-        "SOLVER.OPTIMIZER",
+        "SOLVER.OPTIMIZER_NAME",
         "none",
         "SOLVER.IMS_PER_BATCH",
         0,

@@ -1,0 +1,189 @@
+"""A user's own dataset function, config keys, head, mapper, loader, evaluator, hook and Trainer, as with Detectron2."""
+
+import itertools
+import re
+import sys
+from pathlib import Path
+
+from halodet.config import load_config
+from halodet.engine import Trainer
+from halodet.errors import DatasetError
+from halodet.evaluation.build import build_evaluator
+
+import pytest
+import torch
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
+from detectron2.data import transforms as T
+from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluator
+from helpers import read_metrics
+from small_run import TRAIN, VAL, make_trainer, register_tiny_shapes
+
+PROJECT = '''
+import torch
+from detectron2.config import CfgNode as CN
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.modeling import ROI_BOX_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
+
+
+def add_stretch_config(cfg):
+    cfg.MODEL.STRETCH = CN()
+    cfg.MODEL.STRETCH.FACTOR = 1.0
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class StretchHead(FastRCNNConvFCHead):
+    """Needs the value of a tensor in its constructor, which tensors on the meta device do not have."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__(cfg, input_shape)
+        self.factor = float(torch.tensor(cfg.MODEL.STRETCH.FACTOR))
+
+    def forward(self, x):
+        print("factor", self.factor)
+        return self.factor * super().forward(x)
+
+
+DatasetCatalog.register("my_photos", lambda: load_coco_json({json!r}, {images!r}, "my_photos"))
+'''
+
+
+@pytest.fixture
+def project(scenes, tmp_path):
+    """Path of a project's file: a dataset function, config keys, and a head."""
+    json_file, images = (flag.partition("=")[2] for flag in scenes[:2])
+    path = tmp_path / "stretch_project.py"
+    path.write_text(PROJECT.format(json=json_file, images=images))
+    yield path
+    sys.modules.pop(path.stem, None)
+    sys.path.remove(str(tmp_path))
+    DatasetCatalog.remove("my_photos")
+    MetadataCatalog.remove("my_photos")
+
+
+def test_a_project_trains_through_our_tool(project, tool, tmp_path, capfd):
+    tiny = [
+        "MODEL.HALONET.BASE_WIDTH", "16", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+        "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2", "DATALOADER.NUM_WORKERS", "0",
+    ]  # fmt: skip
+    data = ["DATASETS.TRAIN", "('my_photos', 'my_photos')", "DATASETS.TEST", "('my_photos',)"]
+    head = ["MODEL.ROI_BOX_HEAD.NAME", "StretchHead", "MODEL.STRETCH.FACTOR", "0.5"]
+    command = ["--config-file=quick/mask_rcnn_halo_shapes", f"--import={project}", "OUTPUT_DIR", str(tmp_path / "out")]
+    assert tool([*command, *tiny, *data, *head]) == 0
+    printed = "".join(capfd.readouterr())
+    assert "factor 0.5" in printed and "Evaluation results for bbox" in printed
+    assert "FACTOR: 0.5" in (tmp_path / "out/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("import no_such_package", "ModuleNotFoundError.*no_such_package"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def add_my_config(cfg): cfg.NOTHING.KEY = 1", "add_my_config.*NOTHING"),
+    ],
+)
+def test_a_module_that_fails_is_one_message(tool, tmp_path, capsys, text, named):
+    path = tmp_path / f"failing_{len(text)}.py"
+    path.write_text(text)
+    code = tool(["--config-file=quick/mask_rcnn_halo_shapes", f"--import={path}", "OUTPUT_DIR", str(tmp_path / "out")])
+    log = "".join(capsys.readouterr())
+    assert code == 2 and log.count("ERROR") == 1 and "Traceback" not in log
+    assert re.search(named, log), log
+
+
+def failing():
+    raise RuntimeError("the server is down")
+
+
+@pytest.mark.parametrize(
+    ("load", "named"),
+    [
+        (failing, "RuntimeError: the server is down"),
+        (lambda: {"images": []}, "dict"),
+        (lambda: [{"image_id": 1}], "entry 0 .*'file_name'"),
+        (lambda: ["a.jpg"], "entry 0 .*a.jpg"),
+    ],
+)
+def test_a_dataset_function_that_is_wrong_is_one_message(tool, tmp_path, capsys, load, named):
+    DatasetCatalog.register("my_function", load)
+    try:
+        data = ["DATASETS.TRAIN", "('my_function',)", "DATASETS.TEST", "('my_function',)"]
+        code = tool(["--config-file=quick/mask_rcnn_halo_shapes", "OUTPUT_DIR", str(tmp_path / "out"), *data])
+    finally:
+        DatasetCatalog.remove("my_function")
+    log = "".join(capsys.readouterr())
+    assert code == 2 and log.count("ERROR") == 1 and "Traceback" not in log
+    assert re.search(named, log), log
+
+
+def test_an_evaluator_type_nobody_knows(tmp_path):
+    MetadataCatalog.get("strange").set(evaluator_type="beauty")
+    cfg = load_config("quick/mask_rcnn_halo_shapes", ["OUTPUT_DIR", str(tmp_path)])
+    with pytest.raises(DatasetError, match="strange.*beauty.*coco_panoptic_seg"):
+        build_evaluator(cfg, "strange")
+    MetadataCatalog.remove("strange")
+
+
+class CountImages(DatasetEvaluator):
+    def reset(self):
+        self.count = 0
+
+    def process(self, inputs, outputs):
+        self.count += len(inputs)
+
+    def evaluate(self):
+        return {"images": {"count": self.count}}
+
+
+class CountSteps(HookBase):
+    steps = 0
+
+    def after_step(self):
+        self.steps += 1
+
+
+class MyTrainer(Trainer):
+    """What a user of Detectron2 overrides."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        mapper = DatasetMapper(cfg, is_train=True, augmentations=[T.Resize((48, 48))])
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return CountImages()
+
+    def build_hooks(self):
+        self.counter = CountSteps()
+        return [*super().build_hooks(), self.counter]
+
+
+def test_a_trainer_subclass_with_its_own_loader_evaluator_and_hook(shapes, tmp_path, caplog):
+    options = {"SOLVER.MAX_ITER": 3, "SOLVER.CHECKPOINT_PERIOD": 2, "DATASETS.TEST": f"('{VAL}',)"}
+    trainer = make_trainer(tmp_path, options, trainer=MyTrainer)
+    trainer.train()
+    assert trainer.counter.steps == 3
+    assert read_metrics(tmp_path)[-1]["images/count"] == 2
+    assert sum("is not halodet's" in record.message for record in caplog.records) == 1
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 2
+    resumed = make_trainer(tmp_path, options, {"SOLVER.MAX_ITER": 4}, trainer=MyTrainer)
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    assert resumed.start_iter == 3 and resumed.counter.steps == 1
+
+
+def test_several_datasets_at_once(shapes, tmp_path):
+    register_tiny_shapes()
+    trainer = make_trainer(tmp_path, {"DATASETS.TRAIN": f"('{TRAIN}', '{VAL}')"})
+    samples = [sample for batch in itertools.islice(trainer.data_loader, 14) for sample in batch]
+    trainer.data_loader.close()
+    assert {Path(sample["file_name"]).parent.name for sample in samples} == {"train", "val"}
