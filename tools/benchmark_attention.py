@@ -26,7 +26,7 @@ from halodet.benchmark.attention import (
     is_installed,
     make_cases,
 )
-from halodet.benchmark.measure import compare, geometric_mean, peak_memory
+from halodet.benchmark.measure import compare, geometric_mean, keep_freed_memory, peak_memory
 from halodet.benchmark.report import (
     add_common_arguments,
     describe_machine,
@@ -100,6 +100,7 @@ def make_table(results: dict[str, dict], names: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    keep_freed_memory()
     cases = make_cases(args.size, args.stride, args.batch, args.block)
     if args.map:
         cases = [Case(batch, *size, *block) for batch in args.batch for size in args.map for block in args.block]

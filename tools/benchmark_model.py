@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 from halodet.benchmark import models
-from halodet.benchmark.measure import compare, first_line, peak_memory
+from halodet.benchmark.measure import compare, first_line, keep_freed_memory, peak_memory
 from halodet.benchmark.report import (
     add_common_arguments,
     describe_machine,
@@ -132,6 +132,7 @@ def make_table(results: dict[str, dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    keep_freed_memory()
     title = f"{args.case}, random weights, {describe_machine(args.device)}, median of {args.rounds} rounds"
     print(title)
     results: dict[str, dict] = {}
