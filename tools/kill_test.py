@@ -25,8 +25,7 @@ from pathlib import Path
 
 import halodet.engine.trainer
 from halodet.checkpoint import Checkpointer, read_checkpoint
-from halodet.config import load_config
-from halodet.data.user_datasets import prepare_datasets
+from halodet.data import write_shapes
 
 import torch
 
@@ -149,8 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=32, help="iterations of each training (default: 32)")
     args = parser.parse_args(argv)
     output = Path(tempfile.mkdtemp(prefix="kill_test_"))
-    arguments = ["--config-file", CONFIG, *SMALL, "SOLVER.MAX_ITER", str(args.iterations)]
-    prepare_datasets(load_config(CONFIG, arguments[2:]))
+    data = ["--train-json", str(write_shapes(output / "shapes", "train", 16))]
+    data += ["--train-images", str(output / "shapes" / "train")]
+    arguments = ["--config-file", CONFIG, *data, *SMALL, "SOLVER.MAX_ITER", str(args.iterations)]
     rng = random.Random(args.seed)
     rounds = []
     try:
