@@ -49,6 +49,7 @@ class HaloNetBackbone(HaloNet, Backbone):
             "backend": node.BACKEND,
             "mixer_options": node.MIXER_OPTIONS,
             "use_act_checkpoint": node.USE_ACT_CHECKPOINT,
+            "output_stride": node.OUTPUT_STRIDE,
         }
 
     def freeze(self, freeze_at: int = 0) -> HaloNetBackbone:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from halodet.mixers import BoTNetMixer, HaloMixer, Mixer
-from halodet.models.act_checkpoint import check_stages, run_stage
+from halodet.models.act_checkpoint import check_stages, run_blocks
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -124,7 +124,7 @@ class TimmBackbone(Backbone):
         x = self.stem(x)
         maps = {}
         for name, stage in zip(STAGES, self.stages, strict=False):
-            x = maps[name] = run_stage(stage, x, recompute=name in self.use_act_checkpoint)
+            x = maps[name] = run_blocks(stage, x) if name in self.use_act_checkpoint else stage(x)
         if "res5" in maps:
             maps["res5"] = self.final_conv(x)
         return {name: maps[name] for name in self._out_features}

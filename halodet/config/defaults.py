@@ -60,6 +60,8 @@ def halodet_defaults() -> CN:
     cfg.MODEL.HALONET.BACKEND = "auto"
     # Stages with activation checkpointing, for example ["res2", "res3"]: less memory, more computation.
     cfg.MODEL.HALONET.USE_ACT_CHECKPOINT = []
+    # Largest stride of the feature maps: 8, 16 (for DC5 and DeepLab heads) or 32. Later convolutions are dilated.
+    cfg.MODEL.HALONET.OUTPUT_STRIDE = 32
     # Number of blocks in each of the four stages. None: the variant's.
     cfg.MODEL.HALONET.DEPTHS = None
     # Mixer of each stage (conv, halo or another registered one), or a list with one per block. None: the variant's.

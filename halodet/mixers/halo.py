@@ -1,11 +1,10 @@
 """Blocked local self-attention with a halo."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 from halodet.attention import BACKENDS, BORDERS, halo_attention
+from halodet.attention.unfold import attend_windows
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.mixers.rel_pos import infer_block_and_halo, resize_table
 
@@ -94,7 +93,7 @@ class HaloMixer(Mixer):
         self.reset_parameters()
 
     @classmethod
-    def from_spec(cls, spec: MixerSpec) -> HaloMixer:
+    def from_spec(cls, spec: MixerSpec) -> "HaloMixer":
         return cls(
             spec.channels,
             spec.value_channels,
@@ -118,19 +117,22 @@ class HaloMixer(Mixer):
         # splitting one map would copy their gradients into one again.
         x = x.contiguous(memory_format=torch.channels_last)
         weights = self.kv.weight.view(self.num_heads, self.depth + self.value_depth, -1, 1, 1)
-        k_weight, v_weight = weights.split((self.depth, self.value_depth), dim=1)
-        out = halo_attention(
-            self._split_heads(self.q(x), self.depth),
-            self._split_heads(F.conv2d(x, k_weight.flatten(0, 1)), self.depth),
-            self._split_heads(F.conv2d(x, v_weight.flatten(0, 1)), self.value_depth),
-            self.pos_embed.height_rel,
-            self.pos_embed.width_rel,
-            block_size=self.block_size,
-            halo_size=self.halo_size,
-            border=self.border,
-            stride=self.query_stride,
-            backend=self.backend,
-        ).flatten(1, 2)
+        k_weight, v_weight = weights.split([self.depth, self.value_depth], dim=1)
+        q = self._split_heads(self.q(x), self.depth)
+        k = self._split_heads(F.conv2d(x, k_weight.flatten(0, 1)), self.depth)
+        v = self._split_heads(F.conv2d(x, v_weight.flatten(0, 1)), self.value_depth)
+        rel_h, rel_w = self.pos_embed.height_rel, self.pos_embed.width_rel
+        if torch.jit.is_scripting():
+            out = attend_windows(
+                q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), None, None, k.shape[3], k.shape[4], self.block_size,
+                [self.halo_size] * 4, self.query_stride, self.border == "mask", self.depth**-0.5,
+            )  # fmt: skip
+        else:
+            out = halo_attention(
+                q, k, v, rel_h, rel_w, block_size=self.block_size, halo_size=self.halo_size, border=self.border,
+                stride=self.query_stride, backend=self.backend,
+            )  # fmt: skip
+        out = out.flatten(1, 2)
         return average_2x2(out) if self.pool else out
 
     def _split_heads(self, x: Tensor, depth: int) -> Tensor:

@@ -1,14 +1,12 @@
 """The base class of mixers, and the registry that finds them by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-MIXERS: dict[str, type[Mixer]] = {}
+MIXERS: dict[str, "type[Mixer]"] = {}
 MixerType = TypeVar("MixerType", bound="type[Mixer]")
 
 
@@ -21,6 +19,7 @@ class MixerSpec:
         value_channels: number of channels of attention values, which is the number of output channels of an attention
             mixer.
         stride: stride of the output, 1 or 2.
+        dilation: dilation of convolutions; attention ignores it.
         num_heads: number of attention heads.
         block_size: side of an attention block in pixels.
         halo_size: width of the halo around a block in pixels.
@@ -34,6 +33,7 @@ class MixerSpec:
     channels: int
     value_channels: int
     stride: int = 1
+    dilation: int = 1
     num_heads: int = 8
     block_size: int = 8
     halo_size: int = 3
@@ -77,7 +77,7 @@ class Mixer(nn.Module):
     rel_pos_tables: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def from_spec(cls, spec: MixerSpec) -> Mixer:
+    def from_spec(cls, spec: MixerSpec) -> "Mixer":
         """Build the mixer; read its own options with :meth:`MixerSpec.read_options`."""
         raise NotImplementedError(f"{cls.__name__} does not implement from_spec")
 

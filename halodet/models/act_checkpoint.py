@@ -1,7 +1,5 @@
 """Activation checkpointing: keep only the inputs of blocks in training and recompute the rest in the backward pass."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,14 +9,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+class Stage(nn.Sequential):
+    """Blocks in sequence.
+
+    Args:
+        blocks: blocks.
+        use_act_checkpoint: recompute the activations inside the blocks in the backward pass.
+    """
+
+    def __init__(self, *blocks: nn.Module, use_act_checkpoint: bool = False) -> None:
+        super().__init__(*blocks)
+        self.use_act_checkpoint = use_act_checkpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            pass
+        elif self.use_act_checkpoint:
+            return run_blocks(self, x)
+        for block in self:
+            x = block(x)
+        return x
+
+
 def check_stages(stages: Sequence[str], known: Sequence[str], key: str) -> None:
     """Raise ValueError if ``stages``, the value of ``key``, names something that is not in ``known``."""
     if isinstance(stages, str) or not set(stages) <= set(known):
         raise ValueError(f"{key}={stages!r} is invalid: expected a list of stages from {list(known)}, or []")
 
 
-def run_stage(stage: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
-    """Return ``stage(x)``; with ``recompute``, recompute the activations inside its blocks in the backward pass.
+def run_blocks(stage: nn.Module, x: Tensor) -> Tensor:
+    """Run the children of ``stage`` in sequence; in training, recompute the activations inside them backward.
 
     Losses, gradients and running statistics equal those of the plain stage: random number states are restored for the
     second pass, and batch norms ignore it.
@@ -26,9 +46,11 @@ def run_stage(stage: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016 (arXiv 1604.06174), through
     torch.utils.checkpoint.
     """
-    if not (recompute and stage.training and torch.is_grad_enabled()):
-        return stage(x)
+    recompute = stage.training and torch.is_grad_enabled()
     for block in stage.children():
+        if not recompute:
+            x = block(x)
+            continue
         if torch.compiler.is_compiling():  # a compiled backward pass does not repeat statistics and takes no contexts
             x = checkpoint(block, x, use_reentrant=False)
         else:

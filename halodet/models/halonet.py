@@ -1,14 +1,12 @@
 """HaloNet as an ``nn.Module``: stem, bottleneck blocks, stages and classifier head."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from halodet.mixers import MIXERS, MixerSpec, build_mixer
-from halodet.models.act_checkpoint import check_stages, run_stage
+from halodet.models.act_checkpoint import Stage, check_stages
 from halodet.models.variants import HaloNetVariant, get_variant
 
 import torch
@@ -150,7 +148,7 @@ def prepare_images(x: Tensor) -> Tensor:
         ValueError: ``x`` does not have four dimensions.
     """
     if x.dim() != 4:
-        raise ValueError(f"HaloNet expects images (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
+        raise ValueError(f"HaloNet expects images (B, C, H, W), got a tensor of shape {list(x.shape)}")
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
@@ -158,9 +156,9 @@ class HaloNet(nn.Module):
     """HaloNet: a ResNet in which halo attention replaces the 3x3 convolutions of some stages.
 
     The forward pass maps images (B, in_channels, H, W) of any size to a dict of the feature maps named in
-    ``out_features``: ``stem`` and ``res2`` at stride 4, ``res3``, ``res4`` and ``res5`` at strides 8, 16 and 32, each
-    (B, channels, ceil(H / stride), ceil(W / stride)). With ``num_classes`` there is also ``linear``, the logits (B,
-    num_classes).
+    ``out_features``: ``stem`` and ``res2`` at stride 4, ``res3``, ``res4`` and ``res5`` at strides 8, 16 and 32 or at
+    most ``output_stride``, each (B, channels, ceil(H / stride), ceil(W / stride)). With ``num_classes`` there is also
+    ``linear``, the logits (B, num_classes).
 
     Args:
         variant: architecture, or its name in :data:`VARIANTS`.
@@ -172,6 +170,8 @@ class HaloNet(nn.Module):
         backend: attention backend, see :func:`halodet.attention.halo_attention`.
         mixer_options: options of mixers, by name of the mixer.
         use_act_checkpoint: stages whose activations are recomputed in the backward pass.
+        output_stride: largest stride of the feature maps, 8, 16 or 32. Stages beyond it keep their resolution:
+            convolutions are dilated instead, as in torchvision's ResNets, and attention has the same block and halo.
 
     Attributes:
         feature_channels: number of channels of every feature map.
@@ -183,6 +183,14 @@ class HaloNet(nn.Module):
     Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021 (arXiv
     2103.12731).
     """
+
+    __jit_unused_properties__ = ["stages"]
+    if TYPE_CHECKING:  # TorchScript does not know these types
+        res2: Stage
+        res3: Stage
+        res4: Stage
+        res5: Stage
+    returns_logits: Final[bool]  # a constant for TorchScript, which then leaves out a head that does not exist
 
     def __init__(
         self,
@@ -196,6 +204,7 @@ class HaloNet(nn.Module):
         backend: str = "auto",
         mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
         use_act_checkpoint: Sequence[str] = (),
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
         variant = get_variant(variant) if isinstance(variant, str) else variant
@@ -215,10 +224,13 @@ class HaloNet(nn.Module):
         if not set(options) <= set(MIXERS):
             unknown = ", ".join(sorted(set(options) - set(MIXERS)))
             raise ValueError(f"mixer_options of {unknown} are invalid: expected mixers {', '.join(sorted(MIXERS))}")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={output_stride} is invalid: expected 8, 16 or 32")
         check_stages(use_act_checkpoint, STAGES, "use_act_checkpoint")
 
         self.variant, self.num_classes = variant, num_classes
-        self.out_features, self.use_act_checkpoint = tuple(out_features), tuple(use_act_checkpoint)
+        self.out_features = tuple(out_features)
+        self.returns_logits = "linear" in self.out_features
         norm_layer = NORMS[norm] if isinstance(norm, str) else norm
         activation = ACTIVATIONS[variant.activation]
         make_spec = functools.partial(
@@ -235,14 +247,16 @@ class HaloNet(nn.Module):
         channels, stride = variant.stem_channels, 4
         self.feature_channels, self.feature_strides = {"stem": channels}, {"stem": stride}
         last = max(len(STAGES) if f == "linear" else features.index(f) for f in out_features)
-        total, index = sum(variant.depths), 0
+        total, index, dilation = sum(variant.depths), 0, 1
         for s in range(last):
             width = variant.base_width * 2**s
             out_channels = _whole(width * variant.bottleneck_ratio, "bottleneck_ratio", variant)
             value_channels = _whole(width * variant.value_ratio, "value_ratio", variant)
             blocks: list[Bottleneck] = []
+            stage_stride = 2 if s > 0 and 2 * stride <= output_stride else 1
+            stage_dilation = 2 * dilation if s > 0 and stage_stride == 1 else dilation
             for mixer in mixers[s]:
-                block_stride = 2 if s > 0 and not blocks else 1
+                block_stride = 1 if blocks else stage_stride
                 block = Bottleneck(
                     channels,
                     out_channels,
@@ -251,6 +265,8 @@ class HaloNet(nn.Module):
                         channels=width,
                         value_channels=value_channels,
                         stride=block_stride,
+                        # The first block sees the map of the stage before it.
+                        dilation=stage_dilation if blocks else dilation,
                         num_heads=variant.num_heads[s],
                         options=options.get(mixer, {}),
                     ),
@@ -261,26 +277,46 @@ class HaloNet(nn.Module):
                 )
                 blocks.append(block)
                 channels, stride, index = out_channels, stride * block_stride, index + 1
-            self.add_module(STAGES[s], nn.Sequential(*blocks))
+            dilation = stage_dilation
+            self.add_module(STAGES[s], Stage(*blocks, use_act_checkpoint=STAGES[s] in use_act_checkpoint))
             self.feature_channels[STAGES[s]], self.feature_strides[STAGES[s]] = channels, stride
         if num_classes is not None:
             self.head = Head(channels, num_classes, variant.final_channels, norm=norm_layer, activation=activation)
             self.feature_channels["linear"], self.feature_strides["linear"] = num_classes, stride
 
     @property
-    def stages(self) -> list[nn.Sequential]:
+    def stages(self) -> list[Stage]:
         """The stages that are built, in order."""
         return [getattr(self, name) for name in STAGES if hasattr(self, name)]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map images (B, in_channels, H, W) to the feature maps named in ``out_features``."""
+        x, maps = self._run_stages(x)
+        if self.returns_logits:
+            maps["linear"] = self.head(x)
+        out: dict[str, Tensor] = {}
+        for name in self.out_features:
+            out[name] = maps[name]
+        return out
+
+    def _run_stages(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the last feature map, and all of them by name."""
         x = self.stem(prepare_images(x))
         maps = {"stem": x}
-        for name, stage in zip(STAGES, self.stages, strict=False):
-            x = maps[name] = run_stage(stage, x, recompute=name in self.use_act_checkpoint)
-        if "linear" in self.out_features:
-            maps["linear"] = self.head(x)
-        return {name: maps[name] for name in self.out_features}
+        # Not a loop: TorchScript needs the names of submodules. Stages that no feature needs do not exist.
+        if hasattr(self, "res2"):
+            x = self.res2(x)
+            maps["res2"] = x
+        if hasattr(self, "res3"):
+            x = self.res3(x)
+            maps["res3"] = x
+        if hasattr(self, "res4"):
+            x = self.res4(x)
+            maps["res4"] = x
+        if hasattr(self, "res5"):
+            x = self.res5(x)
+            maps["res5"] = x
+        return x, maps
 
 
 def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:

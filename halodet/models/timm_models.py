@@ -6,18 +6,15 @@ Importing this module registers ``halodet_halonet_h0`` to ``halodet_halonet_h7``
 all-attention form. There are no pretrained weights.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 from halodet.mixers import Mixer
 from halodet.models.halonet import STAGES, HaloNet, prepare_images
 from halodet.models.variants import VARIANTS, HaloNetVariant, get_variant
 
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +40,7 @@ class HaloNetClassifier(HaloNet):
         drop_path_rate: drop path probability of the last block, rising linearly from 0 at the first.
         norm: as in :class:`HaloNet`.
         backend: as in :class:`HaloNet`.
+        output_stride: as in :class:`HaloNet`.
         bn_momentum: momentum of the batch norms; None for PyTorch's default.
         bn_eps: epsilon of the batch norms; None for PyTorch's default.
         **overrides: fields of :class:`HaloNetVariant` that replace those of the row, for example ``block_size=10``.
@@ -62,6 +60,7 @@ class HaloNetClassifier(HaloNet):
         drop_path_rate: float = 0.0,
         norm: str = "BN",
         backend: str = "auto",
+        output_stride: int = 32,
         bn_momentum: float | None = None,
         bn_eps: float | None = None,
         **overrides: Any,
@@ -82,8 +81,9 @@ class HaloNetClassifier(HaloNet):
             drop_path_rate=drop_path_rate,
             num_classes=max(1, num_classes),
             backend=backend,
+            output_stride=output_stride,
         )
-        self.in_chans, self.drop_rate, self.grad_checkpointing = in_chans, drop_rate, False
+        self.in_chans, self.drop_rate = in_chans, drop_rate
         self.num_features = self.feature_channels["res5"]  # of forward_features
         self.head_hidden_size: int = (
             self.variant.final_channels or self.num_features
@@ -103,18 +103,12 @@ class HaloNetClassifier(HaloNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to features (B, num_features, ceil(H / 32), ceil(W / 32))."""
-        x = self.stem(prepare_images(x))
-        for stage in self.stages:
-            x = self._run(stage, x)
-        return x
-
-    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
+        return self._run_stages(x)[0]
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -139,13 +133,13 @@ class HaloNetClassifier(HaloNet):
         maps = []
         x = self.stem(prepare_images(x))
         for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = self._run(stage, x)
+            x = stage(x)
             if index in chosen:
                 maps.append(x)
         return maps if intermediates_only else (x, maps)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the stages after the last one of ``indices``, and the head; return the stages chosen."""
         chosen, last = feature_take_indices(len(self.stages), indices)
@@ -196,7 +190,8 @@ class HaloNetClassifier(HaloNet):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of blocks for the backward pass and recompute the rest."""
-        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.use_act_checkpoint = enable
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.global_pool == "avg":

@@ -7,6 +7,7 @@ from halodet.models import STAGES, VARIANTS, HaloNet
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
@@ -238,3 +239,62 @@ def test_feature_extraction_and_symbolic_traces_take_any_size():
         found = extractor(x)
         assert torch.equal(found["a"], maps["res3"]) and torch.equal(found["b"], inner["out"])
         assert all(torch.equal(value, maps[name]) for name, value in traced(x).items())
+
+
+@pytest.mark.parametrize("options", [{}, {"border": "zero", "block_size": 3, "se_ratio": 0.25}])
+@pytest.mark.parametrize("features", [["res5", "stem", "linear"], ["res3"]])
+def test_scripted_networks_take_any_size(features, options):
+    classes = 5 if "linear" in features else None
+    model = HaloNet(dataclasses.replace(SMALL, **options), out_features=features, num_classes=classes)
+    randomize(model).eval()
+    scripted = torch.jit.script(model)
+    for size in ((64, 64), (33, 97)):
+        x = torch.randn(1, 3, *size)
+        maps, found = model(x), scripted(x)
+        assert list(found) == features
+        for name, value in maps.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_dilation_is_torchvisions(stride):
+    # A ResNet-50 with the stride in its 3x3 convolutions, as torchvision's.
+    variant = dataclasses.replace(
+        VARIANTS["R50-SE"], mixers=("conv",) * 4, se_ratio=0.0, activation="relu", base_width=64, stem_channels=64
+    )
+    replace = [False, stride == 8, True]
+    theirs = randomize(torchvision.models.resnet50(replace_stride_with_dilation=replace)).eval()
+    ours = HaloNet(variant, output_stride=stride).eval()
+    names = {
+        "stem.conv1.conv": "conv1", "stem.conv1.norm": "bn1", "conv1.conv": "conv1", "conv1.norm": "bn1",
+        "mixer.conv": "conv2", "norm2": "bn2", "conv3.conv": "conv3", "conv3.norm": "bn3",
+        "shortcut.conv": "downsample.0", "shortcut.norm": "downsample.1",
+    }  # fmt: skip
+    state = theirs.state_dict()
+
+    def renamed(key):
+        stage, _, rest = key.partition(".")
+        prefix = f"layer{int(stage[3:]) - 1}." if stage.startswith("res") else ""
+        block, rest = rest.split(".", 1) if prefix else ("", key)
+        module, _, leaf = rest.rpartition(".")
+        return f"{prefix}{block}{'.' if block else ''}{names[module]}.{leaf}"
+
+    ours.load_state_dict({key: state[renamed(key)] for key in ours.state_dict()})
+    extractor = create_feature_extractor(theirs, {f"layer{i}": f"res{i + 1}" for i in range(1, 5)})
+    x = torch.randn(1, 3, 97, 131)
+    with torch.no_grad():
+        maps, expected = ours(x), extractor(x)
+    assert ours.feature_strides["res5"] == stride and [m.shape for m in maps.values()][-1][2] == -(-97 // stride)
+    for name, value in expected.items():
+        torch.testing.assert_close(maps[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_attention_keeps_its_resolution_at_a_smaller_output_stride(stride):
+    model = randomize(HaloNet(SMALL, output_stride=stride)).eval()
+    assert list(model.feature_strides.values()) == [4, *(min(s, stride) for s in (4, 8, 16, 32))]
+    maps = model(torch.randn(1, 3, 97, 131))
+    assert [value.shape[2] for value in maps.values()] == [-(-97 // min(s, stride)) for s in (4, 8, 16, 32)]
+    assert model.state_dict().keys() == HaloNet(SMALL).state_dict().keys()
+    with pytest.raises(ValueError, match="output_stride=4"):
+        HaloNet(SMALL, output_stride=4)

@@ -246,3 +246,11 @@ def test_training_with_timms_functions(tmp_path):
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in checkpoint["model"].items())
     assert all(torch.equal(tensor, last[name]) for name, tensor in checkpoint["state_dict"].items())
     assert not torch.equal(last["head.linear.weight"], averaged["head.linear.weight"])
+
+
+def test_scripted_model_gives_the_same_logits():
+    model = randomize(tiny(num_classes=5)).eval()
+    scripted = torch.jit.script(model)
+    for size in ((64, 64), (33, 97)):
+        x = torch.rand(2, 3, *size)
+        torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-4)
