@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"demo.py: error: --output {args.output} is not a usable folder ({error.strerror}).", file=sys.stderr)
         return 2
-    return draw_images(predictor, files, args.output, threshold=args.confidence_threshold)
+    return draw_images(
+        predictor, files, args.output, threshold=args.confidence_threshold, absolute_paths=args.absolute_paths
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--confidence-threshold", type=_score, default=0.5, metavar="SCORE", help="minimum score (default: 0.5)"
     )
+    parser.add_argument("--absolute-paths", action="store_true", help=f"write absolute paths to {DETECTIONS_FILE}")
     parser.add_argument("--allow-pickle", action="store_true", help="run code that pickle files hold")
     add_project_arguments(parser)
     parser.add_argument(

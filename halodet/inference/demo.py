@@ -53,23 +53,26 @@ def find_images(inputs: Sequence[str], output: str) -> list[str]:
 
 
 def draw_images(
-    predictor: Predictor, files: Sequence[str], output: str, *, threshold: float
+    predictor: Predictor, files: Sequence[str], output: str, *, threshold: float, absolute_paths: bool = False
 ) -> int:
     """Draw the predictions for each file into the folder ``output``, and save them in :data:`DETECTIONS_FILE`.
 
-    Images that cannot be read are reported and skipped. The predictions so far are saved whatever happens.
+    Images that cannot be read are reported and skipped. The predictions so far are saved whatever happens. In the JSON,
+    ``file_name`` is relative to ``info.root``, the folder that contains all files.
 
     Args:
         predictor: a :class:`~halodet.inference.Predictor`.
         files: paths of the images.
         output: an existing folder.
         threshold: minimum score.
+        absolute_paths: write absolute paths as ``file_name``.
 
     Returns:
         Exit code: 0, 1 if an image failed or cannot be written, 130 after Ctrl-C, or that of another expected error.
     """
     categories = [{"id": entry["id"], "name": entry["name"]} for entry in predictor.classes]
-    coco: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+    root = "" if absolute_paths else _common_folder(files)
+    coco: dict[str, Any] = {"info": {"root": root}, "images": [], "annotations": [], "categories": categories}
     used = {DETECTIONS_FILE}
     failed, code = 0, 0
     try:
@@ -105,7 +108,7 @@ def _draw_image(
     file: str,
     output: str,
     threshold: float,
-    coco: dict[str, list[dict[str, Any]]],
+    coco: dict[str, Any],
     used: set[str],
 ) -> None:
     image = read_image(file)
@@ -119,11 +122,20 @@ def _draw_image(
     # Recorded last, so that the JSON never names a drawing that does not exist.
     used.add(name.casefold())
     height, width = image.shape[:2]
-    coco["images"].append({"id": image_id, "file_name": file, "width": width, "height": height, "drawing": name})
+    root, path = coco["info"]["root"], os.path.abspath(file)
+    path = os.path.relpath(path, root).replace(os.sep, "/") if root else path
+    coco["images"].append({"id": image_id, "file_name": path, "width": width, "height": height, "drawing": name})
     for number, result in enumerate(results, first_id):
         mask = result.get("segmentation")
         area = float(mask_util.area(mask)) if mask else result["bbox"][2] * result["bbox"][3]
         coco["annotations"].append({"id": number, **result, "area": area, "iscrowd": 0})
+
+
+def _common_folder(files: Sequence[str]) -> str:
+    try:
+        return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    except ValueError:  # on different drives of Windows
+        return ""
 
 
 def _unused_name(name: str, used: set[str]) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from pycocotools.coco import COCO
 
 
 class FixedPredictor:
@@ -103,11 +104,26 @@ def test_every_image_is_drawn_under_its_own_name_and_the_broken_one_reported(pho
     assert {path.name for path in output.iterdir()} == drawings | {"detections.json"}
     coco = json.loads((output / "detections.json").read_text())
     assert {image["drawing"] for image in coco["images"]} == drawings
+    assert coco["info"]["root"] == str(photos)
     for image in coco["images"]:
-        assert (image["width"], image["height"]) == (12, 8) and os.path.isfile(image["file_name"])
+        assert (image["width"], image["height"]) == (12, 8) and not os.path.isabs(image["file_name"])
+        assert os.path.isfile(os.path.join(coco["info"]["root"], image["file_name"]))
         drawing = np.asarray(Image.open(output / image["drawing"]).convert("RGB"))
         # The red of the image, at four times its size.
         assert drawing.shape == (32, 48, 3) and drawing[30, 46, 0] > 200 and drawing[30, 46, 2] < 60
+
+
+def test_file_names_do_not_depend_on_the_working_directory(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos / "a")
+    files = ["x.jpg", "../b/x.jpg"]
+    for absolute_paths, root in ((False, str(photos)), (True, "")):
+        demo.draw_images(FixedPredictor(), files, str(tmp_path), threshold=0.5, absolute_paths=absolute_paths)
+        path = tmp_path / "detections.json"
+        coco = json.loads(path.read_text())
+        assert coco["info"]["root"] == root
+        names = [os.path.join(root, image["file_name"]) for image in coco["images"]]
+        assert names == [str(photos / "a/x.jpg"), str(photos / "b/x.jpg")]
+        assert [image["id"] for image in COCO(str(path)).loadImgs([1, 2])] == [1, 2]
 
 
 def test_detections_are_coco_and_those_above_the_threshold(photos, tmp_path):
