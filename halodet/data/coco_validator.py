@@ -104,7 +104,9 @@ class CocoValidator:
                     raise InvalidAnnotation(f"image_id={entry['image_id']} is not among the images")
                 if entry["category_id"] not in categories:
                     raise InvalidAnnotation(f"category_id={entry['category_id']} is not among the categories")
-                valid.append(self.annotation(entry, where, images[entry["image_id"]], need_masks))
+                annotation = self.annotation(entry, where, images[entry["image_id"]], need_masks)
+                names = categories[entry["category_id"]].get("keypoints", ())
+                valid.append(annotation | self.keypoints(entry, where, len(names)))
             except InvalidAnnotation as error:
                 self.report(where, str(error), "skipped")
         # One line each: an exporter omits a key from all annotations or from none.
@@ -153,6 +155,24 @@ class CocoValidator:
             iscrowd = 1
             note(f"ignore={show(entry['ignore'])} is not supported by Detectron2", "kept as a crowd (iscrowd=1)")
         return {**valid, "area": area, "iscrowd": int(iscrowd or 0)}
+
+    def keypoints(self, entry: dict[str, Any], where: str, count: int) -> dict[str, Any]:
+        """Return the keypoints of an annotation whose category names ``count`` of them."""
+        points = entry.get("keypoints")
+        if not count:
+            return {}
+        reason = ""
+        if points is not None:
+            if not isinstance(points, list) or len(points) != 3 * count or not all(map(is_number, points)):
+                expected = f"{3 * count} numbers, x, y and visibility for each of the category's {count}"
+                reason = f"keypoints={show(points)} are invalid: expected {expected}"
+            elif not set(points[2::3]) <= {0, 1, 2}:
+                reason = f"keypoints have visibility {show(points[2::3])}: expected 0, 1 or 2"
+        if reason:
+            self.report(where, reason, "dropped, box kept")
+        if points is None or reason:
+            points = [0] * (3 * count)  # COCO's form of an object without labeled keypoints
+        return {"keypoints": points, "num_keypoints": sum(visible > 0 for visible in points[2::3])}
 
     def renumber(self, annotations: list[dict[str, Any]]) -> None:
         """Give a new id to each annotation whose id is missing, taken, or 0, which pycocotools reads as "no match"."""
@@ -212,7 +232,11 @@ def _clean_category(entry: Any, valid: dict[int, Any]) -> dict[str, Any]:
         raise InvalidAnnotation(f"name={show(entry.get('name'))} is invalid: expected a string")
     if entry["id"] in valid:
         raise InvalidAnnotation(f"{entry['name']!r} has the id of an earlier category, {valid[entry['id']]['name']!r}")
-    return {key: entry[key] for key in ("id", "name", "supercategory") if isinstance(entry.get(key), (int, str))}
+    category = {key: entry[key] for key in ("id", "name", "supercategory") if isinstance(entry.get(key), (int, str))}
+    names = entry.get("keypoints")
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        category["keypoints"] = names
+    return category
 
 
 def _clean_image(entry: Any, image_dir: Path, valid: dict[int, Any]) -> dict[str, Any]:

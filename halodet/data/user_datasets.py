@@ -9,7 +9,7 @@ from pathlib import Path
 
 from halodet.data.build import check_records, wrap_dataset_errors
 from halodet.data.coco import ValidatedCoco, check_same_categories, register_cleaned, register_validated, validate_coco
-from halodet.errors import ConfigError
+from halodet.errors import ConfigError, DatasetError
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -110,11 +110,29 @@ def register_user_data(
     train = validated["train"].dataset["annotations"] if "train" in validated else ()
     if any(isinstance(annotation.get("segmentation"), dict) for annotation in train):
         cfg.INPUT.MASK_FORMAT = "bitmask"  # accepts polygons too; Detectron2's default does not accept RLE
+    if cfg.MODEL.KEYPOINT_ON:
+        _set_keypoints(cfg, next(iter(validated.values())))
     classes = next(iter(validated.values())).class_names
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
     logger.info("%d classes: %s", len(classes), ", ".join(classes))
     cfg.freeze()
     return cfg
+
+
+def _set_keypoints(cfg: CfgNode, validated: ValidatedCoco) -> None:
+    count = len(validated.keypoint_names)
+    if not count:
+        raise DatasetError(
+            f"{validated.json_file} has no keypoints: MODEL.KEYPOINT_ON=True expects 'keypoints', a list of names, in "
+            "its categories."
+        )
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = count
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.DATASETS.TEST and len(sigmas or range(17)) != count:  # pycocotools has those of COCO's 17 keypoints
+        raise ConfigError(
+            f"TEST.KEYPOINT_OKS_SIGMAS={list(sigmas)} is invalid: expected {count} numbers, one for each keypoint of "
+            f"{validated.json_file}."
+        )
 
 
 def register_user_data_again(cfg: CfgNode, train_images: str | None, val_images: str | None) -> None:

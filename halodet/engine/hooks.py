@@ -20,6 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import inference_context
+from detectron2.utils.visualizer import Visualizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -166,14 +167,23 @@ class VisualizePredictions(HookBase):
     def _visualize(self) -> None:
         if self._images is None:
             self._images = self._read_images()
-        class_names = MetadataCatalog.get(self._dataset).thing_classes
         model = unwrap_ddp(self.trainer.model)
         for name, image in self._images.items():
             with inference_context(model), torch.no_grad():
-                instances = model([self._model_input(image)])[0]["instances"]
-            drawing = draw(image, instances, class_names, threshold=self._threshold)
-            rgb = np.ascontiguousarray(drawing[:, :, ::-1].transpose(2, 0, 1))
-            self.trainer.storage.put_image(f"predictions/{name}", rgb)
+                output = model([self._model_input(image)])[0]
+            rgb = self._draw(image, output)
+            self.trainer.storage.put_image(f"predictions/{name}", np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+
+    def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
+        """Return the image (H, W, 3), RGB, with the predictions of any of Detectron2's meta-architectures."""
+        metadata = MetadataCatalog.get(self._dataset)
+        if "panoptic_seg" in output:
+            segments, info = output["panoptic_seg"]
+            return Visualizer(image[:, :, ::-1], metadata).draw_panoptic_seg(segments.cpu(), info).get_image()
+        if "instances" in output:
+            return draw(image, output["instances"], metadata.thing_classes, threshold=self._threshold)[:, :, ::-1]
+        labels = output["sem_seg"].argmax(0).cpu()
+        return Visualizer(image[:, :, ::-1], metadata).draw_sem_seg(labels).get_image()
 
     def _model_input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from halodet.errors import DatasetError
 from halodet.evaluation.coco import RobustCOCOEvaluator
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -19,6 +21,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from PIL import Image
 
 _ONE_FILE_EVALUATORS = {
     "cityscapes_instance": CityscapesInstanceEvaluator,
@@ -51,11 +54,19 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         if evaluator_type in _ONE_FILE_EVALUATORS:
             evaluators.append(_ONE_FILE_EVALUATORS[evaluator_type](dataset_name))
         if evaluator_type in ("sem_seg", "coco_panoptic_seg"):
-            evaluators.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=output))
+            evaluators.append(
+                SemSegEvaluator(dataset_name, distributed=True, output_dir=output, sem_seg_loading_fn=_read_labels)
+            )
         if evaluator_type in ("coco", "coco_panoptic_seg"):
             # Detectron2's faster COCO evaluation fails if nothing is detected in the whole dataset; this one does not.
             evaluators.append(
-                RobustCOCOEvaluator(dataset_name, output_dir=output, use_fast_impl=False, report_dir=cfg.OUTPUT_DIR)
+                RobustCOCOEvaluator(
+                    dataset_name,
+                    output_dir=output,
+                    use_fast_impl=False,
+                    kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+                    report_dir=cfg.OUTPUT_DIR,
+                )
             )
         if evaluator_type == "coco_panoptic_seg":
             evaluators.append(COCOPanopticEvaluator(dataset_name, output))
@@ -67,3 +78,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
             f"({type(error).__name__}: {error})."
         ) from error
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def _read_labels(path: str, dtype: Any) -> np.ndarray:
+    """Read a label image; Detectron2's own function fails with NumPy 2."""
+    with Image.open(path) as image:
+        return np.array(image, dtype=dtype)

@@ -1,15 +1,18 @@
 """A user's own dataset function, config keys, head, mapper, loader, evaluator, hook and Trainer, as with Detectron2."""
 
+import copy
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
 
 from halodet.config import load_config
 from halodet.engine import Trainer
-from halodet.errors import DatasetError
+from halodet.errors import DatasetError, ImageError
 from halodet.evaluation.build import build_evaluator
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import (
@@ -22,6 +25,8 @@ from detectron2.data import transforms as T
 from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from helpers import read_metrics
+from PIL import Image
+from pycocotools.coco import COCO
 from small_run import TRAIN, VAL, make_trainer, register_tiny_shapes
 
 PROJECT = '''
@@ -187,3 +192,95 @@ def test_several_datasets_at_once(shapes, tmp_path):
     samples = [sample for batch in itertools.islice(trainer.data_loader, 14) for sample in batch]
     trainer.data_loader.close()
     assert {Path(sample["file_name"]).parent.name for sample in samples} == {"train", "val"}
+
+
+def test_keypoints_of_user_data_train_save_and_resume(scenes, tool, tmp_path, capsys):
+    json_file, images = (flag.partition("=")[2] for flag in scenes[:2])
+    data = json.loads(Path(json_file).read_text())
+    for category in data["categories"]:
+        category["keypoints"] = ["left_top", "right_top", "middle"]
+    for annotation in data["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["keypoints"] = [x + 1, y + 1, 2, x + w - 1, y + 1, 2, x + w / 2, y + h / 2, 1]
+    data["annotations"][0]["keypoints"] = [1, 2]
+    path = tmp_path / "keypoints.json"
+    path.write_text(json.dumps(data))
+    command = ["--config-file=quick/mask_rcnn_halo_shapes"]
+    for split in ("train", "val"):
+        command += [f"--{split}-json={path}", f"--{split}-images={images}"]
+    opts = [
+        "OUTPUT_DIR", str(tmp_path / "out"), "MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False",
+        "MODEL.HALONET.BASE_WIDTH", "16", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16,)", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "SOLVER.CHECKPOINT_PERIOD", "2",
+    ]  # fmt: skip
+    assert tool([*command, *opts, "SOLVER.MAX_ITER", "2"]) == 2
+    assert "TEST.KEYPOINT_OKS_SIGMAS" in "".join(capsys.readouterr())
+    opts += ["TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1]"]
+    assert tool([*command, *opts, "SOLVER.MAX_ITER", "2"]) == 0
+    log = "".join(capsys.readouterr())
+    assert "Evaluation results for keypoints" in log and "keypoints=[1, 2]" in log
+    assert tool(["--resume", *command, *opts, "SOLVER.MAX_ITER", "3"]) == 0
+    assert "Starting training from iteration 2" in "".join(capsys.readouterr())
+    loss = [row["loss_keypoint"] for row in read_metrics(tmp_path / "out") if "loss_keypoint" in row]
+    assert loss and all(value > 0 for value in loss)
+
+
+@pytest.fixture
+def labels(scenes, tmp_path):
+    """Name of a dataset for semantic segmentation: four scenes with a label image each, 6 for the background."""
+    coco, images = COCO(scenes[0].partition("=")[2]), Path(scenes[1].partition("=")[2])
+    records = []
+    for image in coco.imgs.values():
+        label = np.full((image["height"], image["width"]), 6, np.uint8)
+        for annotation in coco.imgToAnns[image["id"]]:
+            label[coco.annToMask(annotation) > 0] = annotation["category_id"] - 1
+        path = tmp_path / f"label{image['id']}.png"
+        Image.fromarray(label).save(path)
+        files = {"file_name": str(images / image["file_name"]), "sem_seg_file_name": str(path)}
+        records.append({**files, "image_id": image["id"], "height": image["height"], "width": image["width"]})
+    classes = [category["name"] for category in coco.dataset["categories"]] + ["background"]
+    DatasetCatalog.register("my_labels", lambda: copy.deepcopy(records))
+    MetadataCatalog.get("my_labels").set(evaluator_type="sem_seg", stuff_classes=classes, ignore_label=255)
+    yield "my_labels"
+    DatasetCatalog.remove("my_labels")
+    MetadataCatalog.remove("my_labels")
+
+
+SEMANTIC = [
+    "MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False",
+    "MODEL.MASK_ON", "False", "MODEL.HALONET.BASE_WIDTH", "16", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "30",
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0",
+    "SOLVER.WARMUP_ITERS", "5", "DATALOADER.MAX_BAD_IMAGES", "1.0",
+    "DATASETS.TRAIN", "('my_labels',)", "DATASETS.TEST", "('my_labels',)",
+]  # fmt: skip
+
+
+def test_bad_label_images_are_skipped(labels, tool, tmp_path):
+    (tmp_path / "label0.png").write_bytes(b"not an image")
+    Image.new("L", (3, 3)).save(tmp_path / "label1.png")
+    records = DatasetCatalog.get("my_labels")
+    command = ["--config-file=quick/mask_rcnn_halo_shapes", "OUTPUT_DIR", str(tmp_path / "out"), *SEMANTIC]
+    assert tool([*command, "DATASETS.TRAIN", "('my_labels', 'my_labels', 'my_labels')", "DATASETS.TEST", "()"]) == 0
+    skipped = json.loads((tmp_path / "out/skipped.json").read_text())["files"]
+    reasons = {entry["file"]: entry["reason"] for entry in skipped}
+    assert "label0.png" in reasons[records[0]["file_name"]] and "3 x 3" in reasons[records[1]["file_name"]]
+    assert len(reasons) == 2
+
+
+def test_semantic_segmentation_trains_and_is_evaluated(labels, tool, tmp_path):
+    assert tool(["--config-file=quick/mask_rcnn_halo_shapes", "OUTPUT_DIR", str(tmp_path / "out"), *SEMANTIC]) == 0
+    results = read_metrics(tmp_path / "out")[-1]
+    assert results["sem_seg/pACC"] > 50 and results["sem_seg/mIoU"] > 5
+    assert not (tmp_path / "out/classes.json").exists(), "the dataset has no things"
+
+
+def test_an_unreadable_image_ends_an_evaluation_that_cannot_leave_it_out(labels, tmp_path):
+    records = DatasetCatalog.get(labels)
+    records[2]["file_name"] = str(tmp_path / "missing.jpg")
+    DatasetCatalog.remove(labels)
+    DatasetCatalog.register(labels, lambda: records)
+    cfg = load_config("quick/mask_rcnn_halo_shapes", [*SEMANTIC, "OUTPUT_DIR", str(tmp_path)])
+    with pytest.raises(ImageError, match="missing.jpg"):
+        list(Trainer.build_test_loader(cfg, labels))
