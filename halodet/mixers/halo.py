@@ -26,7 +26,30 @@ class RelativePosition(nn.Module):
             nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
 
 
-torch.fx.wrap("halo_attention")  # a symbolic trace keeps the call: it depends on shapes and the device
+@torch.fx.wrap  # a symbolic trace keeps the call: it depends on shapes and the device
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    block_size: int,
+    halo_size: int,
+    border: str,
+    stride: int,
+    backend: str,
+) -> Tensor:
+    """Call halo_attention; in TorchScript, which cannot compile its checks, the unfold backend."""
+    if torch.jit.is_scripting():
+        return attend_windows(
+            q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), None, None, k.shape[3], k.shape[4], block_size,
+            [halo_size] * 4, stride, border == "mask", float(q.shape[2]) ** -0.5,
+        )  # fmt: skip
+    else:
+        return halo_attention(
+            q, k, v, rel_h, rel_w, block_size=block_size, halo_size=halo_size, border=border, stride=stride,
+            backend=backend,
+        )  # fmt: skip
 
 
 @register_mixer("halo")
@@ -121,17 +144,10 @@ class HaloMixer(Mixer):
         q = self._split_heads(self.q(x), self.depth)
         k = self._split_heads(F.conv2d(x, k_weight.flatten(0, 1)), self.depth)
         v = self._split_heads(F.conv2d(x, v_weight.flatten(0, 1)), self.value_depth)
-        rel_h, rel_w = self.pos_embed.height_rel, self.pos_embed.width_rel
-        if torch.jit.is_scripting():
-            out = attend_windows(
-                q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), None, None, k.shape[3], k.shape[4], self.block_size,
-                [self.halo_size] * 4, self.query_stride, self.border == "mask", self.depth**-0.5,
-            )  # fmt: skip
-        else:
-            out = halo_attention(
-                q, k, v, rel_h, rel_w, block_size=self.block_size, halo_size=self.halo_size, border=self.border,
-                stride=self.query_stride, backend=self.backend,
-            )  # fmt: skip
+        out = _attend(
+            q, k, v, self.pos_embed.height_rel, self.pos_embed.width_rel, self.block_size, self.halo_size, self.border,
+            self.query_stride, self.backend,
+        )  # fmt: skip
         out = out.flatten(1, 2)
         return average_2x2(out) if self.pool else out
 
