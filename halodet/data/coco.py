@@ -39,7 +39,7 @@ class ValidatedCoco:
     @property
     def keypoint_names(self) -> list[str]:
         """Keypoint names of the first category that has them; empty if none has."""
-        return next((category["keypoints"] for category in self.dataset["categories"] if "keypoints" in category), [])
+        return _keypoint_names(self.dataset["categories"])
 
     @property
     def class_names(self) -> list[str]:
@@ -177,14 +177,17 @@ def register_cleaned(name: str, image_dir: str | Path, json_file: str | Path) ->
     register_coco_instances(name, {"validated": True, **_keypoint_metadata(json_file)}, str(json_file), str(image_dir))
 
 
+def _keypoint_names(categories: list[dict[str, Any]]) -> list[str]:
+    return next((category["keypoints"] for category in categories if "keypoints" in category), [])
+
+
 def _keypoint_metadata(json_file: str | Path) -> dict[str, Any]:
     """Return Detectron2's metadata of the keypoints of the first category that has them.
 
     A horizontal flip exchanges the keypoints whose names differ in "left" and "right" only.
     """
-    categories = json.loads(Path(json_file).read_bytes())["categories"]
-    names = next((category["keypoints"] for category in categories if "keypoints" in category), None)
-    if names is None:
+    names = _keypoint_names(json.loads(Path(json_file).read_bytes())["categories"])
+    if not names:
         return {}
     pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
     return {"keypoint_names": names, "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}

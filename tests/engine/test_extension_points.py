@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from halodet.config import load_config
+from halodet.data.coco import register_cleaned
 from halodet.engine import Trainer
 from halodet.errors import DatasetError, ImageError
 from halodet.evaluation.build import build_evaluator
@@ -220,6 +221,15 @@ def test_keypoints_of_user_data_train_save_and_resume(scenes, tool, tmp_path, ca
     assert tool([*command, *opts, "SOLVER.MAX_ITER", "2"]) == 0
     log = "".join(capsys.readouterr())
     assert "Evaluation results for keypoints" in log and "keypoints=[1, 2]" in log
+    cleaned = tmp_path / "out/data/user_train.json"
+    register_cleaned("cleaned_keypoints", images, cleaned)
+    metadata = MetadataCatalog.get("cleaned_keypoints")
+    assert metadata.keypoint_names == ["left_top", "right_top", "middle"]
+    assert metadata.keypoint_flip_map == [("left_top", "right_top")]
+    DatasetCatalog.remove("cleaned_keypoints")
+    MetadataCatalog.remove("cleaned_keypoints")
+    first = min(json.loads(cleaned.read_text())["annotations"], key=lambda annotation: annotation["id"])
+    assert (first["keypoints"], first["num_keypoints"]) == ([0] * 9, 0), "invalid ones are not labeled"
     assert tool(["--resume", *command, *opts, "SOLVER.MAX_ITER", "3"]) == 0
     assert "Starting training from iteration 2" in "".join(capsys.readouterr())
     loss = [row["loss_keypoint"] for row in read_metrics(tmp_path / "out") if "loss_keypoint" in row]
