@@ -23,11 +23,11 @@ demo: $(READY)  ## train a small halo Mask R-CNN on drawn shapes (CPU, minutes),
 
 test: $(READY)  ## run all tests
 	@echo "== Running the tests"
-	@$(BIN)/ruff check halodet tools tests setup.py
+	@$(BIN)/ruff check configs halodet tools tests setup.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 
 lint: $(READY)  ## check the style and the types
-	@$(BIN)/ruff check halodet tools tests setup.py
+	@$(BIN)/ruff check configs halodet tools tests setup.py
 	@$(BIN)/mypy
 
 docs: $(READY)  ## build the documentation into site/

@@ -17,9 +17,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["halodet", "halodet.*"]), "halodet.configs", "halodet.configs.quick"],
+    packages=[*find_packages(include=["halodet", "halodet.*"]), "halodet.configs"],
     package_dir={"halodet.configs": "configs"},
-    package_data={"halodet": ["py.typed"], "halodet.configs": ["*.yaml"], "halodet.configs.quick": ["*.yaml"]},
+    package_data={"halodet": ["py.typed"], "halodet.configs": ["**/*.yaml", "lazy/**/*.py"]},
     # Detectron2 is missing on purpose: the index does not have it under its own name (tools/install_detectron2.py
     # installs it), and a user's own build must never be replaced.
     install_requires=[

@@ -54,13 +54,13 @@ def scenes(tmp_path_factory):
     return dataset_flags(tmp_path_factory.mktemp("scenes"), 4)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tool():
-    """tools/train_net.py in this process: list of arguments -> exit code."""
+    """tools/train_net.py, or another tool, in this process: list of arguments -> exit code."""
 
-    def run(arguments):
+    def run(arguments, name="train_net"):
         with restore_process():
-            return load_tool("train_net").main(arguments)
+            return load_tool(name).main(arguments)
 
     return run
 

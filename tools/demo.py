@@ -14,12 +14,17 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 from halodet.config import load_config
-from halodet.config.projects import add_project_arguments, import_projects
+from halodet.config.lazy import is_lazy_config, load_lazy_config, set_score_threshold
+from halodet.config.projects import AddConfig, add_project_arguments, import_projects
 from halodet.errors import HalodetError
 from halodet.inference import Predictor
 from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, draw_images, find_images
+
+from detectron2.config import CfgNode
+from omegaconf import DictConfig
 
 # Warnings about Detectron2's own calls, which would break the progress bar.
 warnings.filterwarnings("ignore", message="torch.meshgrid")
@@ -32,12 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         files = find_images(args.input, args.output)
         projects = import_projects(args.imports)
-        unsafe = args.allow_unsafe_config
-        cfg = load_config(args.config_file, args.opts, train=False, add_configs=projects, allow_unsafe=unsafe).clone()
-        cfg.defrost()
-        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
-        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
-        predictor = Predictor(cfg, allow_pickle=args.allow_pickle)
+        predictor = Predictor(_load_config(args, projects), allow_pickle=args.allow_pickle)
         os.makedirs(args.output, exist_ok=True)
     except HalodetError as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
@@ -48,6 +48,19 @@ def main(argv: list[str] | None = None) -> int:
     return draw_images(
         predictor, files, args.output, threshold=args.confidence_threshold, absolute_paths=args.absolute_paths
     )
+
+
+def _load_config(args: argparse.Namespace, projects: Sequence[AddConfig]) -> CfgNode | DictConfig:
+    """Load the config, of either kind, with the score threshold of the command line."""
+    unsafe, threshold = args.allow_unsafe_config, args.confidence_threshold
+    if is_lazy_config(args.config_file):
+        lazy = load_lazy_config(args.config_file, args.opts, allow_unsafe=unsafe)
+        set_score_threshold(lazy, threshold)
+        return lazy
+    cfg = load_config(args.config_file, args.opts, train=False, add_configs=projects, allow_unsafe=unsafe).clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
+    return cfg
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,24 +11,12 @@ import argparse
 import sys
 
 import halodet.engine.main
-from halodet.config.projects import add_project_arguments
-
-from detectron2.engine import default_argument_parser
+from halodet.engine.main import argument_parser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line: Detectron2's flags and halodet's."""
-    parser = default_argument_parser()
-    parser.description = __doc__
-    parser.add_argument("--allow-pickle", action="store_true", help="read pickle files, which may run code")
-    parser.add_argument(
-        "--dist-timeout",
-        type=float,
-        default=30.0,
-        metavar="MINUTES",
-        help="time limit of the rendezvous and of each collective operation (default: %(default)g)",
-    )
-    add_project_arguments(parser)
+    parser = argument_parser(__doc__)
     data = parser.add_argument_group("COCO-format data of your own, instead of the config's datasets")
     data.add_argument("--train-json", metavar="FILE", help="COCO json to train on; its classes become the model's")
     data.add_argument("--train-images", metavar="DIR", help="folder of the images of --train-json")

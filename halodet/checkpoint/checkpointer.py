@@ -156,9 +156,11 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         spec = ModelSpec.of(self.model)
         self.report = check_fit(spec, checkpoint, self._file, min_loaded=self.min_loaded, exact=self.exact)
-        optimizer_state = checkpoint.get("trainer", {}).get("_trainer", {}).get("optimizer")
-        if self._with_state and optimizer_state and "trainer" in self.checkpointables:
-            _check_optimizer(optimizer_state, self.checkpointables["trainer"]._trainer.optimizer, self._file)
+        # DefaultTrainer has the optimizer in its _trainer, SimpleTrainer itself.
+        trainer_state, trainer = checkpoint.get("trainer", {}), self.checkpointables.get("trainer")
+        optimizer_state = trainer_state.get("_trainer", trainer_state).get("optimizer")
+        if self._with_state and optimizer_state and trainer:
+            _check_optimizer(optimizer_state, trainer.optimizer, self._file)
         state = checkpoint.pop("model")
         values = {name: source.make() for name, source in self.report.match.sources.items()}
         if self.exact:  # counters of norm layers, which are not required otherwise

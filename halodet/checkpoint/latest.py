@@ -87,7 +87,7 @@ def _read(path: Path, broken: dict[str, str], allow_pickle: bool) -> LoadedCheck
     if (
         not isinstance(trainer, Mapping)
         or not isinstance(trainer.get("iteration"), int)
-        or "optimizer" not in trainer.get("_trainer", {})
+        or "optimizer" not in trainer.get("_trainer", trainer)  # of DefaultTrainer, of SimpleTrainer
     ):
         broken[path.name] = f"{path} has weights, but no iteration and optimizer state."
         return None

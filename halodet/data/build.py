@@ -14,8 +14,9 @@ from halodet.data.dataset_mapper import RobustDatasetMapper
 from halodet.data.resumable_loader import ResumableTrainLoader, ignore_stop_signals
 from halodet.errors import DatasetError
 
+from detectron2 import data
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
@@ -32,29 +33,56 @@ def build_train_loader(cfg: CfgNode) -> SkipTrackingLoader:
 
 
 def build_train_dataset(cfg: CfgNode) -> tuple[DatasetFromList, RobustDatasetMapper]:
-    """Load DATASETS.TRAIN, filtered as by Detectron2, remove its invalid annotations, and build its mapper.
+    """Load DATASETS.TRAIN with :func:`load_train_dataset` and build its mapper.
 
     Raises:
-        DatasetError: Detectron2 cannot read the datasets, or INPUT.MASK_FORMAT or copy-paste needs other masks.
+        DatasetError: see :func:`load_train_dataset`.
     """
-    names = cfg.DATASETS.TRAIN
+    dataset = load_train_dataset(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        need_mask=cfg.MODEL.MASK_ON,
+        mask_format=cfg.INPUT.MASK_FORMAT,
+        copy_paste=cfg.INPUT.COPY_PASTE.ENABLED,
+    )
+    return dataset, RobustDatasetMapper(cfg, is_train=True, others=dataset)
+
+
+def load_train_dataset(
+    names: str | Sequence[str],
+    *,
+    need_mask: bool = False,
+    mask_format: str = "bitmask",
+    copy_paste: bool = False,
+    **kwargs: Any,
+) -> DatasetFromList:
+    """Load registered datasets as Detectron2's ``get_detection_dataset_dicts``, and mark their invalid annotations.
+
+    Args:
+        names: name of a dataset, or several.
+        need_mask: whether an annotation without a usable mask is invalid.
+        mask_format: masks that the mapper makes: ``"polygon"``, or ``"bitmask"``, for which a mask may also be RLE.
+        copy_paste: whether the mapper pastes objects of other images, for which every annotation needs a mask.
+        **kwargs: further arguments of ``get_detection_dataset_dicts``.
+
+    Raises:
+        DatasetError: Detectron2 cannot read the datasets, or the masks are of another type.
+    """
+    names = [names] if isinstance(names, str) else list(names)
     with wrap_dataset_errors(*names):
-        records = get_detection_dataset_dicts(
-            names,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        records = get_detection_dataset_dicts(names, **kwargs)
         check_records(", ".join(names), records)
-        check_masks(cfg, records)
+        if copy_paste or (need_mask and mask_format == "polygon"):
+            _check_masks(", ".join(names), records, need_mask=need_mask, copy_paste=copy_paste)
         if not all(MetadataCatalog.get(name).get("validated", False) for name in names):
             for record in records:
-                validate_record(record, need_mask=cfg.MODEL.MASK_ON)
+                validate_record(record, need_mask=need_mask)
             invalid = sum(len(record.get(SKIPPED_KEY, ())) for record in records)
             if invalid:
                 logger.warning("Skipping %d invalid annotations of %s.", invalid, ", ".join(names))
-    dataset = DatasetFromList(records, copy=False)
-    return dataset, RobustDatasetMapper(cfg, is_train=True, others=dataset)
+    return DatasetFromList(records, copy=False)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
@@ -65,7 +93,12 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """
     blanks = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco") == "coco"
     mapper = RobustDatasetMapper(cfg, is_train=False, blanks=blanks)
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+
+def build_detection_test_loader(*args: Any, **kwargs: Any) -> DataLoader:
+    """Build a loader with Detectron2's function of this name; its workers outlive a stop signal to all processes."""
+    loader = data.build_detection_test_loader(*args, **kwargs)
     loader.worker_init_fn = ignore_stop_signals if os.name == "posix" else None
     return loader
 
@@ -107,27 +140,22 @@ def check_records(name: str, records: Any) -> None:
             raise DatasetError(f"dataset {name!r}: entry {index} is {found}; expected a dict with 'file_name'")
 
 
-def check_masks(cfg: CfgNode, records: Iterable[dict[str, Any]]) -> None:
-    """Check that the training masks are of the type that INPUT.MASK_FORMAT and copy-paste need.
-
-    Raises:
-        DatasetError: they are not.
-    """
-    if cfg.INPUT.COPY_PASTE.ENABLED and any("sem_seg_file_name" in record for record in records):
+def _check_masks(names: str, records: Iterable[dict[str, Any]], *, need_mask: bool, copy_paste: bool) -> None:
+    """Check that the masks fit INPUT.MASK_FORMAT=polygon or copy-paste."""
+    if copy_paste and any("sem_seg_file_name" in record for record in records):
         raise DatasetError(
             "INPUT.COPY_PASTE.ENABLED=True is invalid: expected False for a dataset with semantic segmentation."
         )
-    if not cfg.MODEL.MASK_ON:
+    if not need_mask:
         return
     masks = [a.get("segmentation") for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]
     rle, missing = sum(isinstance(mask, dict) for mask in masks), sum(not mask for mask in masks)
-    names = ", ".join(cfg.DATASETS.TRAIN)
-    if rle and cfg.INPUT.MASK_FORMAT == "polygon" and not cfg.INPUT.COPY_PASTE.ENABLED:
+    if rle and not copy_paste:
         raise DatasetError(
             f"INPUT.MASK_FORMAT='polygon' is invalid: {rle} of {len(masks)} masks of {names} are RLE. "
-            "Fix: set it to 'bitmask', which accepts both."
+            "Fix: set it (in a LazyConfig the mapper's instance_mask_format) to 'bitmask', which accepts both."
         )
-    if missing and cfg.INPUT.COPY_PASTE.ENABLED:
+    if missing and copy_paste:
         raise DatasetError(
             f"INPUT.COPY_PASTE.ENABLED=True needs masks, but {missing} of {len(masks)} annotations of {names} "
             "have none. Fix: set it to False or add the masks."

@@ -20,20 +20,30 @@ class ClassesError(DatasetError):
 
 
 def read_classes(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Return the classes of the model as ``{"id": category id, "name": name}``, in the order of its outputs.
+    """Return the classes of the model of ``cfg``; see :func:`find_classes`."""
+    is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    count = cfg.MODEL.RETINANET.NUM_CLASSES if is_retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    return find_classes(cfg.MODEL.WEIGHTS, count, next(iter(cfg.DATASETS.TEST), ""))
 
-    They are read from ``classes.json`` in the folder of MODEL.WEIGHTS, else from the metadata of DATASETS.TEST[0] if
-    the number of classes fits, else they are named "class 0", "class 1", ...
+
+def find_classes(weights: str, count: int, dataset_name: str = "") -> list[dict[str, Any]]:
+    """Return the classes of a model as ``{"id": category id, "name": name}``, in the order of its outputs.
+
+    They are read from ``classes.json`` in the folder of ``weights``, else from the metadata of a dataset if the number
+    of classes fits, else they are named "class 0", "class 1", ...
+
+    Args:
+        weights: path of the weights; may be empty.
+        count: number of classes of the model.
+        dataset_name: name of the dataset that it is evaluated on; may be empty.
 
     Raises:
         ClassesError: ``classes.json`` is malformed, or has another number of classes than the model.
     """
-    is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    count = cfg.MODEL.RETINANET.NUM_CLASSES if is_retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    path = os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_FILE)
-    if cfg.MODEL.WEIGHTS and os.path.isfile(path):
+    path = os.path.join(os.path.dirname(weights), CLASSES_FILE)
+    if weights and os.path.isfile(path):
         return _from_file(path, count)
-    return _from_metadata(cfg, count) or [{"id": index, "name": f"class {index}"} for index in range(count)]
+    return _from_metadata(dataset_name, count) or [{"id": index, "name": f"class {index}"} for index in range(count)]
 
 
 def write_classes(path: str | os.PathLike[str], classes: list[dict[str, Any]]) -> None:
@@ -59,18 +69,18 @@ def check_classes(cfg: CfgNode) -> None:
             )
 
 
-def save_classes(cfg: CfgNode) -> None:
-    """Write the classes of the model to OUTPUT_DIR/classes.json, where the demo finds them beside the weights.
+def save_classes(dataset_name: str, output_dir: str) -> None:
+    """Write the classes of a dataset to ``classes.json`` in ``output_dir``: the demo finds them beside the weights.
 
     Nothing is written for a dataset without ``thing_classes``.
     """
-    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    metadata = MetadataCatalog.get(dataset_name)
     names = metadata.get("thing_classes")
     if not names:
         return
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
     classes = [{"id": dataset_id, "name": names[index]} for dataset_id, index in ids.items()]
-    write_classes(os.path.join(cfg.OUTPUT_DIR, CLASSES_FILE), classes)
+    write_classes(os.path.join(output_dir, CLASSES_FILE), classes)
 
 
 def _from_file(path: str, count: int) -> list[dict[str, Any]]:
@@ -95,11 +105,10 @@ def _is_class(entry: Any) -> bool:
     return isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("name"), str)
 
 
-def _from_metadata(cfg: CfgNode, count: int) -> list[dict[str, Any]] | None:
-    # MetadataCatalog.get() would register a misspelled name.
-    if not cfg.DATASETS.TEST or cfg.DATASETS.TEST[0] not in MetadataCatalog.list():
+def _from_metadata(dataset_name: str, count: int) -> list[dict[str, Any]] | None:
+    if dataset_name not in MetadataCatalog.list():  # MetadataCatalog.get() would register a misspelled name
         return None
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    metadata = MetadataCatalog.get(dataset_name)
     names = metadata.get("thing_classes", None)
     if names is None or len(names) != count:
         return None

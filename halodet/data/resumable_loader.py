@@ -21,9 +21,10 @@ from typing import Any
 from halodet.utils.rng import seeded
 
 import numpy as np
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -37,48 +38,74 @@ class ResumableTrainLoader:
     """Endless training batches; iteration starts at batch ``start``.
 
     Attributes:
-        seed: seed of all randomness; SEED of the config, or a random one if that is negative.
+        seed: seed of all randomness.
+        total_batch_size: images per batch of all ranks together.
         start: index of the first batch of the next iteration; set it to resume.
         fingerprint: number of images, and a checksum of which of them are wide.
         batches: number of batches this rank has received so far, those before a resume included.
 
     Args:
-        cfg: config, as for Detectron2's ``build_detection_train_loader``.
-        mapper: maps a dataset dict to a sample, or to None if it cannot; Detectron2's ``DatasetMapper`` by default.
-            It may use the global generators of Python, numpy and PyTorch, and must keep no random state of its own.
-        dataset: dataset dicts; those of DATASETS.TRAIN by default.
+        dataset: dataset dicts with ``width`` and ``height``.
+        mapper: maps a dataset dict to a sample, or to None if it cannot. It may use the global generators of Python,
+            numpy and PyTorch, and must keep no random state of its own.
+        total_batch_size: images per batch of all ranks together.
+        sampler: infinite sampler of indices of this rank; all images in random order by default.
+        aspect_ratio_grouping: whether the images of a batch are all wide or all tall.
+        num_workers: number of processes that load images; 0 for none.
+        seed: seed of all randomness; a random one if it is negative.
 
     Raises:
-        ValueError: SOLVER.IMS_PER_BATCH is not a multiple of the world size.
+        ValueError: ``total_batch_size`` is not a multiple of the world size.
     """
 
+    @configurable
     def __init__(
         self,
+        dataset: Sequence[dict],
+        mapper: Callable[[dict], dict | None],
+        *,
+        total_batch_size: int,
+        sampler: Sampler | None = None,
+        aspect_ratio_grouping: bool = True,
+        num_workers: int = 0,
+        seed: int = -1,
+    ) -> None:
+        world_size = comm.get_world_size()
+        batch_size, rest = divmod(total_batch_size, world_size)
+        if rest or batch_size < 1:
+            raise ValueError(f"total_batch_size={total_batch_size} is invalid: expected a multiple of {world_size}.")
+        self.total_batch_size = total_batch_size
+        self.seed = seed if seed >= 0 else comm.shared_random_seed()
+        sampler = sampler or TrainingSampler(len(dataset), seed=self.seed)
+        groups = np.zeros(len(dataset), dtype=np.int8)
+        if aspect_ratio_grouping:
+            groups = np.array([record["width"] > record["height"] for record in dataset], dtype=np.int8)
+        self.fingerprint = f"{len(dataset)} images, checksum {zlib.crc32(groups.tobytes()):08x}"
+        records = dataset if isinstance(dataset, Dataset) else DatasetFromList(dataset, copy=False)
+        self._dataset = _SeededDataset(records, mapper, groups, self.seed)
+        self._batch_sampler = _GroupedBatchSampler(sampler, groups, batch_size)
+        self._num_workers = num_workers
+        self.start = self.batches = 0
+        self._running: Callable[[], Iterator[list[dict]] | None] = lambda: None
+
+    @classmethod
+    def from_config(
+        cls,
         cfg: CfgNode,
         mapper: Callable[[dict], dict | None] | None = None,
         *,
         dataset: Sequence[dict] | None = None,
-    ) -> None:
-        world_size = comm.get_world_size()
-        batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, world_size)
-        if rest or batch_size < 1:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of {world_size}."
-            )
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        with seeded(self.seed):  # a sampler without a seed draws one
-            parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
-        records = parts["dataset"]
-        groups = np.zeros(len(records), dtype=np.int8)
-        if parts["aspect_ratio_grouping"]:
-            groups = np.array([record["width"] > record["height"] for record in records], dtype=np.int8)
-        self.fingerprint = f"{len(records)} images, checksum {zlib.crc32(groups.tobytes()):08x}"
-        records = records if isinstance(records, Dataset) else DatasetFromList(records, copy=False)
-        self._dataset = _SeededDataset(records, parts["mapper"], groups, self.seed)
-        self._batch_sampler = _GroupedBatchSampler(parts["sampler"], groups, batch_size)
-        self._num_workers = parts["num_workers"]
-        self.start = self.batches = 0
-        self._running: Callable[[], Iterator[list[dict]] | None] = lambda: None
+    ) -> dict[str, Any]:
+        """Return the constructor arguments for ``cfg``; the sampler is that of DATALOADER.SAMPLER_TRAIN.
+
+        Args:
+            cfg: config.
+            mapper: see the class; Detectron2's ``DatasetMapper`` by default.
+            dataset: dataset dicts; those of DATASETS.TRAIN by default.
+        """
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        with seeded(seed):  # a sampler without a seed draws one
+            return {**build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset), "seed": seed}
 
     def __iter__(self) -> Iterator[list[dict]]:
         running = self._iterate()

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
+BACKGROUNDS = ("gradient", "clouds", "stripes", "grain")
 
 # fmt: off
 _SIZES = (  # width, height
@@ -23,10 +24,11 @@ _EMPTY_EVERY, _CROWD_EVERY = 20, 8
 
 @dataclass
 class Scene:
-    """An image being drawn: float RGB, and per pixel the number of the visible object (0 is background)."""
+    """An image being drawn: float RGB, per pixel the number of the visible object (0: background), and the texture."""
 
     image: np.ndarray
     owner: np.ndarray
+    background: str
     classes: list[int] = field(default_factory=list)
     crowds: list[bool] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)
@@ -84,9 +86,9 @@ def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return (plane - plane.min()) / np.ptp(plane)
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, str]:
     first, second = (_color(rng, (0.05, 0.5), (0.3, 0.95)) for _ in range(2))
-    style = rng.choice(["gradient", "clouds", "stripes", "grain"])
+    style = str(rng.choice(BACKGROUNDS))
     if style == "clouds":
         grid = rng.uniform(0, 1, (rng.integers(4, 9), rng.integers(4, 9))).astype(np.float32)
         mix = np.clip(cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
@@ -98,7 +100,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     image = first + (second - first) * mix[:, :, None]
     if style == "grain":
         image = image + rng.normal(0, 14, (height, width, 1))
-    return image.astype(np.float32)
+    return image.astype(np.float32), style
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, contours: list[np.ndarray], radius: float) -> None:
@@ -149,7 +151,8 @@ def _add(rng: np.random.Generator, scene: Scene, kind: int, radius: float, membe
 def draw_scene(rng: np.random.Generator, index: int) -> Scene:
     """Draw a scene; ``index`` decides whether it is empty or contains a crowd."""
     width, height = _SIZES[rng.integers(len(_SIZES))]
-    scene = Scene(_background(rng, height, width), np.zeros((height, width), np.int64))
+    image, style = _background(rng, height, width)
+    scene = Scene(image, np.zeros((height, width), np.int64), style)
     if index % _EMPTY_EVERY == 3:
         return scene
     short = min(width, height)

@@ -101,7 +101,7 @@ def _write(folder: Path, json_file: Path, info: dict[str, Any]) -> None:
     try:
         (work / "new").mkdir()
         for index in tqdm(range(info["num_images"]), desc=f"generating shapes, {split}", unit="image"):
-            scene = draw_scene(np.random.default_rng((seed, _SPLITS.index(split), index)), index)
+            scene = shape_scene(split, index, seed)
             pixels = np.clip(np.rint(scene.image), 0, 255).astype(np.uint8)
             file_name = f"{index:06d}.png"
             (work / "new" / file_name).write_bytes(cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes())
@@ -117,6 +117,11 @@ def _write(folder: Path, json_file: Path, info: dict[str, Any]) -> None:
         write_json(json_file, dataset)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def shape_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """Draw image ``index`` of a split."""
+    return draw_scene(np.random.default_rng((seed, _SPLITS.index(split), index)), index)
 
 
 def write_shapes(root: str | Path, split: str, num_images: int, seed: int = 0) -> Path:

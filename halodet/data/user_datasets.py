@@ -36,23 +36,37 @@ def prepare_datasets(cfg: CfgNode, *, train: bool = True) -> None:
             f"DATASETS.{key} is empty. Fix: set it to a dataset name, or give --{flag}-json and --{flag}-images."
         )
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
-        _check_registered(name)
-        if name.startswith("halodet_shapes_"):
-            try:
-                DatasetCatalog.get(name)
-            except (ValueError, OSError) as error:  # the folder is not writable or contains other files
-                raise ConfigError(str(error)) from error
-            continue
-        metadata = MetadataCatalog.get(name)
-        for path in (metadata.get("json_file"), metadata.get("image_root")):
-            if path is not None and not os.path.exists(path):
-                raise ConfigError(
-                    f"dataset {name!r}: {os.path.abspath(path)} does not exist. Fix: put the files there, or set "
-                    "DETECTRON2_DATASETS to the folder that contains coco/ (see datasets/README.md)."
-                )
-        if name in cfg.DATASETS.TEST and name not in USER_DATASETS:
-            with wrap_dataset_errors(name):
-                check_records(name, DatasetCatalog.get(name))
+        prepare_dataset(name, read=name in cfg.DATASETS.TEST and name not in USER_DATASETS)
+
+
+def prepare_dataset(name: str, *, read: bool) -> None:
+    """Check that a dataset and its files exist, and draw it if it is a synthetic one of halodet and needed.
+
+    Args:
+        name: name of the dataset.
+        read: also read it and check its structure.
+
+    Raises:
+        ConfigError: the name is unknown, or its files are missing.
+        DatasetError: it cannot be read.
+    """
+    _check_registered(name)
+    if name.startswith("halodet_shapes_"):
+        try:
+            DatasetCatalog.get(name)
+        except (ValueError, OSError) as error:  # the folder is not writable or contains other files
+            raise ConfigError(str(error)) from error
+        return
+    metadata = MetadataCatalog.get(name)
+    for path in (metadata.get("json_file"), metadata.get("image_root")):
+        if path is not None and not os.path.exists(path):
+            raise ConfigError(
+                f"dataset {name!r}: {os.path.abspath(path)} does not exist. Fix: put the files there, or set "
+                "DETECTRON2_DATASETS to the folder that contains coco/ (see datasets/README.md)."
+            )
+    if read:
+        with wrap_dataset_errors(name):
+            check_records(name, DatasetCatalog.get(name))
 
 
 def _check_registered(name: str) -> None:

@@ -15,9 +15,8 @@ from halodet.inference import draw
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import Augmentation
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import inference_context
 from detectron2.utils.visualizer import Visualizer
@@ -128,6 +127,14 @@ class _UntaggedCheckpointer(Checkpointer):
         pass
 
 
+class EvalHook(hooks.EvalHook):
+    """Detectron2's EvalHook, which after an error in the last iteration would evaluate, and wait for ended ranks."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
 class PreciseBN(hooks.PreciseBN):
     """Detectron2's PreciseBN with data that depend on the iteration only, so that resuming gives equal statistics."""
 
@@ -143,25 +150,37 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class VisualizePredictions(HookBase):
-    """Draw predictions on TEST.VIS_IMAGES images of a dataset every TEST.VIS_PERIOD iterations and after the last one.
+    """Draw predictions on some images of a dataset every ``period`` iterations and after the last one.
 
     The images are evenly spaced in the dataset and the same each time. Unreadable ones are skipped with a warning.
     Runs on the main process only and draws no random numbers, so training does not depend on it.
 
     Args:
-        cfg: config of the run.
         dataset: name of the dataset.
+        period: iterations between two visualizations.
+        num_images: number of images.
+        image_format: order of the model's input channels, ``"BGR"`` or ``"RGB"``.
+        augmentation: resizes an image for the model.
         threshold: score threshold.
     """
 
-    def __init__(self, cfg: CfgNode, dataset: str, *, threshold: float = 0.5) -> None:
-        self._cfg, self._dataset, self._threshold = cfg, dataset, threshold
-        self._resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    def __init__(
+        self,
+        dataset: str,
+        period: int,
+        num_images: int,
+        *,
+        image_format: str,
+        augmentation: Augmentation,
+        threshold: float = 0.5,
+    ) -> None:
+        self._dataset, self._period, self._num_images = dataset, period, num_images
+        self._image_format, self._augmentation, self._threshold = image_format, augmentation, threshold
         self._images: dict[str, np.ndarray] | None = None
 
     def after_step(self) -> None:
         next_iter = self.trainer.iter + 1
-        if next_iter % self._cfg.TEST.VIS_PERIOD == 0 or next_iter == self.trainer.max_iter:
+        if next_iter % self._period == 0 or next_iter == self.trainer.max_iter:
             self._visualize()
 
     def _visualize(self) -> None:
@@ -187,15 +206,15 @@ class VisualizePredictions(HookBase):
 
     def _model_input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
-        image = image[:, :, ::-1] if self._cfg.INPUT.FORMAT == "RGB" else image
-        image = self._resize.get_transform(image).apply_image(image)
+        image = image[:, :, ::-1] if self._image_format == "RGB" else image
+        image = self._augmentation.get_transform(image).apply_image(image)
         return {"image": torch.as_tensor(image.transpose(2, 0, 1).astype("float32")), "height": height, "width": width}
 
     def _read_images(self) -> dict[str, np.ndarray]:
         """Return the images as name -> (H, W, 3) uint8 BGR."""
         records = DatasetCatalog.get(self._dataset)
         images = {}
-        for index in np.linspace(0, len(records) - 1, min(self._cfg.TEST.VIS_IMAGES, len(records))).round().astype(int):
+        for index in np.linspace(0, len(records) - 1, min(self._num_images, len(records))).round().astype(int):
             file = records[index]["file_name"]
             try:
                 images[Path(file).stem] = read_image(file)

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from halodet.checkpoint import (
     read_weights,
 )
 from halodet.config.load import find_config, load_config
-from halodet.config.projects import AddConfig, import_projects
+from halodet.config.projects import AddConfig, add_project_arguments, import_projects
 from halodet.config.validate import one_line
 from halodet.data.classes import check_classes, save_classes
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
@@ -45,7 +45,7 @@ from halodet.utils.io import check_writable
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import launch
+from detectron2.engine import default_argument_parser, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -57,36 +57,57 @@ from torch.multiprocessing import ProcessExitedException
 logger = logging.getLogger(__name__)
 
 
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of Detectron2's flags for training and of halodet's."""
+    parser = default_argument_parser()
+    parser.description = description
+    parser.add_argument("--allow-pickle", action="store_true", help="read pickle files, which may run code")
+    parser.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="time limit of the rendezvous and of each collective operation (default: %(default)g)",
+    )
+    add_project_arguments(parser)
+    return parser
+
+
 @record
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any] | None = None) -> int:
     """Train, resume or evaluate as the arguments of tools/train_net.py say.
 
     The processes of the run are those that torchrun or srun started, or those that ``--num-gpus`` starts here.
 
+    Args:
+        args: arguments of the command line.
+        run: function of a module that each rank calls with ``args``; :func:`run_config` by default.
+
     Returns:
         The exit code. A preempted run raises SystemExit(75).
     """
-    timeout = timedelta(minutes=args.dist_timeout)
+    run, timeout = run or run_config, timedelta(minutes=args.dist_timeout)
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     setup_logger(distributed_rank=int(rank != "0"), name="halodet")
     with exit_on_preemption():
         try:
             if args.num_gpus * args.num_machines > 1:
                 check_num_gpus(args)
-                return launch_ranks(args, timeout)
+                return launch_ranks(args, timeout, run)
             env = detect_dist_env()
             if env:
                 init_distributed(env, timeout)
         except HalodetError as error:
             return report_error(error, int(rank != "0"))
-        return run_rank(args)
+        return run_rank(args, run)
 
 
-def launch_ranks(args: argparse.Namespace, timeout: timedelta) -> int:
+def launch_ranks(args: argparse.Namespace, timeout: timedelta, run: Callable[[argparse.Namespace], Any]) -> int:
     """Run :func:`run_rank` in ``args.num_gpus`` processes of this machine with Detectron2's ``launch``."""
     try:
         with forward_signals():
-            launch(_exit_with, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), timeout)
+            arguments = (args, run)
+            launch(_exit_with, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, arguments, timeout)
     except ProcessExitedException as error:
         if error.signal_name is not None:
             print(f"Rank {args.machine_rank * args.num_gpus + error.error_index}: {error}", file=sys.stderr)
@@ -94,9 +115,9 @@ def launch_ranks(args: argparse.Namespace, timeout: timedelta) -> int:
     return 0
 
 
-def _exit_with(args: argparse.Namespace) -> None:
+def _exit_with(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) -> None:
     with exit_on_preemption():
-        code = run_rank(args)
+        code = run_rank(args, run)
     if code:
         sys.exit(code)
 
@@ -111,10 +132,22 @@ def check_num_gpus(args: argparse.Namespace) -> None:
     raise ConfigError(f"--num-gpus={args.num_gpus} is invalid: expected {expected}.")
 
 
-def run_rank(args: argparse.Namespace) -> int:
-    """Run this rank: rank 0 checks everything and broadcasts the config, then all ranks train or evaluate."""
+def run_rank(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) -> int:
+    """Call ``run`` in this rank, and log an expected error; return the exit code."""
     setup_logger(distributed_rank=comm.get_rank(), name="halodet")
     logging.getLogger("halodet").addHandler(logging.NullHandler())  # other ranks are silent until they have a log file
+    try:
+        create_exit_group()
+        run(args)
+    except HalodetError as error:
+        return report_error(error, comm.get_rank())
+    if comm.get_world_size() > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def run_config(args: argparse.Namespace) -> None:
+    """Run this rank: rank 0 checks everything and broadcasts the config, then all ranks train or evaluate."""
     loaded: LoadedCheckpoint | None = None  # stays on rank 0
     projects: list[AddConfig] = []
 
@@ -123,19 +156,12 @@ def run_rank(args: argparse.Namespace) -> int:
         cfg, loaded = setup(args, projects)
         return cfg
 
-    try:
-        create_exit_group()
-        run_and_broadcast_errors(lambda: projects.extend(import_projects(args.imports)))
-        cfg = run_and_broadcast_errors(prepare, comm.is_main_process())[0]
-        if not comm.is_main_process():
-            args.config_file = ""  # Detectron2 would open it to log it
-            setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
-        run(args, cfg, loaded)
-    except HalodetError as error:
-        return report_error(error, comm.get_rank())
-    if comm.get_world_size() > 1:
-        dist.destroy_process_group()
-    return 0
+    run_and_broadcast_errors(lambda: projects.extend(import_projects(args.imports)))
+    cfg = run_and_broadcast_errors(prepare, comm.is_main_process())[0]
+    if not comm.is_main_process():
+        args.config_file = ""  # Detectron2 would open it to log it
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
+    train_or_evaluate(args, cfg, loaded)
 
 
 def report_error(error: HalodetError, rank: int) -> int:
@@ -184,14 +210,14 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
     return cfg, loaded
 
 
-def run(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedCheckpoint | None) -> dict | None:
+def train_or_evaluate(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedCheckpoint | None) -> dict | None:
     """Train or evaluate in this rank; ``loaded`` is the checkpoint that :func:`setup` read, on rank 0."""
     if comm.get_world_size() > 1:
         tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
         check_shared([*user_data_files(cfg), *([tag] if args.resume else [])])
         register_user_data_again(cfg, args.train_images, args.val_images)
         run_and_broadcast_errors(partial(check_machine, cfg, args), not comm.is_main_process())
-    start_run(cfg, args)
+    start_run(cfg, args, cfg.OUTPUT_DIR, cfg.SEED)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS, allow_pickle=args.allow_pickle, preloaded=loaded)
@@ -199,7 +225,7 @@ def run(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedCheckpoint | None)
         return {**results, **Trainer.test_with_tta(cfg, model)} if cfg.TEST.AUG.ENABLED else results
     trainer = Trainer(cfg, allow_pickle=args.allow_pickle)
     if comm.is_main_process():
-        save_classes(cfg)
+        save_classes(cfg.DATASETS.TRAIN[0], cfg.OUTPUT_DIR)
     trainer.checkpointer.preloaded = loaded
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
@@ -220,42 +246,79 @@ def check_machine(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def build_meta_model(cfg: CfgNode) -> nn.Module:
-    """Build the detector without memory (device ``meta``) and check the keys that depend on its modules.
-
-    A model whose construction needs values, which tensors on ``meta`` do not have, is built on the CPU.
+    """Build the detector with :func:`build_on_meta` and check the keys that depend on its modules.
 
     Raises:
         ConfigError: the model cannot be built, or has no parts that SOLVER or TEST.AUG ask for.
     """
+
+    def build(device: str) -> nn.Module:
+        copy = cfg.clone()
+        copy.defrost()
+        copy.MODEL.DEVICE = device
+        return build_model(copy)
+
+    model = build_on_meta(build)
     try:
-        model = _build_on(cfg, "meta")
-    except Exception as error:
-        logger.info("Cannot build the model on the meta device (%s); trying the CPU", one_line(error))
-        try:
-            model = _build_on(cfg, "cpu")
-        except Exception as error:
-            kind = "" if isinstance(error, ValueError | KeyError) else f"{type(error).__name__}: "
-            raise ConfigError(f"Cannot build the model of this config: {kind}{one_line(error)}") from error
-    try:
-        lr_factors(cfg, model)
+        lr_factors(model, cfg.SOLVER.BACKBONE_LR_MULTIPLIER, cfg.SOLVER.LR_LAYER_DECAY)
         check_tta(cfg, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return model
 
 
-def _build_on(cfg: CfgNode, device: str) -> nn.Module:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = device
-    with torch.device(device):
-        return build_model(cfg)
+def build_on_meta(build: Callable[[str], nn.Module]) -> nn.Module:
+    """Build a model without memory: call ``build`` with the device ``"meta"``.
+
+    A model whose construction needs values, which tensors on ``meta`` do not have, is built on the CPU.
+
+    Raises:
+        ConfigError: the model cannot be built.
+    """
+    try:
+        with torch.device("meta"):
+            return build("meta")
+    except Exception as error:
+        logger.info("Cannot build the model on the meta device (%s); trying the CPU", one_line(error))
+        try:
+            return build("cpu")
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError | KeyError) else f"{type(error).__name__}: "
+            raise ConfigError(f"Cannot build the model of this config: {kind}{one_line(error)}") from error
 
 
-def check_weights(
-    cfg: CfgNode, model: nn.Module, *, eval_only: bool = False, resume: bool = False, allow_pickle: bool = False
+def check_weights(cfg: CfgNode, model: nn.Module, **options: bool) -> LoadedCheckpoint | None:
+    """Find the weights that a run of ``cfg`` starts from; see :func:`find_weights` for ``options`` and errors."""
+    target = dataclasses.replace(
+        ModelSpec.of(model),
+        input_format=cfg.INPUT.FORMAT,
+        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+    )
+    min_loaded = cfg.MODEL.WEIGHTS_MIN_LOADED
+    return find_weights(target, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, min_loaded=min_loaded, **options)
+
+
+def find_weights(
+    target: ModelSpec,
+    weights: str,
+    output_dir: str,
+    *,
+    min_loaded: float,
+    eval_only: bool = False,
+    resume: bool = False,
+    allow_pickle: bool = False,
 ) -> LoadedCheckpoint | None:
-    """Read the checkpoint that the run starts from and match it with ``model``, which may be on the device ``meta``.
+    """Read the checkpoint that a run starts from and match it with the model.
+
+    Args:
+        target: description of the model, which may be on the device ``meta``.
+        weights: file, URL or name of the initial weights; empty for none.
+        output_dir: output folder of the run.
+        min_loaded: minimum fraction of the expected tensors and parameters.
+        eval_only: whether the weights must be complete.
+        resume: whether to prefer the latest checkpoint in ``output_dir``.
+        allow_pickle: whether to run code that pickle files hold.
 
     Returns:
         The checkpoint, None for random weights.
@@ -264,23 +327,16 @@ def check_weights(
         ConfigError: an evaluation has no weights.
         CheckpointError: they cannot be fetched or read, or do not fit the model.
     """
-    target = dataclasses.replace(
-        ModelSpec.of(model),
-        input_format=cfg.INPUT.FORMAT,
-        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
-        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
-    )
-    found = latest_checkpoint(cfg.OUTPUT_DIR, allow_pickle=allow_pickle) if resume else None
+    found = latest_checkpoint(output_dir, allow_pickle=allow_pickle) if resume else None
     if found is not None:
-        check_fit(target, found.checkpoint, found.path, min_loaded=cfg.MODEL.WEIGHTS_MIN_LOADED, exact=True)
+        check_fit(target, found.checkpoint, found.path, min_loaded=min_loaded, exact=True)
         return found
-    weights = cfg.MODEL.WEIGHTS
     if not weights and eval_only:
         raise ConfigError("MODEL.WEIGHTS is empty: --eval-only needs trained weights. Fix: add MODEL.WEIGHTS FILE.")
     if not weights:
         return None
     loaded = read_weights(weights, allow_pickle=allow_pickle)
-    check_fit(target, loaded.checkpoint, weights, min_loaded=cfg.MODEL.WEIGHTS_MIN_LOADED, exact=eval_only)
+    check_fit(target, loaded.checkpoint, weights, min_loaded=min_loaded, exact=eval_only)
     return loaded
 
 

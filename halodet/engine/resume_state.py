@@ -45,13 +45,15 @@ class ResumeState(HookBase):
     Args:
         loader: training data; None if the run has a loader of its own, whose position cannot be restored.
         model: model being trained.
-        cfg: config of the run.
+        ims_per_batch: images per batch of all ranks together.
+        config: keys that training depends on, with their values, such as :func:`training_config` returns.
     """
 
-    def __init__(self, loader: ResumableTrainLoader | None, model: nn.Module, cfg: CfgNode) -> None:
+    def __init__(
+        self, loader: ResumableTrainLoader | None, model: nn.Module, ims_per_batch: int, config: Mapping[str, str]
+    ) -> None:
         self.loader, self.model = loader, model
-        self._ims_per_batch = cfg.SOLVER.IMS_PER_BATCH
-        self._config = training_config(cfg)
+        self._ims_per_batch, self._config = ims_per_batch, dict(config)
         if loader is not None:
             self._config |= {"SEED": str(loader.seed), "dataset": loader.fingerprint}
         self.started = time.time()

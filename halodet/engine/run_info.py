@@ -22,6 +22,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
+from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +30,13 @@ RUN_FILE = "run.json"
 _PACKAGES = ("detectron2", "torch", "torchvision", "timm", "numpy", "opencv-python", "pycocotools")
 
 
-def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Call Detectron2's ``default_setup`` and add this start to OUTPUT_DIR/run.json; call it on all ranks.
+def start_run(cfg: CfgNode | DictConfig, args: argparse.Namespace, output_dir: str, seed: int) -> None:
+    """Call Detectron2's ``default_setup`` and add this start to ``run.json`` in ``output_dir``; call it on all ranks.
 
-    Afterwards ``--config-file OUTPUT_DIR/config.yaml`` repeats the run. An evaluation does not overwrite the
+    Afterwards ``--config-file config.yaml`` of that folder repeats the run. An evaluation does not overwrite the
     config.yaml of a training run.
     """
-    output = Path(cfg.OUTPUT_DIR)
+    output = Path(output_dir)
     config = output / "config.yaml"
     training_config = config.read_bytes() if args.eval_only and config.is_file() else None
     resumed = args.resume and (output / "last_checkpoint").is_file()
@@ -44,7 +45,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if comm.is_main_process():
         if training_config is not None:
             config.write_bytes(training_config)
-        add_start(output / RUN_FILE, {"eval_only": args.eval_only, "resumed": resumed, "seed": cfg.SEED})
+        add_start(output / RUN_FILE, {"eval_only": args.eval_only, "resumed": resumed, "seed": seed})
 
 
 def add_start(path: Path, entry: dict[str, Any]) -> None:

@@ -11,14 +11,15 @@ from functools import partial
 from halodet.checkpoint import Checkpointer
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.data.build import build_test_loader, build_train_loader
+from halodet.data.transforms import ResizeShortestEdge
 from halodet.engine.bad_image_hook import BadImageHook
 from halodet.engine.checkpoint_hook import CheckpointHook
 from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm
-from halodet.engine.hooks import EMA, PreciseBN, Throughput, VisualizePredictions
+from halodet.engine.hooks import EMA, EvalHook, PreciseBN, Throughput, VisualizePredictions
 from halodet.engine.nan_guard import NanGuard
 from halodet.engine.performance import CompileError, apply_performance_flags, autocast_dtype, compile_errors
 from halodet.engine.preemption import PreemptionHook
-from halodet.engine.resume_state import ResumeState
+from halodet.engine.resume_state import ResumeState, training_config
 from halodet.engine.train_step import GradAccumTrainer
 from halodet.engine.writers import IgnoreIOErrors, ProgressPrinter, WandbWriter
 from halodet.errors import HalodetError
@@ -28,9 +29,10 @@ from halodet.solver.build import build_optimizer
 from halodet.solver.lr_scaling import scale_to_batch
 
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, IterationTimer, LRScheduler, PeriodicWriter
+from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -87,7 +89,9 @@ class Trainer(DefaultTrainer):
         """Build the hooks in the order in which they run."""
         cfg, test = self.cfg, self.cfg.TEST
         loader = self.data_loader if isinstance(self.data_loader, SkipTrackingLoader) else None
-        resume_state = ResumeState(loader and loader.loader, self.checkpointer.model, cfg)
+        resume_state = ResumeState(
+            loader and loader.loader, self.checkpointer.model, cfg.SOLVER.IMS_PER_BATCH, training_config(cfg)
+        )
         hooks: list[HookBase] = [resume_state]
         before_save = [resume_state.gather]
         if loader is None:
@@ -131,7 +135,9 @@ class Trainer(DefaultTrainer):
 
         if comm.is_main_process():
             if test.VIS_PERIOD and test.VIS_IMAGES and cfg.DATASETS.TEST:
-                hooks.append(VisualizePredictions(cfg, cfg.DATASETS.TEST[0]))
+                resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+                visualize = partial(VisualizePredictions, image_format=cfg.INPUT.FORMAT, augmentation=resize)
+                hooks.append(visualize(cfg.DATASETS.TEST[0], test.VIS_PERIOD, test.VIS_IMAGES))
             hooks.append(PeriodicWriter(self.build_writers(), period=20))
         return hooks
 
@@ -142,7 +148,9 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Build Detectron2's writers, with throughput in the progress line, and the W&B writer of WANDB.ENABLED."""
         _, *files = super().build_writers()
-        wandb = [WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []
+        cfg, wandb = self.cfg, []
+        if cfg.WANDB.ENABLED:
+            wandb.append(WandbWriter(cfg.OUTPUT_DIR, cfg.WANDB.PROJECT, yaml.safe_load(cfg.dump())))
         return [ProgressPrinter(self.max_iter), *wandb, *map(IgnoreIOErrors, files)]
 
     def train(self) -> dict | None:
@@ -165,12 +173,6 @@ class Trainer(DefaultTrainer):
             super().run_step()
         except compile_errors(self.cfg) as error:
             raise CompileError(error) from error
-
-    def after_train(self) -> None:
-        # Detectron2's EvalHook would evaluate after an error in the last iteration, and wait for ranks that ended.
-        if self.iter < self.max_iter:
-            self._hooks = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
-        super().after_train()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from detectron2.config import CfgNode
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, get_event_storage
 
 logger = logging.getLogger(__name__)
@@ -74,31 +72,33 @@ class IgnoreIOErrors(EventWriter):
 
 
 class WandbWriter(EventWriter):
-    """Write scalars and images to the Weights & Biases project WANDB.PROJECT.
+    """Write scalars and images to a Weights & Biases project.
 
-    The run is named after OUTPUT_DIR, and resuming continues the same run. Without a network, set WANDB_MODE=offline
-    and call ``wandb sync`` later.
+    The run is named after its output folder, and resuming continues the same run. Without a network, set
+    WANDB_MODE=offline and call ``wandb sync`` later.
 
     Args:
-        cfg: config of the run.
+        output_dir: output folder of the run.
+        project: name of the project.
+        config: config to show with the run.
         window_size: number of iterations of the median that smooths scalars, as in metrics.json.
     """
 
-    def __init__(self, cfg: CfgNode, window_size: int = 20) -> None:
+    def __init__(self, output_dir: str, project: str, config: dict[str, Any], window_size: int = 20) -> None:
         import wandb
 
         self._wandb, self._window_size, self._last_write = wandb, window_size, -1
-        output = Path(cfg.OUTPUT_DIR)
+        output = Path(output_dir)
         id_file = output / "wandb_id.txt"
         if not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:12])
         self._run = wandb.init(
-            project=cfg.WANDB.PROJECT,
+            project=project,
             name=output.resolve().name,
             dir=str(output),
             id=id_file.read_text().strip(),
             resume="allow",
-            config=yaml.safe_load(cfg.dump()),
+            config=config,
         )
 
     def write(self) -> None:

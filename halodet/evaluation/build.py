@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
 from halodet.errors import DatasetError
 from halodet.evaluation.coco import RobustCOCOEvaluator
+from halodet.evaluation.panoptic import PanopticEvaluator
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -69,7 +71,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
                 )
             )
         if evaluator_type == "coco_panoptic_seg":
-            evaluators.append(COCOPanopticEvaluator(dataset_name, output))
+            has_panopticapi = importlib.util.find_spec("panopticapi") is not None
+            evaluators.append(
+                COCOPanopticEvaluator(dataset_name, output) if has_panopticapi else PanopticEvaluator(dataset_name)
+            )
         if evaluator_type == "lvis":
             evaluators.append(LVISEvaluator(dataset_name, output_dir=output))
     except (AttributeError, AssertionError, ImportError, KeyError) as error:  # metadata or a package is missing

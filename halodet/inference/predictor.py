@@ -6,24 +6,30 @@ from typing import Any
 
 from halodet.checkpoint import load_weights, read_weights
 from halodet.config.validate import one_line
-from halodet.data.classes import read_classes
+from halodet.data.classes import find_classes, read_classes
 from halodet.data.transforms import ResizeShortestEdge
 from halodet.errors import CheckpointError, ConfigError
 
 import numpy as np
-from detectron2.config import CfgNode
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import build_model
 from detectron2.structures import Instances
+from omegaconf import DictConfig
 
 __all__ = ["Predictor", "to_coco"]
+
+_BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Predictor(DefaultPredictor):
     """Detectron2's predictor, for which weights that are missing or incomplete are an error.
 
     Args:
-        cfg: config of the detector.
+        cfg: config of the detector, or a LazyConfig with ``model``, ``dataloader.test`` and ``train.init_checkpoint``.
         allow_pickle: whether to run code that pickle files hold.
 
     Attributes:
@@ -31,46 +37,60 @@ class Predictor(DefaultPredictor):
         classes: dataset id and name of each class in the order of the model's outputs.
 
     Raises:
-        CheckpointError: ``cfg.MODEL.WEIGHTS`` is empty, unreadable, or does not provide all of the model.
+        CheckpointError: the weights are missing or unreadable, or do not provide all of the model.
         ConfigError: the model cannot be built.
         ClassesError: the class list beside the weights does not fit the model.
     """
 
-    aug: ResizeShortestEdge
-
-    def __init__(self, cfg: CfgNode, *, allow_pickle: bool = False) -> None:
-        weights = cfg.MODEL.WEIGHTS
+    def __init__(self, cfg: CfgNode | DictConfig, *, allow_pickle: bool = False) -> None:
+        lazy = isinstance(cfg, DictConfig)
+        weights = cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS
+        key = "train.init_checkpoint=" if lazy else "MODEL.WEIGHTS "
         if not weights:
             raise CheckpointError(
-                "MODEL.WEIGHTS is empty: expected trained weights. Fix: add MODEL.WEIGHTS output/model_final.pth."
+                f"{key.rstrip('= ')} is empty: expected trained weights. Fix: add {key}output/model_final.pth."
             )
-        self.classes: list[dict[str, Any]] = read_classes(cfg)
+        self.cfg = cfg.copy() if lazy else cfg.clone()
+        self.classes: list[dict[str, Any]] = _lazy_classes(cfg) if lazy else read_classes(cfg)
         loaded = read_weights(weights, allow_pickle=allow_pickle)
-        # DefaultPredictor only logs what a checkpoint does not provide, so it gets no weights.
-        blank = cfg.clone()
-        blank.defrost()
-        blank.MODEL.WEIGHTS = ""
         try:
-            super().__init__(blank)
-        except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            self.model = (instantiate(cfg.model).to(cfg.train.device) if lazy else build_model(self.cfg)).eval()
+            self.aug = _lazy_augmentations(cfg) if lazy else _resize(cfg)
+        except _BUILD_ERRORS as error:
             raise ConfigError(f"Cannot build the model of this config: {one_line(error)}") from error
-        self.cfg.MODEL.WEIGHTS = weights
-        self.aug = ResizeShortestEdge(self.aug.short_edge_length, self.aug.max_size)
+        self.input_format = cfg.model.input_format if lazy else cfg.INPUT.FORMAT
         load_weights(self.model, weights, preloaded=loaded)
 
+    @torch.no_grad()
     def __call__(self, original_image: np.ndarray) -> Instances:
         """Detect objects in an (H, W, 3) uint8 BGR image; the instances are on the CPU, in pixels of that image.
 
         Raises:
             ConfigError: the model returns no instances.
         """
-        predictions = super().__call__(original_image)
+        height, width = original_image.shape[:2]
+        image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
+        resized = T.AugInput(image)
+        self.aug(resized)
+        tensor = torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
+        predictions = self.model([{"image": tensor, "height": height, "width": width}])[0]
         if "instances" not in predictions:
-            raise ConfigError(
-                f"MODEL.META_ARCHITECTURE={self.cfg.MODEL.META_ARCHITECTURE} is invalid: expected a model that detects "
-                "instances."
-            )
+            raise ConfigError(f"{type(self.model).__name__} is invalid: expected a model that detects instances.")
         return predictions["instances"].to("cpu")
+
+
+def _resize(cfg: CfgNode) -> T.Augmentation:
+    return ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+
+
+def _lazy_augmentations(cfg: DictConfig) -> T.Augmentation:
+    return T.AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
+
+
+def _lazy_classes(cfg: DictConfig) -> list[dict[str, Any]]:
+    heads = cfg.model.get("roi_heads", cfg.model)
+    dataset = cfg.dataloader.test.get("dataset", {}).get("names", "")
+    return find_classes(cfg.train.init_checkpoint, heads.num_classes, dataset if isinstance(dataset, str) else "")
 
 
 def to_coco(instances: Instances, image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:

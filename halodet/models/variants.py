@@ -10,6 +10,7 @@ project's choice.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,4 +96,6 @@ def get_variant(name: str, **overrides: Any) -> HaloNetVariant:
 
 
 def _to_tuple(value: Any) -> Any:
-    return tuple(_to_tuple(item) for item in value) if isinstance(value, list | tuple) else value
+    if isinstance(value, Sequence) and not isinstance(value, str):  # OmegaConf's lists are no list
+        return tuple(_to_tuple(item) for item in value)
+    return value

@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from halodet.mixers import Mixer
 
@@ -25,34 +26,23 @@ _LAYER = re.compile(r"(stem|res\d+\.\d+|stages\.\d+\.\d+)\.")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer SOLVER.OPTIMIZER_NAME for the trainable parameters of ``model``; log its parameter groups.
-
-    Learning rates and weight decays are Detectron2's (BASE_LR, BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM,
-    WEIGHT_DECAY_BIAS), except:
-    learning rates of the bottom-up network are multiplied by :func:`lr_factors`, relative position tables have
-    SOLVER.WEIGHT_DECAY_REL_POS, and other parameters in a mixer's :meth:`Mixer.no_weight_decay` have none.
+    """Build the optimizer SOLVER.OPTIMIZER_NAME with :func:`get_optimizer_params`; log its parameter groups.
 
     Raises:
         ValueError: ``model`` has no backbone or layers that BACKBONE_LR_MULTIPLIER or LR_LAYER_DECAY could apply to.
     """
     solver = cfg.SOLVER
-    factors = lr_factors(cfg, model)
-
-    def lr_factor(name: str) -> float:
-        # Not Detectron2's bias_lr_factor, which would replace the factor of the layer.
-        bias = solver.BIAS_LR_FACTOR if name.rpartition(".")[2] == "bias" else 1.0
-        return bias * factors.get(name, 1.0)
-
-    groups = get_default_optimizer_params(
+    groups = get_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=lr_factor,
+        weight_decay_rel_pos=solver.WEIGHT_DECAY_REL_POS,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        backbone_lr_multiplier=solver.BACKBONE_LR_MULTIPLIER,
+        lr_layer_decay=solver.LR_LAYER_DECAY,
     )
-    # Not Detectron2's overrides, which match the last part of a name only. Here the last group of a parameter wins.
-    groups = reduce_param_groups([*groups, *_mixer_weight_decay(cfg, model)])
     optimizer: torch.optim.Optimizer
     if solver.OPTIMIZER_NAME == "SGD":
         optimizer = torch.optim.SGD(
@@ -69,12 +59,52 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
-def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+def get_optimizer_params(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    weight_decay: float,
+    weight_decay_norm: float | None = 0.0,
+    weight_decay_bias: float | None = 0.0,
+    weight_decay_rel_pos: float = 0.0,
+    bias_lr_factor: float = 1.0,
+    backbone_lr_multiplier: float = 1.0,
+    lr_layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of the trainable parameters of ``model``.
+
+    Learning rates and weight decays are those of Detectron2's ``get_default_optimizer_params``, except: learning rates
+    of the bottom-up network are multiplied by :func:`lr_factors`, relative position tables have the weight decay
+    ``weight_decay_rel_pos``, and other parameters in a mixer's :meth:`Mixer.no_weight_decay` have none.
+
+    Raises:
+        ValueError: see :func:`lr_factors`.
+    """
+    factors = lr_factors(model, backbone_lr_multiplier, lr_layer_decay)
+
+    def lr_factor(name: str) -> float:
+        # Not Detectron2's bias_lr_factor, which would replace the factor of the layer.
+        bias = bias_lr_factor if name.rpartition(".")[2] == "bias" else 1.0
+        return bias * factors.get(name, 1.0)
+
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=base_lr,
+        weight_decay=weight_decay,
+        weight_decay_norm=weight_decay_norm,
+        weight_decay_bias=weight_decay_bias,
+        lr_factor_func=lr_factor,
+    )
+    # Not Detectron2's overrides, which match the last part of a name only. Here the last group of a parameter wins.
+    return reduce_param_groups([*groups, *_mixer_weight_decay(model, weight_decay_rel_pos)])
+
+
+def lr_factors(model: nn.Module, multiplier: float, decay: float) -> dict[str, float]:
     """Return the learning rate multiplier of each parameter of the bottom-up network by name; empty if all are 1.
 
-    The multiplier is SOLVER.BACKBONE_LR_MULTIPLIER * SOLVER.LR_LAYER_DECAY ** d. The distance d is 1 for the last
-    block, one more for each block before it, and one more than that of the first block for the stem. Parameters after
-    the last block (timm's final_conv) have its multiplier.
+    The multiplier is ``multiplier * decay ** d``, where the keys of a config are SOLVER.BACKBONE_LR_MULTIPLIER and
+    SOLVER.LR_LAYER_DECAY. The distance d is 1 for the last block, one more for each block before it, and one more than
+    that of the first block for the stem. Parameters after the last block (timm's final_conv) have its multiplier.
 
     Raises:
         ValueError: a multiplier other than 1 is set and ``model`` has no backbone, or its layers have unknown names.
@@ -82,7 +112,6 @@ def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     Source: timm's param_groups_layer_decay; Li et al., Exploring Plain Vision Transformer Backbones for Object
     Detection, ECCV 2022 (arXiv 2203.16527).
     """
-    multiplier, decay = cfg.SOLVER.BACKBONE_LR_MULTIPLIER, cfg.SOLVER.LR_LAYER_DECAY
     if multiplier == decay == 1:
         return {}
     layers = _backbone_layers(model)
@@ -104,7 +133,7 @@ def lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     return {name: multiplier * decay ** (len(order) - order.index(layer)) for name, layer in layers.items()}
 
 
-def _mixer_weight_decay(cfg: CfgNode, model: nn.Module) -> list[dict]:
+def _mixer_weight_decay(model: nn.Module, rel_pos: float) -> list[dict[str, Any]]:
     """Return parameter groups with the weight decay of parameters that mixers declare."""
     tables: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -115,7 +144,7 @@ def _mixer_weight_decay(cfg: CfgNode, model: nn.Module) -> list[dict]:
                 if parameter.requires_grad:
                     (tables if name in mixer.rel_pos_tables else others).append(parameter)
     return [
-        {"params": tables, "weight_decay": cfg.SOLVER.WEIGHT_DECAY_REL_POS},
+        {"params": tables, "weight_decay": rel_pos},
         {"params": others, "weight_decay": 0.0},
     ]
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import HookBase, SimpleTrainer, TrainerBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import assert_same_tensors, cached_config
+from helpers import assert_same_tensors
 from PIL import Image
 from small_run import VAL, make_trainer
 from torch import nn
@@ -216,8 +217,8 @@ def test_visualization_draws_the_predictions_and_skips_unreadable_images(tmp_pat
     name = f"visualization_{order}"
     DatasetCatalog.register(name, lambda: [{"file_name": str(tmp_path / file)} for file in ("red.png", "broken.png")])
     MetadataCatalog.get(name).thing_classes = ["thing"]
-    options = ["TEST.VIS_PERIOD", 1, "INPUT.FORMAT", order, "INPUT.MIN_SIZE_TEST", 200]
-    hook, trainer = VisualizePredictions(cached_config("quick/mask_rcnn_halo_small", *options), name), TrainerBase()
+    hook = VisualizePredictions(name, 1, 2, image_format=order, augmentation=ResizeShortestEdge(200))
+    trainer = TrainerBase()
     trainer.model, trainer.iter, trainer.max_iter = OneBox().train(), 0, 5
     trainer.register_hooks([hook])
     with EventStorage(0) as trainer.storage:

@@ -1,0 +1,5 @@
+from .common.cascade_mask_rcnn_fpn import model
+from .mask_rcnn_halo_h0 import dataloader, lr_multiplier, optimizer, train
+
+model.backbone.bottom_up.variant = "H2"
+train.output_dir = "./output/lazy/cascade_mask_rcnn_halo_h2"
