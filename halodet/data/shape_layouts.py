@@ -13,7 +13,8 @@ from halodet.utils.io import write_json
 import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_panoptic_separated
+from detectron2.data.datasets import load_coco_json, load_sem_seg
+from detectron2.data.datasets.coco_panoptic import merge_to_panoptic
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
@@ -112,57 +113,58 @@ def register_shape_layouts(root: str | Path = "datasets/shapes") -> None:
         root: folder of the dataset; another one replaces that of an earlier call.
     """
     root = Path(root)
+    stuff = {0: 0, **{len(CLASSES) + number: number for number in range(1, len(BACKGROUNDS) + 1)}}
+    metadata = {
+        "thing_classes": list(CLASSES),
+        "thing_dataset_id_to_contiguous_id": {number: number - 1 for number in range(1, len(CLASSES) + 1)},
+        "stuff_classes": ["things", *BACKGROUNDS],
+        "stuff_dataset_id_to_contiguous_id": stuff,
+        "ignore_label": 255,
+    }
+    keypoints = {"keypoint_names": list(KEYPOINTS), "keypoint_flip_map": [("left", "right")]}
     for split in NUM_IMAGES:
-        names = [f"halodet_shapes_panoptic_{split}{kind}" for kind in ("_separated", "_stuffonly")]
-        names.append(f"halodet_shapes_keypoints_{split}")
-        if names[-1] in DatasetCatalog:
-            if MetadataCatalog.get(names[-1]).image_root == str(root / split):
-                continue
-            for name in names:
-                DatasetCatalog.remove(name)
-                MetadataCatalog.remove(name)
-        things = {number: number - 1 for number in range(1, len(CLASSES) + 1)}
-        stuff = {0: 0, **{len(CLASSES) + number: number for number in range(1, len(BACKGROUNDS) + 1)}}
-        metadata = {
-            "thing_classes": list(CLASSES),
-            "thing_dataset_id_to_contiguous_id": things,
-            "stuff_classes": ["things", *BACKGROUNDS],
-            "stuff_dataset_id_to_contiguous_id": stuff,
+        annotations = root / "annotations"
+        panoptic = {
+            "sem_seg_root": str(root / f"panoptic_stuff_{split}"),
+            "panoptic_root": str(root / f"panoptic_{split}"),
+            "panoptic_json": str(annotations / f"panoptic_{split}.json"),
+            **metadata,
         }
-        register_coco_panoptic_separated(
-            f"halodet_shapes_panoptic_{split}",
-            metadata,
-            str(root / split),
-            str(root / f"panoptic_{split}"),
-            str(root / "annotations" / f"panoptic_{split}.json"),
-            str(root / f"panoptic_stuff_{split}"),
-            str(root / "annotations" / f"{split}.json"),
+        _register(
+            f"halodet_shapes_panoptic_{split}_separated",
+            root,
+            split,
+            evaluator_type="coco_panoptic_seg",
+            json_file=str(annotations / f"{split}.json"),
+            **panoptic,
         )
-        for name in names[:2]:
-            _write_before_loading(name, root, split)
-        json_file = root / "annotations" / f"keypoints_{split}.json"
-        DatasetCatalog.register(
-            names[-1],
-            lambda name=names[-1], json_file=json_file, split=split: load_coco_json(
-                str(json_file), str(root / split), name
-            ),
-        )
-        MetadataCatalog.get(names[-1]).set(
-            json_file=str(json_file),
-            image_root=str(root / split),
+        _register(f"halodet_shapes_panoptic_{split}_stuffonly", root, split, evaluator_type="sem_seg", **panoptic)
+        _register(
+            f"halodet_shapes_keypoints_{split}",
+            root,
+            split,
             evaluator_type="coco",
-            keypoint_names=list(KEYPOINTS),
-            keypoint_flip_map=[("left", "right")],
+            json_file=str(annotations / f"keypoints_{split}.json"),
             thing_classes=list(CLASSES),
+            **keypoints,
         )
-        _write_before_loading(names[-1], root, split)
 
 
-def _write_before_loading(name: str, root: Path, split: str) -> None:
-    load = DatasetCatalog.pop(name)
+def _register(name: str, root: Path, split: str, **metadata: Any) -> None:
+    images = str(root / split)
+    if name in DatasetCatalog:
+        if MetadataCatalog.get(name).image_root == images:
+            return
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
-    def write_and_load() -> list[dict[str, Any]]:
+    def load() -> list[dict[str, Any]]:
         write_layouts(root, split, NUM_IMAGES[split])
-        return load()
+        instances = load_coco_json(metadata["json_file"], images, name) if "json_file" in metadata else []
+        if "sem_seg_root" not in metadata:
+            return instances
+        labels = load_sem_seg(metadata["sem_seg_root"], images, image_ext="png")
+        return merge_to_panoptic(instances, labels) if instances else labels
 
-    DatasetCatalog.register(name, write_and_load)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(image_root=images, **metadata)

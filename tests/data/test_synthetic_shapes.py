@@ -56,7 +56,7 @@ def test_boxes_areas_and_masks_agree_and_visible_masks_do_not_overlap(dataset):
 def test_masks_lie_where_the_objects_are_painted(root, monkeypatch):
     # Painted in white on black, the picture itself must show every mask.
     monkeypatch.setattr(
-        shape_scenes, "_background", lambda rng, height, width: np.zeros((height, width, 3), np.float32)
+        shape_scenes, "_background", lambda rng, height, width: (np.zeros((height, width, 3), np.float32), "black")
     )
     monkeypatch.setattr(shape_scenes, "_color", lambda *_: np.full(3, 255, np.float32))
     for index in range(8):
