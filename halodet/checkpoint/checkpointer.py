@@ -157,10 +157,11 @@ class Checkpointer(DetectionCheckpointer):
         spec = ModelSpec.of(self.model)
         self.report = check_fit(spec, checkpoint, self._file, min_loaded=self.min_loaded, exact=self.exact)
         # DefaultTrainer has the optimizer in its _trainer, SimpleTrainer itself.
-        trainer_state, trainer = checkpoint.get("trainer", {}), self.checkpointables.get("trainer")
+        trainer_state = checkpoint.get("trainer", {})
         optimizer_state = trainer_state.get("_trainer", trainer_state).get("optimizer")
-        if self._with_state and optimizer_state and trainer:
-            _check_optimizer(optimizer_state, trainer.optimizer, self._file)
+        optimizer = getattr(self.checkpointables.get("trainer"), "optimizer", None)
+        if self._with_state and optimizer_state and optimizer:
+            _check_optimizer(optimizer_state, optimizer, self._file)
         state = checkpoint.pop("model")
         values = {name: source.make() for name, source in self.report.match.sources.items()}
         if self.exact:  # counters of norm layers, which are not required otherwise
