@@ -1,14 +1,12 @@
 """Direction of imports between the packages of halodet, and what imports without Detectron2."""
 
 import ast
-import os
-import subprocess
 import sys
 
 import halodet
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_code
 
 # A package imports from packages of a lower level, and from those of its own level; `errors` and `utils` are below all.
 LEVELS = {
@@ -118,24 +116,19 @@ assert "torchvision" not in {name for name, module in sys.modules.items() if mod
 """
 
 
-def run(code, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-
-
 @pytest.mark.parametrize("code", [FORWARD, ATTENTION], ids=["models", "torch-alone"])
-def test_runs_without_detectron2(code):
-    result = run(WITHOUT_DETECTRON2 + code)
+def test_runs_without_detectron2(code, tmp_path):
+    result = run_code(WITHOUT_DETECTRON2 + code, tmp_path, ROOT)
     assert result.returncode == 0 and not result.stderr, result.stderr
 
 
-def test_timm_models_need_torch_and_timm_only():
+def test_timm_models_need_torch_and_timm_only(tmp_path):
     pytest.importorskip("timm", reason="timm is not installed")
-    result = run(WITHOUT_DETECTRON2.replace('warnings.simplefilter("error")', "") + TIMM)
+    result = run_code(WITHOUT_DETECTRON2.replace('warnings.simplefilter("error")', "") + TIMM, tmp_path, ROOT)
     assert result.returncode == 0, result.stderr
 
 
-def test_import_registers_with_detectron2_without_a_warning():
+def test_import_registers_with_detectron2_without_a_warning(tmp_path):
     code = """
 import halodet
 from detectron2.data import DatasetCatalog
@@ -145,13 +138,13 @@ assert "build_halonet_fpn_backbone" in BACKBONE_REGISTRY and "build_halodet_timm
 assert any("shapes" in name for name in DatasetCatalog.list())
 assert type(PathManager._PathManager__get_path_handler("timm://x")).__name__ == "TimmHandler"
 """
-    result = run(code)
+    result = run_code(code, tmp_path, ROOT)
     assert result.returncode == 0 and not result.stderr, result.stderr
 
 
 def test_broken_dependency_raises_its_own_error(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
-    result = run("import halodet", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    result = run_code("import halodet", tmp_path, tmp_path, ROOT)
     assert result.returncode == 1 and "RuntimeError: operator torchvision::nms does not exist" in result.stderr
     assert sys.version_info < (3, 11) or "python -m halodet.utils.collect_env" in result.stderr
 

@@ -1,6 +1,5 @@
 import functools
 import http.server
-import subprocess
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
-from helpers import assert_same_tensors
+from helpers import ROOT, assert_same_tensors, run_code
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
@@ -170,7 +169,7 @@ def test_without_timm(caches, monkeypatch):
     assert "pip install 'halodet[timm]'" in refusal(f"timm://{NAME}")
 
 
-def test_importing_halodet_is_enough_and_does_not_import_timm():
+def test_importing_halodet_is_enough_and_does_not_import_timm(tmp_path):
     code = """
 import sys, halodet, halodet.errors
 from detectron2.utils.file_io import PathManager
@@ -180,5 +179,5 @@ try:
 except halodet.errors.CheckpointError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = run_code(code, tmp_path, ROOT)
     assert "timm:// is invalid" in result.stdout, result.stderr

@@ -9,7 +9,7 @@ from halodet.errors import ConfigError
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY
-from helpers import run_python
+from helpers import ROOT, run_code
 
 
 def add_mask2former_like_config(cfg):
@@ -103,8 +103,8 @@ assert halodet.load_config("mask_rcnn_halo_h4").MODEL.HALONET.VARIANT == "H4"
 """
 
 
-def test_taken_names_and_a_second_import():
+def test_taken_names_and_a_second_import(tmp_path):
     assert "build_timm_backbone" not in BACKBONE_REGISTRY, "Detic's name"
-    run = run_python("-c", TAKEN)
+    run = run_code(TAKEN, tmp_path, ROOT)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("MODEL.BACKBONE.NAME=build_halonet_backbone") == 2 and "__main__" in run.stderr

@@ -1,21 +1,20 @@
 """The environment report with all dependencies and with a missing or broken one."""
 
-import os
-import subprocess
 import sys
 
 from halodet.utils import collect_env
 
-from helpers import ROOT
+from helpers import ROOT, run_code
 
 
-def run(**environment):
-    return subprocess.run(
-        [sys.executable, "-m", "halodet.utils.collect_env"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+def report_with(folder):
+    """The report with modules in ``folder`` in place of those installed."""
+    code = """
+import runpy, sys
+sys.orig_argv += ["-m", "halodet.utils.collect_env"]
+runpy.run_module("halodet.utils.collect_env", run_name="__main__")
+"""
+    return run_code(code, folder, folder, ROOT)
 
 
 def test_complete_environment(capsys):
@@ -28,7 +27,7 @@ def test_complete_environment(capsys):
 
 def test_missing_dependency_is_listed_with_its_fix(tmp_path):
     (tmp_path / "detectron2.py").write_text("raise ImportError('libsomething is not here')\n")
-    report = run(PYTHONPATH=str(tmp_path))
+    report = report_with(tmp_path)
     assert report.returncode == 1
     assert "missing: detectron2 cannot be imported (ImportError: libsomething is not here)" in report.stdout
     assert "tools/install_detectron2.py" in report.stdout and "Traceback" not in report.stdout + report.stderr
@@ -36,25 +35,20 @@ def test_missing_dependency_is_listed_with_its_fix(tmp_path):
 
 def test_torch_and_torchvision_of_different_builds(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
-    report = run(PYTHONPATH=str(tmp_path))
+    report = report_with(tmp_path)
     assert report.returncode == 1 and "Traceback" not in report.stdout + report.stderr
     assert "operator torchvision::nms does not exist" in report.stdout and "same index" in report.stdout
 
 
 def test_missing_lazy_dependency_of_detectron2(tmp_path):
     (tmp_path / "omegaconf.py").write_text("raise ImportError('no omegaconf here')\n")
-    report = run(PYTHONPATH=str(tmp_path))
+    report = report_with(tmp_path)
     assert report.returncode == 1 and "no omegaconf here" in report.stdout
 
 
 def test_broken_detectron2_raises_its_own_error_with_the_fix(tmp_path):
     (tmp_path / "detectron2.py").write_text("raise ImportError('libsomething is not here')\n")
-    run = subprocess.run(
-        [sys.executable, "-c", "import halodet"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
-    )
+    run = run_code("import halodet", tmp_path, tmp_path, ROOT)
     assert run.returncode == 1 and "ImportError: libsomething is not here" in run.stderr
     assert sys.version_info < (3, 11) or "halodet.utils.collect_env" in run.stderr
 

@@ -1,7 +1,5 @@
 import os
 import stat
-import subprocess
-import sys
 
 from halodet.checkpoint import read_checkpoint, write_weights
 from halodet.errors import CheckpointError
@@ -9,6 +7,7 @@ from halodet.utils.io import remove_leftovers, write_json
 
 import pytest
 import torch
+from helpers import ROOT, run_code
 
 KINDS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 
@@ -75,34 +74,35 @@ def test_places_that_cannot_be_written(tmp_path, path, reason):
 
 
 LIMITED = """
-import resource, sys
+import resource
 import torch
 from halodet.errors import CheckpointWriteError
 from halodet.checkpoint import write_weights
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 try:
-    write_weights(sys.argv[1], {"w": torch.zeros(2**20)})
+    write_weights({path!r}, {{"w": torch.zeros(2**20)}})
 except CheckpointWriteError as error:
     print(error)
 """
 
 
 def test_a_write_that_the_system_limits_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.pth"
+    path, folder = tmp_path / "weights/a.pth", tmp_path / "weights"
+    folder.mkdir()
     write_weights(path, {"w": torch.ones(2)})
-    run = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True)
+    run = run_code(LIMITED.format(path=str(path)), tmp_path, ROOT)
     assert run.stdout.strip() == f"{path} cannot be written (File too large).", run.stderr
-    assert os.listdir(tmp_path) == ["a.pth"] and read_checkpoint(path)["model"]["w"].tolist() == [1, 1]
+    assert os.listdir(folder) == ["a.pth"] and read_checkpoint(path)["model"]["w"].tolist() == [1, 1]
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
-    killed = (
-        "import os, sys; from halodet.utils.io import atomic_write; atomic_write(sys.argv[1], lambda file: os._exit(9))"
-    )
-    subprocess.run([sys.executable, "-c", killed, tmp_path / "a.pth"], check=False)
-    (left,) = os.listdir(tmp_path)
-    (tmp_path / ".b.pth.part").touch()
-    assert remove_leftovers(tmp_path, "a*.pth") == [left] and os.listdir(tmp_path) == [".b.pth.part"]
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    write = f"atomic_write({str(folder / 'a.pth')!r}, lambda file: os._exit(9))"
+    assert run_code(f"import os; from halodet.utils.io import atomic_write; {write}", tmp_path, ROOT).returncode == 9
+    (left,) = os.listdir(folder)
+    (folder / ".b.pth.part").touch()
+    assert remove_leftovers(folder, "a*.pth") == [left] and os.listdir(folder) == [".b.pth.part"]
 
 
 def test_data_reach_the_disk_before_the_rename_and_the_name_after_it(tmp_path, monkeypatch):
