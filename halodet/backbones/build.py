@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Callable
+from typing import Any
 
 from halodet.backbones.halonet import HaloNetBackbone
 from halodet.backbones.timm_backbone import TimmBackbone
@@ -22,6 +25,19 @@ TIMM_BACKBONES = (
     "build_retinanet_halodet_timm_fpn_backbone",
 )
 
+# Keys that halodet's Trainer uses, with the values at which they have no effect.
+_TRAINER_KEYS = {
+    "SOLVER.OPTIMIZER_NAME": "SGD",
+    "SOLVER.BACKBONE_LR_MULTIPLIER": 1.0,
+    "SOLVER.LR_LAYER_DECAY": 1.0,
+    "SOLVER.GRAD_ACCUM_STEPS": 1,
+    "SOLVER.REFERENCE_IMS_PER_BATCH": 0,
+    "MODEL.EMA.ENABLED": False,
+    "MODEL.COMPILE": False,
+    "INPUT.LSJ.ENABLED": False,
+    "INPUT.COPY_PASTE.ENABLED": False,
+}
+
 
 def _register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
     """Register a builder; a name that is taken stays as it is, unlike with Detectron2's own decorator, which raises."""
@@ -38,6 +54,7 @@ def _register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
 @_register
 def build_halonet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HaloNetBackbone:
     """Build a HaloNet from MODEL.HALONET."""
+    _warn_about_ignored_keys(cfg)
     return HaloNetBackbone(cfg, input_shape)
 
 
@@ -56,6 +73,7 @@ def build_retinanet_halonet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
 @_register
 def build_halodet_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Build a timm network with attention from MODEL.HALODET_TIMM."""
+    _warn_about_ignored_keys(cfg)
     return TimmBackbone(cfg, input_shape)
 
 
@@ -85,3 +103,25 @@ def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def _warn_about_ignored_keys(cfg: CfgNode) -> None:
+    """Warn once if Detectron2's DefaultTrainer builds the model: it would train with SGD whatever OPTIMIZER_NAME says.
+
+    The backbone is the only code of halodet that such a run calls, so the trainer is found among its callers. A
+    subclass with an optimizer of its own, such as halodet's Trainer, is none of those.
+    """
+    engine: Any = sys.modules.get("detectron2.engine.defaults")
+    frame = sys._getframe(1) if engine else None
+    while frame and frame.f_code is not engine.DefaultTrainer.build_model.__func__.__code__:
+        frame = frame.f_back
+    trainer = frame.f_locals["cls"] if frame else None
+    if trainer is None or trainer.build_optimizer.__func__ is not engine.DefaultTrainer.build_optimizer.__func__:
+        return
+    ignored = [f"{key}={value}" for key, default in _TRAINER_KEYS.items() if (value := _get(cfg, key)) != default]
+    if ignored:
+        logger.warning("Detectron2's DefaultTrainer ignores %s. Fix: train with halodet.Trainer", ", ".join(ignored))
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), cfg)

@@ -16,6 +16,7 @@ from halodet.evaluation.build import build_evaluator
 import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
@@ -23,9 +24,9 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data import transforms as T
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
-from helpers import read_metrics
+from helpers import assert_same_tensors, read_metrics
 from PIL import Image
 from pycocotools.coco import COCO
 from small_run import TRAIN, VAL, make_trainer, register_tiny_shapes
@@ -294,3 +295,35 @@ def test_an_unreadable_image_ends_an_evaluation_that_cannot_leave_it_out(labels,
     cfg = load_config("quick/mask_rcnn_halo_shapes", [*SEMANTIC, "OUTPUT_DIR", str(tmp_path)])
     with pytest.raises(ImageError, match="missing.jpg"):
         list(Trainer.build_test_loader(cfg, labels))
+
+
+@pytest.mark.parametrize("overridden", [False, True], ids=["DefaultTrainer", "own optimizer"])
+@pytest.mark.usefixtures("shapes")
+def test_detectron2s_trainer_says_which_keys_it_ignores(tmp_path, caplog, overridden):
+    class OwnOptimizer(DefaultTrainer):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            return torch.optim.AdamW(model.parameters(), cfg.SOLVER.BASE_LR)
+
+    keys = {"SOLVER.MAX_ITER": 2, "SOLVER.GRAD_ACCUM_STEPS": 3, "SOLVER.WARMUP_ITERS": 1}
+    trainer = make_trainer(tmp_path, keys, trainer=OwnOptimizer if overridden else DefaultTrainer)
+    found = [record.getMessage() for record in caplog.records if "DefaultTrainer ignores" in record.getMessage()]
+    if overridden:
+        assert not found
+        return
+    (message,) = found
+    assert "SOLVER.OPTIMIZER_NAME=AdamW, SOLVER.GRAD_ACCUM_STEPS=3" in message and "EMA" not in message
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    trainer.train()
+    # Detectron2's checkpoint is read by halodet's trainer as initial weights, and halodet's by Detectron2's.
+    ours = make_trainer(tmp_path / "ours", {"MODEL.WEIGHTS": str(tmp_path / "model_final.pth"), "SOLVER.MAX_ITER": 1})
+    ours.resume_or_load(resume=False)
+    # a new training counts its own batches
+    states = [
+        {k: v for k, v in t.model.state_dict().items() if not k.endswith("num_batches_tracked")} for t in (ours, trainer)
+    ]
+    assert_same_tensors(*states)
+    ours.train()
+    theirs = DetectionCheckpointer(trainer.model).load(str(tmp_path / "ours/model_final.pth"))
+    assert "trainer" in theirs
+    assert_same_tensors(ours.model.state_dict(), trainer.model.state_dict())
