@@ -60,7 +60,12 @@ def test_configs_are_plain_yaml_and_short(name):
 @pytest.mark.parametrize("name", [n for n in NAMES if "/" not in n])
 def test_configs_default_to_coco_and_their_own_output(name):
     cfg = cached_config(name)
-    assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
+    head = name.partition("_")[0]
+    kinds = {"panoptic": ("", "_panoptic_separated"), "semantic": ("", "_panoptic_stuffonly")}
+    kinds["keypoint"] = ("keypoints_", "")
+    before, after = kinds.get(head, ("", ""))
+    assert cfg.DATASETS.TRAIN == (f"{before}coco_2017_train{after}",)
+    assert cfg.DATASETS.TEST == (f"{before}coco_2017_val{after}",)
     assert cfg.OUTPUT_DIR == f"./output/{name.removesuffix('.yaml')}"
 
 
