@@ -159,7 +159,8 @@ class Checkpointer(DetectionCheckpointer):
         # DefaultTrainer has the optimizer in its _trainer, SimpleTrainer itself.
         trainer_state = checkpoint.get("trainer", {})
         optimizer_state = trainer_state.get("_trainer", trainer_state).get("optimizer")
-        optimizer = getattr(self.checkpointables.get("trainer"), "optimizer", None)
+        trainer = self.checkpointables.get("trainer")
+        optimizer = getattr(getattr(trainer, "_trainer", trainer), "optimizer", None)
         if self._with_state and optimizer_state and optimizer:
             _check_optimizer(optimizer_state, optimizer, self._file)
         state = checkpoint.pop("model")

@@ -11,7 +11,7 @@ from typing import Any
 from halodet.checkpoint import Checkpointer
 from halodet.data.image_io import read_image
 from halodet.errors import ImageError
-from halodet.inference import draw
+from halodet.inference.visualize import draw_output
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import Augmentation
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import inference_context
-from detectron2.utils.visualizer import Visualizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -196,13 +195,8 @@ class VisualizePredictions(HookBase):
     def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         """Return the image (H, W, 3), RGB, with the predictions of any of Detectron2's meta-architectures."""
         metadata = MetadataCatalog.get(self._dataset)
-        if "panoptic_seg" in output:
-            segments, info = output["panoptic_seg"]
-            return Visualizer(image[:, :, ::-1], metadata).draw_panoptic_seg(segments.cpu(), info).get_image()
-        if "instances" in output:
-            return draw(image, output["instances"], metadata.thing_classes, threshold=self._threshold)[:, :, ::-1]
-        labels = output["sem_seg"].argmax(0).cpu()
-        return Visualizer(image[:, :, ::-1], metadata).draw_sem_seg(labels).get_image()
+        names = metadata.get("thing_classes", ()), metadata.get("stuff_classes", ())
+        return draw_output(image, output, *names, threshold=self._threshold)[:, :, ::-1]
 
     def _model_input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]

@@ -11,7 +11,7 @@ from typing import Any
 from halodet.data.image_io import read_image
 from halodet.errors import ConfigError, HalodetError, ImageError
 from halodet.inference.predictor import Predictor, to_coco
-from halodet.inference.visualize import draw
+from halodet.inference.visualize import draw_output
 from halodet.utils.io import write_json
 
 import pycocotools.mask as mask_util
@@ -112,13 +112,16 @@ def _draw_image(
     used: set[str],
 ) -> None:
     image = read_image(file)
-    instances = predictor(image)
-    drawing = draw(image, instances, [entry["name"] for entry in predictor.classes], threshold=threshold)
+    prediction = predictor.predict(image)
+    names = [entry["name"] for entry in predictor.classes]
+    drawing = draw_output(image, prediction, names, predictor.stuff_classes, threshold=threshold)
     name = _unused_name(os.path.basename(file), used)
     Image.fromarray(drawing[:, :, ::-1]).save(os.path.join(output, name), quality=95)
     image_id, first_id = len(coco["images"]) + 1, len(coco["annotations"]) + 1
-    kept = instances[instances.scores >= threshold]
-    results = to_coco(kept, image_id, [entry["id"] for entry in predictor.classes])
+    results = []
+    if "instances" in prediction:
+        kept = prediction["instances"][prediction["instances"].scores >= threshold]
+        results = to_coco(kept, image_id, [entry["id"] for entry in predictor.classes])
     # Recorded last, so that the JSON never names a drawing that does not exist.
     used.add(name.casefold())
     height, width = image.shape[:2]

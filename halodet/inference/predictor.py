@@ -13,6 +13,7 @@ from halodet.errors import CheckpointError, ConfigError
 import numpy as np
 import torch
 from detectron2.config import CfgNode, instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -35,6 +36,7 @@ class Predictor(DefaultPredictor):
     Attributes:
         aug: resizes an image as for evaluation.
         classes: dataset id and name of each class in the order of the model's outputs.
+        stuff_classes: name of each class of its semantic segmentation; empty without one.
 
     Raises:
         CheckpointError: the weights are missing or unreadable, or do not provide all of the model.
@@ -52,6 +54,8 @@ class Predictor(DefaultPredictor):
             )
         self.cfg = cfg.copy() if lazy else cfg.clone()
         self.classes: list[dict[str, Any]] = _lazy_classes(cfg) if lazy else read_classes(cfg)
+        dataset = "" if lazy else next(iter(cfg.DATASETS.TEST), "")
+        self.stuff_classes = list(MetadataCatalog.get(dataset).get("stuff_classes", ())) if dataset else []
         loaded = read_weights(weights, allow_pickle=allow_pickle)
         try:
             self.model = (instantiate(cfg.model).to(cfg.train.device) if lazy else build_model(self.cfg)).eval()
@@ -61,22 +65,29 @@ class Predictor(DefaultPredictor):
         self.input_format = cfg.model.input_format if lazy else cfg.INPUT.FORMAT
         load_weights(self.model, weights, preloaded=loaded)
 
-    @torch.no_grad()
     def __call__(self, original_image: np.ndarray) -> Instances:
         """Detect objects in an (H, W, 3) uint8 BGR image; the instances are on the CPU, in pixels of that image.
 
         Raises:
             ConfigError: the model returns no instances.
         """
+        predictions = self.predict(original_image)
+        if "instances" not in predictions:
+            raise ConfigError(f"{type(self.model).__name__} is invalid: expected a model that detects instances.")
+        return predictions["instances"]
+
+    @torch.no_grad()
+    def predict(self, original_image: np.ndarray) -> dict[str, Any]:
+        """Return all that the model predicts for an (H, W, 3) uint8 BGR image; instances are on the CPU."""
         height, width = original_image.shape[:2]
         image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
         resized = T.AugInput(image)
         self.aug(resized)
         tensor = torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
-        predictions = self.model([{"image": tensor, "height": height, "width": width}])[0]
-        if "instances" not in predictions:
-            raise ConfigError(f"{type(self.model).__name__} is invalid: expected a model that detects instances.")
-        return predictions["instances"].to("cpu")
+        predictions = dict(self.model([{"image": tensor, "height": height, "width": width}])[0])
+        if "instances" in predictions:
+            predictions["instances"] = predictions["instances"].to("cpu")
+        return predictions
 
 
 def _resize(cfg: CfgNode) -> T.Augmentation:

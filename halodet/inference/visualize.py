@@ -1,6 +1,9 @@
-"""Drawing of detections on an image."""
+"""Drawing of predictions on an image."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,15 +13,54 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_output"]
 
 _MIN_SIDE = 320  # a shorter side is enlarged to this, so that labels are readable
 _MAX_SCALE = 4.0
 _MAX_SIDE = 4096  # a longer side is shrunk to this: matplotlib needs about 150 bytes per pixel
 
 
+def draw_output(
+    image: np.ndarray,
+    output: Mapping[str, Any],
+    class_names: Sequence[str],
+    stuff_names: Sequence[str] = (),
+    *,
+    threshold: float,
+) -> np.ndarray:
+    """Draw the output of any of Detectron2's models for one image: panoptic segments, instances or semantic classes.
+
+    Args:
+        image: (H, W, 3) uint8 BGR image.
+        output: what the model returns for the image.
+        class_names: name of each class of things.
+        stuff_names: name of each semantic class.
+        threshold: minimum score of instances.
+
+    Returns:
+        (H', W', 3) uint8 BGR drawing; see :func:`draw` for its size.
+    """
+    if "instances" in output and "panoptic_seg" not in output:
+        return draw(image, output["instances"], list(class_names), threshold=threshold)
+    segments, infos = output["panoptic_seg"] if "panoptic_seg" in output else (output["sem_seg"].argmax(0), None)
+    if max(image.shape) > _MAX_SIDE:
+        ratio = _MAX_SIDE / max(image.shape)
+        height, width = (max(round(side * ratio), 1) for side in image.shape[:2])
+        segments = segments[_nearest(image.shape[0], height)][:, _nearest(image.shape[1], width)]
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    metadata = Metadata(
+        thing_classes=list(class_names), stuff_classes=list(stuff_names), stuff_colors=colormap(rgb=True).tolist()
+    )
+    visualizer = Visualizer(np.ascontiguousarray(image[:, :, ::-1]), metadata, scale=_scale(*image.shape[:2]))
+    if "panoptic_seg" in output:
+        drawn = visualizer.draw_panoptic_seg(segments.cpu(), infos)
+    else:
+        drawn = visualizer.draw_sem_seg(segments.cpu(), alpha=0.5)
+    return np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
+
+
 def draw(image: np.ndarray, instances: Instances, class_names: list[str], *, threshold: float) -> np.ndarray:
-    """Draw boxes, masks and labels on an image; each class has a fixed color.
+    """Draw boxes, masks, keypoints and labels on an image; each class has a fixed color.
 
     Args:
         image: (H, W, 3) uint8 BGR image.
@@ -32,9 +74,13 @@ def draw(image: np.ndarray, instances: Instances, class_names: list[str], *, thr
     """
     kept = instances[instances.scores >= threshold].to("cpu")
     boxes, masks = kept.pred_boxes, kept.pred_masks if kept.has("pred_masks") else None
+    keypoints = kept.pred_keypoints.clone() if kept.has("pred_keypoints") else None
+    old_height, old_width = image.shape[:2]
     image, boxes, masks = _shrink(image, boxes, masks)
     height, width = image.shape[:2]
-    scale = min(max(_MIN_SIDE / min(height, width), 1.0), _MAX_SCALE, _MAX_SIDE / max(height, width))
+    if keypoints is not None:
+        keypoints[:, :, :2] *= torch.tensor([width / old_width, height / old_height])
+    scale = _scale(height, width)
     visualizer = Visualizer(np.ascontiguousarray(image[:, :, ::-1]), Metadata(thing_classes=class_names), scale=scale)
     classes = kept.pred_classes.tolist()
     colors = colormap(rgb=True, maximum=1)
@@ -42,6 +88,7 @@ def draw(image: np.ndarray, instances: Instances, class_names: list[str], *, thr
     visualizer.overlay_instances(
         boxes=boxes,
         masks=masks,
+        keypoints=keypoints,
         labels=[f"{class_names[k]} {score:.0%}" for k, score in zip(classes, kept.scores.tolist(), strict=True)],
         assigned_colors=[colors[k % len(colors)] for k in classes],
     )
@@ -61,7 +108,14 @@ def _shrink(
     boxes = boxes.clone()
     boxes.scale(width / old_width, height / old_height)
     if masks is not None:
-        rows = (torch.arange(height) * old_height) // height
-        columns = (torch.arange(width) * old_width) // width
-        masks = masks[:, rows][:, :, columns]
+        masks = masks[:, _nearest(old_height, height)][:, :, _nearest(old_width, width)]
     return image, boxes, masks
+
+
+def _nearest(old: int, new: int) -> torch.Tensor:
+    """Return the index of the old pixel that each new one shows."""
+    return (torch.arange(new) * old) // new
+
+
+def _scale(height: int, width: int) -> float:
+    return min(max(_MIN_SIDE / min(height, width), 1.0), _MAX_SCALE, _MAX_SIDE / max(height, width))

@@ -20,10 +20,11 @@ OPTS = [
 ]  # fmt: skip
 
 
-def started(*logs):
+def started(is_running, *logs):
     """Wait until all processes of a run train, each of which writes one of ``logs``."""
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not all(f.exists() and "Starting training" in f.read_text() for f in logs):
+    while not all(f.exists() and "Starting training" in f.read_text() for f in logs):
+        assert is_running() and time.monotonic() < deadline, logs[0].read_text()
         time.sleep(0.05)
 
 
@@ -45,7 +46,7 @@ def test_signals_to_the_process_group_save_one_checkpoint(tmp_path):
             start_new_session=True,  # a process group of its own, with its data loading workers
         )
     try:
-        started(tmp_path / "printed.txt")
+        started(lambda: run.poll() is None, tmp_path / "printed.txt")
         run.send_signal(signal.SIGSTOP)  # so that both arrive within one iteration
         os.killpg(run.pid, signal.SIGTERM)
         run.send_signal(signal.SIGUSR1)
@@ -62,7 +63,7 @@ def test_a_signal_to_the_parent_reaches_the_ranks(tmp_path):
     arguments = [*data, *OPTS, "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "0"]
     run = fork(two_ranks.train_spawned, *arguments, printed=tmp_path / "printed.txt")
     try:
-        started(tmp_path / "printed.txt", tmp_path / "log.txt.rank1")
+        started(run.is_alive, tmp_path / "printed.txt", tmp_path / "log.txt.rank1")
         os.kill(run.pid, signal.SIGTERM)
         run.join(100)
         assert_preempted(run.exitcode, tmp_path)

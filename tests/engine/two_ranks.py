@@ -203,7 +203,7 @@ def train_spawned(*arguments):
     """Train with two processes as ``--num-gpus 2`` starts them, but on the CPU."""
     args = train_net.parse(list(arguments))
     args.num_gpus, args.dist_url = 2, "auto"
-    return main.launch_ranks(args, timedelta(minutes=5))
+    return main.launch_ranks(args, timedelta(minutes=5), main.run_config)
 
 
 def leave(number):

@@ -19,8 +19,9 @@ class FixedPredictor:
     """Finds one dog with a mask at score 0.9 and one cat at 0.4 in every image."""
 
     classes = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
+    stuff_classes = []
 
-    def __call__(self, image):
+    def predict(self, image):
         height, width = image.shape[:2]
         boxes = torch.tensor([[2.0, 1.0, 6.0, 4.0], [0.0, 0.0, 3.0, 3.0]])
         found = Instances(
@@ -28,7 +29,7 @@ class FixedPredictor:
         )
         found.pred_masks = torch.zeros(2, height, width, dtype=torch.bool)
         found.pred_masks[0, 1:4, 2:6] = True
-        return found
+        return {"instances": found}
 
 
 @pytest.fixture
@@ -160,11 +161,11 @@ def test_what_was_found_is_kept_whatever_stops_the_run(photos, tmp_path, capsys,
     class Stops(FixedPredictor):
         calls = 0
 
-        def __call__(self, image):
+        def predict(self, image):
             self.calls += 1
             if self.calls == 2:
                 raise error
-            return super().__call__(image)
+            return super().predict(image)
 
     files = [str(photos / "a" / name) for name in ("x.jpg", "scan.tif", "deep/x.png")]
     if code is None:
