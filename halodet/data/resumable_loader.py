@@ -45,12 +45,12 @@ class ResumableTrainLoader:
         batches: number of batches this rank has received so far, those before a resume included.
 
     Args:
-        dataset: dataset dicts with ``width`` and ``height``.
+        dataset: dataset dicts.
         mapper: maps a dataset dict to a sample, or to None if it cannot. It may use the global generators of Python,
             numpy and PyTorch, and must keep no random state of its own.
         total_batch_size: images per batch of all ranks together.
         sampler: infinite sampler of indices of this rank; all images in random order by default.
-        aspect_ratio_grouping: whether the images of a batch are all wide or all tall.
+        aspect_ratio_grouping: whether the images of a batch are all wide or all tall, if the dicts have their sizes.
         num_workers: number of processes that load images; 0 for none.
         seed: seed of all randomness; a random one if it is negative.
 
@@ -78,8 +78,9 @@ class ResumableTrainLoader:
         self.seed = seed if seed >= 0 else comm.shared_random_seed()
         sampler = sampler or TrainingSampler(len(dataset), seed=self.seed)
         groups = np.zeros(len(dataset), dtype=np.int8)
-        if aspect_ratio_grouping:
-            groups = np.array([record["width"] > record["height"] for record in dataset], dtype=np.int8)
+        if aspect_ratio_grouping:  # datasets without boxes may not have the sizes; they are not grouped
+            sizes = ((record.get("width", 0), record.get("height", 0)) for record in dataset)
+            groups = np.array([width > height for width, height in sizes], dtype=np.int8)
         self.fingerprint = f"{len(dataset)} images, checksum {zlib.crc32(groups.tobytes()):08x}"
         records = dataset if isinstance(dataset, Dataset) else DatasetFromList(dataset, copy=False)
         self._dataset = _SeededDataset(records, mapper, groups, self.seed)

@@ -28,7 +28,7 @@ def draw_output(
     *,
     threshold: float,
 ) -> np.ndarray:
-    """Draw the output of any of Detectron2's models for one image: panoptic segments, instances or semantic classes.
+    """Draw the output of any of Detectron2's models for one image: segments, instances, proposals or semantic classes.
 
     Args:
         image: (H, W, 3) uint8 BGR image.
@@ -42,6 +42,11 @@ def draw_output(
     """
     if "instances" in output and "panoptic_seg" not in output:
         return draw(image, output["instances"], list(class_names), threshold=threshold)
+    if "proposals" in output:
+        found = output["proposals"]
+        scores, classes = found.objectness_logits.sigmoid(), torch.zeros(len(found), dtype=torch.int64)
+        found = Instances(found.image_size, pred_boxes=found.proposal_boxes, scores=scores, pred_classes=classes)
+        return draw(image, found, ["object"], threshold=threshold)
     segments, infos = output["panoptic_seg"] if "panoptic_seg" in output else (output["sem_seg"].argmax(0), None)
     if max(image.shape) > _MAX_SIDE:
         ratio = _MAX_SIDE / max(image.shape)

@@ -1,6 +1,7 @@
 """draw on hand-made instances: what is drawn, where, in which colour, and on images of awkward sizes."""
 
 from halodet.inference import draw
+from halodet.inference.visualize import draw_output
 
 import numpy as np
 import pytest
@@ -110,3 +111,42 @@ def test_a_degenerate_box_and_an_empty_mask_do_not_stop_the_drawing():
     boxes = [[10, 10, 10, 10], [100, 50, 300, 350]]
     drawing = draw(grey(400, 500), instances(400, 500, boxes, [0.9, 0.9], [0, 1], masks=True), NAMES, threshold=0.5)
     assert changed(drawing)[200, 200]
+
+
+def test_keypoints_are_drawn_where_they_are():
+    found = instances(400, 500, [[100, 50, 300, 350]], [0.9], [0])
+    found.pred_keypoints = torch.tensor([[[150.0, 120.0, 1.0], [250.0, 300.0, 1.0], [200.0, 200.0, 0.0]]])
+    drawn = changed(draw(grey(400, 500), found, NAMES, threshold=0.5))
+    assert drawn[118:123, 148:153].all() and drawn[298:303, 248:253].all()
+    assert not drawn[190:210, 190:210].any(), "a point that is not visible"
+
+
+@pytest.mark.parametrize("kind", ["panoptic_seg", "sem_seg"])
+def test_segments_are_filled_with_the_color_of_their_class(kind):
+    labels = torch.zeros(200, 360, dtype=torch.long)
+    labels[:, 120:240], labels[:, 240:] = 1, 2
+    output = {"sem_seg": torch.nn.functional.one_hot(labels, 3).permute(2, 0, 1).float()}
+    if kind == "panoptic_seg":
+        infos = [{"id": i, "isthing": False, "category_id": i} for i in (1, 2)]
+        output["panoptic_seg"] = (labels, infos)
+    drawn = draw_output(grey(200, 360), output, NAMES, ["sky", "sea", "sand"], threshold=0.5)
+    scale = drawn.shape[1] / 360
+    colors = [drawn[int(20 * scale), int(x * scale)].astype(int) for x in (60, 180, 300)]
+    assert np.abs(colors[1] - colors[2]).max() > 30
+    if kind == "panoptic_seg":
+        assert np.abs(colors[0] - 40).max() <= 2, "void is not drawn"
+    else:
+        assert np.abs(colors[0] - 40).max() > 10
+
+
+def test_a_large_panoptic_map_is_shrunk():
+    labels = torch.ones(60, 6000, dtype=torch.long)
+    output = {"panoptic_seg": (labels, [{"id": 1, "isthing": True, "category_id": 1, "score": 0.9}])}
+    assert draw_output(grey(60, 6000), output, NAMES, ["sky"], threshold=0.5).shape == (41, 4096, 3)
+
+
+def test_proposals_above_the_threshold_are_drawn():
+    found = Instances((400, 500), proposal_boxes=Boxes(torch.tensor([[100.0, 50, 300, 350], [350, 50, 450, 350]])))
+    found.objectness_logits = torch.tensor([2.0, -2.0])
+    drawn = changed(draw_output(grey(400, 500), {"proposals": found}, NAMES, threshold=0.5))
+    assert drawn[100:340, 97:104].any(axis=1).all() and not drawn[:, 330:].any()
