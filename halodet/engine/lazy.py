@@ -19,12 +19,12 @@ from halodet.engine.bad_image_hook import BadImageHook
 from halodet.engine.checkpoint_hook import CheckpointHook
 from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm, run_and_broadcast_errors
 from halodet.engine.hooks import EMA, EvalHook, Throughput, unwrap_ddp
-from halodet.engine.main import build_on_meta, choose_seed, find_weights
 from halodet.engine.nan_guard import NanGuard
 from halodet.engine.performance import PRECISIONS
 from halodet.engine.preemption import PreemptionHook
 from halodet.engine.resume_state import ResumeState
 from halodet.engine.run_info import start_run
+from halodet.engine.startup import build_on_meta, choose_seed, find_weights
 from halodet.engine.train_step import GradAccumTrainer
 from halodet.engine.writers import IgnoreIOErrors, ProgressPrinter
 from halodet.utils.io import check_writable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 import sys
@@ -12,17 +11,9 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from halodet.checkpoint import (
-    LoadedCheckpoint,
-    ModelSpec,
-    check_fit,
-    latest_checkpoint,
-    load_weights,
-    read_weights,
-)
+from halodet.checkpoint import LoadedCheckpoint, load_weights
 from halodet.config.load import find_config, load_config
 from halodet.config.projects import AddConfig, add_project_arguments, import_projects
-from halodet.config.validate import one_line
 from halodet.data.classes import check_classes, save_classes
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
 from halodet.engine.distributed import (
@@ -35,10 +26,9 @@ from halodet.engine.distributed import (
 )
 from halodet.engine.preemption import exit_on_preemption, forward_signals
 from halodet.engine.run_info import start_run
+from halodet.engine.startup import build_meta_model, check_weights, choose_seed
 from halodet.engine.trainer import Trainer
 from halodet.errors import ConfigError, HalodetError
-from halodet.evaluation.tta import check_tta
-from halodet.solver.build import lr_factors
 from halodet.solver.lr_scaling import scale_to_batch
 from halodet.utils.io import check_writable
 
@@ -46,11 +36,9 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import ProcessExitedException
 
@@ -243,106 +231,3 @@ def check_machine(cfg: CfgNode, args: argparse.Namespace) -> None:
         prepare_datasets(cfg, train=not args.eval_only)
         if cfg.MODEL.WEIGHTS and not args.resume:
             PathManager.get_local_path(cfg.MODEL.WEIGHTS.partition("?")[0])
-
-
-def build_meta_model(cfg: CfgNode) -> nn.Module:
-    """Build the detector with :func:`build_on_meta` and check the keys that depend on its modules.
-
-    Raises:
-        ConfigError: the model cannot be built, or has no parts that SOLVER or TEST.AUG ask for.
-    """
-
-    def build(device: str) -> nn.Module:
-        copy = cfg.clone()
-        copy.defrost()
-        copy.MODEL.DEVICE = device
-        return build_model(copy)
-
-    model = build_on_meta(build)
-    try:
-        lr_factors(model, cfg.SOLVER.BACKBONE_LR_MULTIPLIER, cfg.SOLVER.LR_LAYER_DECAY)
-        check_tta(cfg, model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return model
-
-
-def build_on_meta(build: Callable[[str], nn.Module]) -> nn.Module:
-    """Build a model without memory: call ``build`` with the device ``"meta"``.
-
-    A model whose construction needs values, which tensors on ``meta`` do not have, is built on the CPU.
-
-    Raises:
-        ConfigError: the model cannot be built.
-    """
-    try:
-        with torch.device("meta"):
-            return build("meta")
-    except Exception as error:
-        logger.info("Cannot build the model on the meta device (%s); trying the CPU", one_line(error))
-        try:
-            return build("cpu")
-        except Exception as error:
-            kind = "" if isinstance(error, ValueError | KeyError) else f"{type(error).__name__}: "
-            raise ConfigError(f"Cannot build the model of this config: {kind}{one_line(error)}") from error
-
-
-def check_weights(cfg: CfgNode, model: nn.Module, **options: bool) -> LoadedCheckpoint | None:
-    """Find the weights that a run of ``cfg`` starts from; see :func:`find_weights` for ``options`` and errors."""
-    target = dataclasses.replace(
-        ModelSpec.of(model),
-        input_format=cfg.INPUT.FORMAT,
-        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
-        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
-    )
-    min_loaded = cfg.MODEL.WEIGHTS_MIN_LOADED
-    return find_weights(target, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, min_loaded=min_loaded, **options)
-
-
-def find_weights(
-    target: ModelSpec,
-    weights: str,
-    output_dir: str,
-    *,
-    min_loaded: float,
-    eval_only: bool = False,
-    resume: bool = False,
-    allow_pickle: bool = False,
-) -> LoadedCheckpoint | None:
-    """Read the checkpoint that a run starts from and match it with the model.
-
-    Args:
-        target: description of the model, which may be on the device ``meta``.
-        weights: file, URL or name of the initial weights; empty for none.
-        output_dir: output folder of the run.
-        min_loaded: minimum fraction of the expected tensors and parameters.
-        eval_only: whether the weights must be complete.
-        resume: whether to prefer the latest checkpoint in ``output_dir``.
-        allow_pickle: whether to run code that pickle files hold.
-
-    Returns:
-        The checkpoint, None for random weights.
-
-    Raises:
-        ConfigError: an evaluation has no weights.
-        CheckpointError: they cannot be fetched or read, or do not fit the model.
-    """
-    found = latest_checkpoint(output_dir, allow_pickle=allow_pickle) if resume else None
-    if found is not None:
-        check_fit(target, found.checkpoint, found.path, min_loaded=min_loaded, exact=True)
-        return found
-    if not weights and eval_only:
-        raise ConfigError("MODEL.WEIGHTS is empty: --eval-only needs trained weights. Fix: add MODEL.WEIGHTS FILE.")
-    if not weights:
-        return None
-    loaded = read_weights(weights, allow_pickle=allow_pickle)
-    check_fit(target, loaded.checkpoint, weights, min_loaded=min_loaded, exact=eval_only)
-    return loaded
-
-
-def choose_seed(checkpoint: dict[str, Any] | None) -> int:
-    """Return the seed of the checkpoint to resume from, or a random one, and log it."""
-    state = checkpoint.get("trainer", {}).get("hooks", {}).get("ResumeState", {}) if checkpoint else {}
-    seed = state.get("seed", int.from_bytes(os.urandom(4), "big") >> 1)
-    logger.info("Using random seed %d; set SEED %d to reproduce this run", seed, seed)
-    return seed

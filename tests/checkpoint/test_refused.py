@@ -6,7 +6,7 @@ import os
 
 from halodet.checkpoint import Checkpointer, ModelSpec, check_fit, load_weights, match, read_checkpoint
 from halodet.checkpoint.preprocessing import Preprocessing
-from halodet.engine.main import build_meta_model, check_weights
+from halodet.engine.startup import build_meta_model, check_weights
 from halodet.errors import CheckpointError
 from halodet.models import VARIANTS, HaloNet
 

@@ -3,8 +3,8 @@
 import os
 
 from halodet.config import load_config
-from halodet.engine import main
-from halodet.engine.main import build_meta_model, check_weights, choose_seed
+from halodet.engine import main, startup
+from halodet.engine.startup import build_meta_model, check_weights, choose_seed
 from halodet.errors import CheckpointError, ConfigError
 from halodet.utils.io import check_writable
 
@@ -141,7 +141,7 @@ def test_a_run_does_its_work_once(tmp_path, train_net, monkeypatch):
 
     for module, name in (
         (main, "load_config"),
-        (main, "build_model"),
+        (startup, "build_model"),
         ("halodet.checkpoint.latest", "read_checkpoint"),
         ("halodet.checkpoint.io", "read_checkpoint"),
         ("halodet.checkpoint.checkpointer", "read_checkpoint"),

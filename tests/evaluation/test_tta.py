@@ -3,7 +3,7 @@
 import json
 
 from halodet.config.load import load_config
-from halodet.engine.main import build_meta_model
+from halodet.engine.startup import build_meta_model
 from halodet.errors import ConfigError
 
 import numpy as np
