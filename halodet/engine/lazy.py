@@ -12,6 +12,7 @@ from typing import Any
 from halodet.checkpoint import Checkpointer, LoadedCheckpoint, ModelSpec, load_weights
 from halodet.config.lazy import flatten, load_lazy_config
 from halodet.config.projects import import_projects
+from halodet.config.validate import one_line
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.data.classes import save_classes
 from halodet.data.user_datasets import prepare_dataset
@@ -27,6 +28,7 @@ from halodet.engine.run_info import start_run
 from halodet.engine.startup import build_on_meta, choose_seed, find_weights
 from halodet.engine.train_step import GradAccumTrainer
 from halodet.engine.writers import IgnoreIOErrors, ProgressPrinter
+from halodet.errors import ConfigError
 from halodet.utils.io import check_writable
 
 import torch
@@ -36,7 +38,7 @@ from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicWriter
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -104,13 +106,12 @@ def do_train(args: argparse.Namespace, cfg: DictConfig, loaded: LoadedCheckpoint
         save_classes(name, train.output_dir)
     device_ids = {"device_ids": None} if train.device == "cpu" else {}
     model = create_ddp_model(model, **{**train.ddp, **device_ids})
-    amp = PRECISIONS[train.amp.get("precision", "fp16")] if train.amp.enabled else None
     trainer = GradAccumTrainer(
         model,
         data_loader,
         optimizer,
         accum_steps=train.grad_accum_steps,
-        dtype=amp,
+        dtype=_autocast_dtype(cfg),
         guard=NanGuard(**train.nan_guard),
     )
     checkpointer = Checkpointer(
@@ -189,6 +190,14 @@ def do_test(cfg: DictConfig, model: nn.Module, folder: str = "inference") -> dic
     return results
 
 
+def _autocast_dtype(cfg: DictConfig) -> torch.dtype | None:
+    amp = cfg.train.amp
+    precision = amp.get("precision", "fp16")  # Detectron2's AMPTrainer
+    if precision not in PRECISIONS:
+        raise ValueError(f"train.amp.precision={precision} is invalid: expected one of {', '.join(PRECISIONS)}.")
+    return PRECISIONS[precision] if amp.enabled else None
+
+
 def _build_model(cfg: DictConfig) -> nn.Module:
     return convert_sync_batchnorm(instantiate(cfg.model).to(cfg.train.device))
 
@@ -198,6 +207,17 @@ def _check(args: argparse.Namespace, cfg: DictConfig) -> LoadedCheckpoint | None
     train = cfg.train
     check_writable(train.output_dir)
     setup_logger(train.output_dir, name="halodet", configure_stdout=False)
+    batch_size = OmegaConf.select(cfg, "dataloader.train.loader.total_batch_size", default=0)
+    if not args.eval_only and batch_size % comm.get_world_size():
+        raise ConfigError(
+            f"dataloader.train.loader.total_batch_size={batch_size} is invalid: expected a multiple of "
+            f"{comm.get_world_size()} ranks."
+        )
+    try:
+        NanGuard(**train.nan_guard)
+        _autocast_dtype(cfg)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"train is invalid: {one_line(error)}") from error
     spec = ModelSpec.of(build_on_meta(lambda device: instantiate(cfg.model)))
     known = {key: cfg.model[key] for key in ("input_format", "pixel_mean", "pixel_std") if key in cfg.model}
     known = {key: tuple(value) if isinstance(value, ListConfig) else value for key, value in known.items()}

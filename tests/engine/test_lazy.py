@@ -8,9 +8,10 @@ from halodet.inference import Predictor
 
 import pytest
 import torch
+import two_ranks
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
-from helpers import differences, noise, read_metrics
+from helpers import differences, noise, read_metrics, run_ranks
 from small_run import TRAIN, VAL, register_tiny_shapes
 
 pytestmark = pytest.mark.usefixtures("shapes")
@@ -154,6 +155,8 @@ def test_the_predictor_equals_the_model_in_evaluation(config, trained):
         (["dataloader.train.loader.mapper.instance_mask_format=polygon"], "instance_mask_format"),
         (["model.roi_heads.num_classes=0.5"], "model"),
         (["--eval-only"], "--eval-only"),
+        (["train.nan_guard.policy=ignore"], "ignore"),
+        (["+train.amp.precision=fp8"], "train.amp.precision=fp8"),
     ],
 )
 def test_mistakes_are_one_message(run, tmp_path, capfd, arguments, key):
@@ -166,3 +169,17 @@ def test_mistakes_are_one_message(run, tmp_path, capfd, arguments, key):
 
 def test_a_non_finite_loss_stops_with_code_70(run, tmp_path):
     assert run(tmp_path, "optimizer.lr=1e30") == NonFiniteError.exit_code == 70
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_and_a_batch_that_they_cannot_share_is_a_mistake(config, tmp_path):
+    register_tiny_shapes()
+    arguments = [f"--config-file={config}", "train.max_iter=2", f"train.output_dir={tmp_path}"]
+    codes, text = run_ranks(two_ranks.train_lazy, *arguments, printed=tmp_path / "printed.txt")
+    assert codes == [0, 0], text
+    assert json.loads((tmp_path / "run.json").read_text())[0]["processes"] == 2
+    assert (tmp_path / "log.txt.rank1").exists()
+    assert {"model_0000001.pth", "model_final.pth"} <= {path.name for path in tmp_path.iterdir()}
+    uneven = [*arguments, "dataloader.train.loader.total_batch_size=3"]
+    codes, text = run_ranks(two_ranks.train_lazy, *uneven, printed=tmp_path / "uneven.txt")
+    assert codes == [2, 2] and text.count("total_batch_size=3") == 1 and "Traceback" not in text, text

@@ -22,6 +22,7 @@ from halodet.engine.distributed import (
     run_and_broadcast_errors,
     wait_for_all_ranks,
 )
+from halodet.engine.lazy import run_lazy_config
 from halodet.engine.preemption import exit_on_preemption
 from halodet.errors import ConfigError
 
@@ -35,8 +36,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path[:0] = [str(Path(__file__).parents[2] / "tools"), str(Path(__file__).parent)]
 import train_net  # noqa: E402
+from small_run import register_tiny_shapes  # noqa: E402
 
 SMALL = ["MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu"]
 # All anchors and proposals contribute, none by chance, and each image has as many: losses are then divided by the same
@@ -204,6 +206,12 @@ def train_spawned(*arguments):
     args = train_net.parse(list(arguments))
     args.num_gpus, args.dist_url = 2, "auto"
     return main.launch_ranks(args, timedelta(minutes=5), main.run_config)
+
+
+def train_lazy(*arguments):
+    """Train a LazyConfig on the tiny shapes."""
+    register_tiny_shapes()
+    return main.main(main.argument_parser("").parse_args(list(arguments)), run_lazy_config)
 
 
 def leave(number):
