@@ -36,9 +36,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "tools"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import train_net  # noqa: E402
-from small_run import register_tiny_shapes  # noqa: E402
 
 SMALL = ["MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu"]
 # All anchors and proposals contribute, none by chance, and each image has as many: losses are then divided by the same
@@ -210,6 +209,8 @@ def train_spawned(*arguments):
 
 def train_lazy(*arguments):
     """Train a LazyConfig on the tiny shapes."""
+    from small_run import register_tiny_shapes  # not on the path of torchrun's processes
+
     register_tiny_shapes()
     return main.main(main.argument_parser("").parse_args(list(arguments)), run_lazy_config)
 
