@@ -55,7 +55,9 @@ class Predictor(DefaultPredictor):
         self.cfg = cfg.copy() if lazy else cfg.clone()
         self.classes: list[dict[str, Any]] = _lazy_classes(cfg) if lazy else read_classes(cfg)
         dataset = "" if lazy else next(iter(cfg.DATASETS.TEST), "")
-        self.stuff_classes = list(MetadataCatalog.get(dataset).get("stuff_classes", ())) if dataset else []
+        if dataset:
+            self.metadata = MetadataCatalog.get(dataset)  # as DefaultPredictor has it
+        self.stuff_classes = list(self.metadata.get("stuff_classes", ())) if dataset else []
         loaded = read_weights(weights, allow_pickle=allow_pickle)
         try:
             self.model = (instantiate(cfg.model).to(cfg.train.device) if lazy else build_model(self.cfg)).eval()
