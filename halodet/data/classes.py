@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from halodet.errors import DatasetError
@@ -11,6 +12,7 @@ from halodet.utils.io import write_json
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig
 
 CLASSES_FILE = "classes.json"
 
@@ -19,11 +21,20 @@ class ClassesError(DatasetError):
     """The class list does not fit the model."""
 
 
-def read_classes(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Return the classes of the model of ``cfg``; see :func:`find_classes`."""
+def count_classes(cfg: CfgNode | DictConfig) -> int:
+    """Return the number of classes of the instances that the model of a config, or of a LazyConfig, detects."""
+    if isinstance(cfg, DictConfig):
+        return cfg.model.get("roi_heads", cfg.model).get("num_classes", 0)
     is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    count = cfg.MODEL.RETINANET.NUM_CLASSES if is_retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    return find_classes(cfg.MODEL.WEIGHTS, count, next(iter(cfg.DATASETS.TEST), ""))
+    return cfg.MODEL.RETINANET.NUM_CLASSES if is_retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+
+
+def read_classes(cfg: CfgNode | DictConfig) -> list[dict[str, Any]]:
+    """Return the classes of the model of a config, or of a LazyConfig; see :func:`find_classes`."""
+    if isinstance(cfg, DictConfig):
+        name = cfg.dataloader.test.get("dataset", {}).get("names", "")
+        return find_classes(cfg.train.init_checkpoint, count_classes(cfg), name if isinstance(name, str) else "")
+    return find_classes(cfg.MODEL.WEIGHTS, count_classes(cfg), next(iter(cfg.DATASETS.TEST), ""))
 
 
 def find_classes(weights: str, count: int, dataset_name: str = "") -> list[dict[str, Any]]:
@@ -55,18 +66,25 @@ def write_classes(path: str | os.PathLike[str], classes: list[dict[str, Any]]) -
     write_json(path, [{"id": int(entry["id"]), "name": str(entry["name"])} for entry in classes])
 
 
-def check_classes(cfg: CfgNode) -> None:
-    """Check that the datasets of an evaluation have the classes, in the order, that the model was trained on."""
-    if not os.path.isfile(os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_FILE)):
+def check_classes(weights: str, count: int, dataset_names: Iterable[str]) -> None:
+    """Check that the datasets of an evaluation have the classes, in the order, that the model was trained on.
+
+    Args:
+        weights: path of the weights, beside which training wrote ``classes.json``; without that, nothing is checked.
+        count: number of classes of the model.
+        dataset_names: names of the datasets.
+
+    Raises:
+        ClassesError: a dataset has other classes, or ``classes.json`` does not fit the model.
+    """
+    if not os.path.isfile(os.path.join(os.path.dirname(weights), CLASSES_FILE)):
         return
-    trained = [entry["name"] for entry in read_classes(cfg)]
-    for name in cfg.DATASETS.TEST:
+    trained = [entry["name"] for entry in find_classes(weights, count)]
+    for name in dataset_names:
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None and list(classes) != trained:
             classes = list(classes)
-            raise ClassesError(
-                f"Dataset {name} has the classes {classes}, but {cfg.MODEL.WEIGHTS} was trained on {trained}."
-            )
+            raise ClassesError(f"Dataset {name} has the classes {classes}, but {weights} was trained on {trained}.")
 
 
 def save_classes(dataset_name: str, output_dir: str) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from halodet.config.lazy import flatten
 from halodet.data.build import check_records, wrap_dataset_errors
 from halodet.data.coco import ValidatedCoco, check_same_categories, register_cleaned, register_validated, validate_coco
 from halodet.errors import ConfigError, DatasetError
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
 
 logger = logging.getLogger(__name__)
 
@@ -80,22 +85,45 @@ def _check_registered(name: str) -> None:
     raise ConfigError(f"dataset {name!r} is not registered.{hint}")
 
 
-def register_user_data(
-    cfg: CfgNode, train_json: str | None, train_images: str | None, val_json: str | None, val_images: str | None
-) -> CfgNode:
-    """Validate a user's COCO json files, register their valid part, and adapt the config to it.
+@dataclass(frozen=True)
+class UserData:
+    """What a config must know of a user's COCO json files.
 
-    The files are not changed; the valid part is written to OUTPUT_DIR/data. Each issue is logged on one line.
+    Attributes:
+        json_file: the first of them.
+        names: dataset name of each split that was given, ``"train"`` and ``"val"``.
+        class_names: names of the classes.
+        keypoint_names: names of the keypoints; empty without keypoints.
+        has_rle: whether the training data has masks in run-length encoding.
+    """
+
+    json_file: Path
+    names: dict[str, str]
+    class_names: list[str]
+    keypoint_names: list[str]
+    has_rle: bool
+
+
+def validate_user_data(
+    output_dir: str,
+    train_json: str | None,
+    train_images: str | None,
+    val_json: str | None,
+    val_images: str | None,
+    *,
+    need_masks: bool = True,
+) -> UserData:
+    """Validate a user's COCO json files and register their valid part.
+
+    The files are not changed; the valid part is written to ``output_dir``/data. Each issue is logged on one line.
 
     Args:
-        cfg: config.
+        output_dir: output folder of the run.
         train_json: COCO json to train on; an evaluation needs none.
         train_images: folder that its file names are relative to.
         val_json: COCO json to evaluate on.
         val_images: folder that its file names are relative to.
-
-    Returns:
-        The config with DATASETS, the number of classes and INPUT.MASK_FORMAT set.
+        need_masks: skip annotations without a valid mask.
 
     Raises:
         ConfigError: a json is given without its images or the reverse.
@@ -107,59 +135,119 @@ def register_user_data(
             raise ConfigError(f"--{split}-json and --{split}-images must be given together.")
         if json_file:
             validated[split] = validate_coco(
-                json_file, images, need_masks=cfg.MODEL.MASK_ON, require_annotations=split == "train"
+                json_file, images, need_masks=need_masks, require_annotations=split == "train"
             )
             for line in validated[split].issue_lines():
                 logger.warning("%s", line)
     if len(validated) == 2:
         check_same_categories(validated["train"], validated["val"])
-    cfg = cfg.clone()
-    cfg.defrost()
-    for name, split, images in zip(USER_DATASETS, ("train", "val"), (train_images, val_images), strict=True):
+    names = {split: name for split, name in zip(("train", "val"), USER_DATASETS, strict=True) if split in validated}
+    for split, images in (("train", train_images), ("val", val_images)):
         if split in validated:
-            register_validated(name, validated[split], images, _cleaned_json(cfg, name))
-        setattr(cfg.DATASETS, "TRAIN" if split == "train" else "TEST", (name,) if split in validated else ())
+            register_validated(names[split], validated[split], images, _cleaned_json(output_dir, names[split]))
     if "val" not in validated:
         logger.warning("No --val-json given: the model will not be evaluated.")
     train = validated["train"].dataset["annotations"] if "train" in validated else ()
-    if any(isinstance(annotation.get("segmentation"), dict) for annotation in train):
+    has_rle = any(isinstance(annotation.get("segmentation"), dict) for annotation in train)
+    first = next(iter(validated.values()))
+    logger.info("%d classes: %s", len(first.class_names), ", ".join(first.class_names))
+    return UserData(first.json_file, names, first.class_names, first.keypoint_names, has_rle)
+
+
+def register_user_data(cfg: CfgNode, *files: str | None) -> CfgNode:
+    """Register a user's COCO json files with :func:`validate_user_data`, and adapt the config to them.
+
+    Args:
+        cfg: config.
+        files: ``train_json``, ``train_images``, ``val_json`` and ``val_images``.
+
+    Returns:
+        The config with DATASETS, the number of classes and INPUT.MASK_FORMAT set.
+
+    Raises:
+        ConfigError: a json is given without its images or the reverse.
+        DatasetError: a json cannot be used.
+    """
+    data = validate_user_data(cfg.OUTPUT_DIR, *files, need_masks=cfg.MODEL.MASK_ON)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (
+        (data.names[split],) if split in data.names else () for split in ("train", "val")
+    )
+    if data.has_rle:
         cfg.INPUT.MASK_FORMAT = "bitmask"  # accepts polygons too; Detectron2's default does not accept RLE
     if cfg.MODEL.KEYPOINT_ON:
-        _set_keypoints(cfg, next(iter(validated.values())))
-    classes = next(iter(validated.values())).class_names
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
-    logger.info("%d classes: %s", len(classes), ", ".join(classes))
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS if "val" in data.names else None
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = _count_keypoints(data, "TEST.KEYPOINT_OKS_SIGMAS", sigmas)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(data.class_names)
     cfg.freeze()
     return cfg
 
 
-def _set_keypoints(cfg: CfgNode, validated: ValidatedCoco) -> None:
-    count = len(validated.keypoint_names)
+def set_lazy_user_data(cfg: DictConfig, data: UserData) -> None:
+    """Adapt a LazyConfig in place to the result of :func:`validate_user_data`, as :func:`register_user_data` does.
+
+    Set are the ``names`` of ``dataloader.train`` and ``dataloader.test``, every ``num_classes`` of the model outside a
+    semantic head, ``num_keypoints`` and ``instance_mask_format``. Without validation data the evaluator is removed.
+    """
+
+    def update(root: str, name: str, value: Any) -> None:
+        for key, old in flatten(OmegaConf.select(cfg, root, default=OmegaConf.create())).items():
+            parts = key.split(".")
+            if name in parts and not old.startswith("${"):
+                OmegaConf.update(cfg, ".".join([root, *parts[: parts.index(name) + 1]]), value)
+
+    for split, root in (("train", "dataloader.train"), ("val", "dataloader.test")):
+        if split in data.names:
+            update(root, "names", data.names[split])
+    if "val" in data.names:
+        update("dataloader.evaluator", "dataset_name", data.names["val"])
+    else:
+        cfg.dataloader.pop("evaluator", None)
+    if data.has_rle:
+        update("dataloader.train", "instance_mask_format", "bitmask")
+    for head in ("roi_heads", "head"):
+        update(f"model.{head}", "num_classes", len(data.class_names))
+    if "num_classes" in cfg.model:  # RetinaNet
+        cfg.model.num_classes = len(data.class_names)
+    if OmegaConf.select(cfg, "model.roi_heads.keypoint_head") is not None:
+        key = "dataloader.evaluator.kpt_oks_sigmas"
+        sigmas = OmegaConf.select(cfg, key, default=()) if "val" in data.names else None
+        update("model.roi_heads", "num_keypoints", _count_keypoints(data, key, sigmas))
+
+
+def _count_keypoints(data: UserData, key: str, sigmas: Sequence[float] | None) -> int:
+    """Return the number of keypoints; check that an evaluation, if there is one, has the scale of each."""
+    count = len(data.keypoint_names)
     if not count:
         raise DatasetError(
-            f"{validated.json_file} has no keypoints: MODEL.KEYPOINT_ON=True expects 'keypoints', a list of names, in "
-            "its categories."
+            f"{data.json_file} has no keypoints: a keypoint head expects 'keypoints', a list of names, in its "
+            "categories."
         )
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = count
-    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    if cfg.DATASETS.TEST and len(sigmas or range(17)) != count:  # pycocotools has those of COCO's 17 keypoints
+    if sigmas is not None and len(sigmas or range(17)) != count:  # pycocotools has those of COCO's 17 keypoints
         raise ConfigError(
-            f"TEST.KEYPOINT_OKS_SIGMAS={list(sigmas)} is invalid: expected {count} numbers, one for each keypoint of "
-            f"{validated.json_file}."
+            f"{key}={list(sigmas)} is invalid: expected {count} numbers, one for each keypoint of {data.json_file}."
         )
+    return count
 
 
-def register_user_data_again(cfg: CfgNode, train_images: str | None, val_images: str | None) -> None:
-    """Register the files written by :func:`register_user_data` in another process."""
-    for name, images in zip(USER_DATASETS, (train_images, val_images), strict=True):
-        if name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) and name not in DatasetCatalog.list():
-            register_cleaned(name, images, _cleaned_json(cfg, name))
+def register_user_data_again(output_dir: str, names: Iterable[str], *images: str | None) -> None:
+    """Register the files written by :func:`validate_user_data` in another process.
+
+    Args:
+        output_dir: output folder of the run.
+        names: names of the datasets of the config.
+        images: ``train_images`` and ``val_images``.
+    """
+    for name, folder in zip(USER_DATASETS, images, strict=True):
+        if name in names and name not in DatasetCatalog.list():
+            register_cleaned(name, folder, _cleaned_json(output_dir, name))
 
 
-def user_data_files(cfg: CfgNode) -> list[Path]:
-    """Return the files that :func:`register_user_data` writes for this config."""
-    return [_cleaned_json(cfg, name) for name in USER_DATASETS if name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
+def user_data_files(output_dir: str, names: Iterable[str]) -> list[Path]:
+    """Return the files that :func:`validate_user_data` writes for the datasets among ``names``."""
+    return [_cleaned_json(output_dir, name) for name in USER_DATASETS if name in names]
 
 
-def _cleaned_json(cfg: CfgNode, name: str) -> Path:
-    return Path(cfg.OUTPUT_DIR) / "data" / f"{name}.json"
+def _cleaned_json(output_dir: str, name: str) -> Path:
+    return Path(output_dir) / "data" / f"{name}.json"

@@ -14,12 +14,20 @@ from halodet.config.lazy import flatten, load_lazy_config
 from halodet.config.projects import import_projects
 from halodet.config.validate import one_line
 from halodet.data.bad_images import SkipTrackingLoader
-from halodet.data.classes import save_classes
-from halodet.data.user_datasets import prepare_dataset
+from halodet.data.classes import check_classes, count_classes, save_classes
+from halodet.data.user_datasets import (
+    UserData,
+    prepare_dataset,
+    register_user_data_again,
+    set_lazy_user_data,
+    user_data_files,
+    validate_user_data,
+)
 from halodet.engine.bad_image_hook import BadImageHook
 from halodet.engine.checkpoint_hook import CheckpointHook
-from halodet.engine.distributed import broadcast_buffers, convert_sync_batchnorm, run_and_broadcast_errors
+from halodet.engine.distributed import broadcast_buffers, check_shared, convert_sync_batchnorm, run_and_broadcast_errors
 from halodet.engine.hooks import EMA, EvalHook, Throughput, unwrap_ddp
+from halodet.engine.main import user_files
 from halodet.engine.nan_guard import NanGuard
 from halodet.engine.performance import PRECISIONS
 from halodet.engine.preemption import PreemptionHook
@@ -56,16 +64,27 @@ def run_lazy_config(args: argparse.Namespace) -> dict[str, Any] | None:
         HalodetError: the config, data or weights cannot be used, or training cannot continue.
     """
     loaded: LoadedCheckpoint | None = None  # stays on rank 0
+    data: UserData | None = None
 
     def load() -> DictConfig:
         import_projects(args.imports)
         return load_lazy_config(args.config_file, args.opts, allow_unsafe=args.allow_unsafe_config)
 
+    def prepare_data() -> UserData | None:
+        check_writable(cfg.train.output_dir)
+        setup_logger(cfg.train.output_dir, name="halodet", configure_stdout=False)
+        if not any(files := user_files(args)):
+            return None
+        masks = "True" in _values(cfg.dataloader.get("train"), "use_instance_mask")
+        return validate_user_data(cfg.train.output_dir, *files, need_masks=masks)
+
     def prepare() -> dict[str, Any]:
         nonlocal loaded
-        loaded = _check(args, cfg)
+        loaded = _check(args, cfg, data)
         if args.eval_only:
-            return {"init_checkpoint": loaded.path if args.resume and loaded else cfg.train.init_checkpoint}
+            weights = loaded.path if args.resume and loaded else cfg.train.init_checkpoint
+            check_classes(weights, count_classes(cfg), _values(cfg.dataloader.get("test"), "names"))
+            return {"init_checkpoint": weights}
         seed = choose_seed(loaded.checkpoint if args.resume and loaded else None) if cfg.train.seed < 0 else None
         return {} if seed is None else {"seed": seed}
 
@@ -73,11 +92,18 @@ def run_lazy_config(args: argparse.Namespace) -> dict[str, Any] | None:
     configs: list[DictConfig] = []
     run_and_broadcast_errors(lambda: configs.append(load()))
     cfg = configs[0]
+    output_dir = cfg.train.output_dir
+    data = run_and_broadcast_errors(prepare_data, comm.is_main_process())[0]
+    if data:
+        names = list(data.names.values())
+        check_shared(user_data_files(output_dir, names))
+        register_user_data_again(output_dir, names, args.train_images, args.val_images)
+        set_lazy_user_data(cfg, data)
     cfg.train.update(run_and_broadcast_errors(prepare, comm.is_main_process())[0])
     if not comm.is_main_process():
         args.config_file = ""  # Detectron2 would open it to log it
-        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="halodet")
-    start_run(cfg, args, cfg.train.output_dir, cfg.train.seed)
+        setup_logger(output_dir, distributed_rank=comm.get_rank(), name="halodet")
+    start_run(cfg, args, output_dir, cfg.train.seed)
     if not args.eval_only:
         return do_train(args, cfg, loaded)
     model = _build_model(cfg)
@@ -102,7 +128,7 @@ def do_train(args: argparse.Namespace, cfg: DictConfig, loaded: LoadedCheckpoint
     optimizer = instantiate(cfg.optimizer)
     del cfg.optimizer.params.model  # the config can be saved again
     data_loader = instantiate(cfg.dataloader.train)
-    for name in _dataset_names(cfg.dataloader.train)[:1] if comm.is_main_process() else ():
+    for name in _values(cfg.dataloader.train, "names")[:1] if comm.is_main_process() else ():
         save_classes(name, train.output_dir)
     device_ids = {"device_ids": None} if train.device == "cpu" else {}
     model = create_ddp_model(model, **{**train.ddp, **device_ids})
@@ -202,11 +228,12 @@ def _build_model(cfg: DictConfig) -> nn.Module:
     return convert_sync_batchnorm(instantiate(cfg.model).to(cfg.train.device))
 
 
-def _check(args: argparse.Namespace, cfg: DictConfig) -> LoadedCheckpoint | None:
+def _check(args: argparse.Namespace, cfg: DictConfig, data: UserData | None) -> LoadedCheckpoint | None:
     """Check data, model and weights on rank 0, before anything long starts; return the checkpoint to start from."""
     train = cfg.train
-    check_writable(train.output_dir)
-    setup_logger(train.output_dir, name="halodet", configure_stdout=False)
+    needed = "val" if args.eval_only else "train"
+    if data and needed not in data.names:
+        raise ConfigError(f"--{needed}-json is missing. Fix: give it with --{needed}-images.")
     batch_size = OmegaConf.select(cfg, "dataloader.train.loader.total_batch_size", default=0)
     if not args.eval_only and batch_size % comm.get_world_size():
         raise ConfigError(
@@ -224,13 +251,14 @@ def _check(args: argparse.Namespace, cfg: DictConfig) -> LoadedCheckpoint | None
     spec = dataclasses.replace(spec, **known)
     options = {"eval_only": args.eval_only, "resume": args.resume, "allow_pickle": args.allow_pickle}
     loaded = find_weights(spec, train.init_checkpoint, train.output_dir, min_loaded=train.min_loaded, **options)
-    for split in ("test",) if args.eval_only else ("train", "test"):
-        for name in _dataset_names(cfg.dataloader.get(split)):
+    evaluated = ("test",) if "evaluator" in cfg.dataloader else ()
+    for split in evaluated if args.eval_only else ("train", *evaluated):
+        for name in _values(cfg.dataloader.get(split), "names"):
             prepare_dataset(name, read=split == "test")
     return loaded
 
 
-def _dataset_names(loader: Any) -> list[str]:
-    """Return the datasets in the config of a loader: the values of ``names``, as Detectron2's functions have it."""
-    items = flatten(loader).items() if isinstance(loader, DictConfig) else ()
-    return [value for key, value in items if "names" in key.split(".") and "${" not in value]
+def _values(cfg: Any, name: str) -> list[str]:
+    """Return all values of ``name`` within a config, as strings; Detectron2's loaders call datasets ``names``."""
+    items = flatten(cfg).items() if isinstance(cfg, DictConfig) else ()
+    return [value for key, value in items if name in key.split(".") and "${" not in value]

@@ -14,7 +14,7 @@ from typing import Any
 from halodet.checkpoint import LoadedCheckpoint, load_weights
 from halodet.config.load import find_config, load_config
 from halodet.config.projects import AddConfig, add_project_arguments, import_projects
-from halodet.data.classes import check_classes, save_classes
+from halodet.data.classes import check_classes, count_classes, save_classes
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
 from halodet.engine.distributed import (
     check_shared,
@@ -58,7 +58,17 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         help="time limit of the rendezvous and of each collective operation (default: %(default)g)",
     )
     add_project_arguments(parser)
+    data = parser.add_argument_group("COCO-format data of your own, instead of the config's datasets")
+    data.add_argument("--train-json", metavar="FILE", help="COCO json to train on; its classes become the model's")
+    data.add_argument("--train-images", metavar="DIR", help="folder of the images of --train-json")
+    data.add_argument("--val-json", metavar="FILE", help="COCO json to evaluate on")
+    data.add_argument("--val-images", metavar="DIR", help="folder of the images of --val-json")
     return parser
+
+
+def user_files(args: argparse.Namespace) -> tuple[str | None, ...]:
+    """Return the arguments of :func:`argument_parser` for a user's own data, for ``validate_user_data``."""
+    return args.train_json, args.train_images, args.val_json, args.val_images
 
 
 @record
@@ -182,8 +192,8 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of {world_size} ranks."
         )
-    if args.train_json or args.val_json or args.train_images or args.val_images:
-        cfg = register_user_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
+    if any(files := user_files(args)):
+        cfg = register_user_data(cfg, *files)
     options = {"eval_only": args.eval_only, "resume": args.resume, "allow_pickle": args.allow_pickle}
     loaded = check_weights(cfg, build_meta_model(cfg), **options)
     prepare_datasets(cfg, train=not args.eval_only)
@@ -191,7 +201,7 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
     if args.eval_only:
         if args.resume and os.path.samefile(os.path.dirname(loaded.path), cfg.OUTPUT_DIR):
             cfg.MODEL.WEIGHTS = loaded.path
-        check_classes(cfg)
+        check_classes(cfg.MODEL.WEIGHTS, count_classes(cfg), cfg.DATASETS.TEST)
     elif cfg.SEED < 0:
         cfg.SEED = choose_seed(loaded.checkpoint if args.resume and loaded else None)
     cfg.freeze()
@@ -202,8 +212,9 @@ def train_or_evaluate(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedChec
     """Train or evaluate in this rank; ``loaded`` is the checkpoint that :func:`setup` read, on rank 0."""
     if comm.get_world_size() > 1:
         tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-        check_shared([*user_data_files(cfg), *([tag] if args.resume else [])])
-        register_user_data_again(cfg, args.train_images, args.val_images)
+        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        check_shared([*user_data_files(cfg.OUTPUT_DIR, names), *([tag] if args.resume else [])])
+        register_user_data_again(cfg.OUTPUT_DIR, names, args.train_images, args.val_images)
         run_and_broadcast_errors(partial(check_machine, cfg, args), not comm.is_main_process())
     start_run(cfg, args, cfg.OUTPUT_DIR, cfg.SEED)
     if args.eval_only:

@@ -6,7 +6,7 @@ from typing import Any
 
 from halodet.checkpoint import load_weights, read_weights
 from halodet.config.validate import one_line
-from halodet.data.classes import find_classes, read_classes
+from halodet.data.classes import read_classes
 from halodet.data.transforms import ResizeShortestEdge
 from halodet.errors import CheckpointError, ConfigError
 
@@ -53,7 +53,7 @@ class Predictor(DefaultPredictor):
                 f"{key.rstrip('= ')} is empty: expected trained weights. Fix: add {key}output/model_final.pth."
             )
         self.cfg = cfg.copy() if lazy else cfg.clone()
-        self.classes: list[dict[str, Any]] = _lazy_classes(cfg) if lazy else read_classes(cfg)
+        self.classes: list[dict[str, Any]] = read_classes(cfg)
         dataset = "" if lazy else next(iter(cfg.DATASETS.TEST), "")
         if dataset:
             self.metadata = MetadataCatalog.get(dataset)  # as DefaultPredictor has it
@@ -98,12 +98,6 @@ def _resize(cfg: CfgNode) -> T.Augmentation:
 
 def _lazy_augmentations(cfg: DictConfig) -> T.Augmentation:
     return T.AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
-
-
-def _lazy_classes(cfg: DictConfig) -> list[dict[str, Any]]:
-    heads = cfg.model.get("roi_heads", cfg.model)
-    dataset = cfg.dataloader.test.get("dataset", {}).get("names", "")
-    return find_classes(cfg.train.init_checkpoint, heads.num_classes, dataset if isinstance(dataset, str) else "")
 
 
 def to_coco(instances: Instances, image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:

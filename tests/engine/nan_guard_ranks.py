@@ -32,4 +32,3 @@ def train(folder, keys, bad_batches):
         error = str(caught)
     weights = sum(float(p.detach().double().abs().sum()) for p in trainer.model.parameters())
     return {"error": error, "steps": steps, "finite": all_finite(trainer), "weights": weights}
-

@@ -1,6 +1,7 @@
 """tools/lazyconfig_train_net.py: training, exact resume, evaluation, EMA and the demo on its output folder."""
 
 import json
+from pathlib import Path
 
 from halodet.config.lazy import load_lazy_config
 from halodet.engine.nan_guard import NonFiniteError
@@ -147,6 +148,37 @@ def test_the_predictor_equals_the_model_in_evaluation(config, trained):
     assert len(found) and torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
+def test_a_users_json_sets_datasets_classes_and_mask_format(run, scenes, tmp_path, capfd):
+    other = ("model.roi_heads.num_classes=80", "dataloader.train.loader.mapper.instance_mask_format=polygon")
+    short = ("train.max_iter=2", "train.checkpointer.period=5")
+    assert run(tmp_path, *scenes, *other, *short) == 0
+    weights = tmp_path / "model_final.pth"
+    assert len(torch.load(weights, weights_only=False)["model"]["roi_heads.box_predictor.cls_score.weight"]) == 7
+    assert "bbox/AP" in {key for line in read_metrics(tmp_path) for key in line}
+    assert [entry["name"] for entry in json.loads((tmp_path / "classes.json").read_text())][:2] == ["circle", "square"]
+    train, val = scenes[:2], scenes[2:]
+    start = f"train.init_checkpoint={weights}"
+    assert run(tmp_path / "again", "--eval-only", *val, start, *other) == 0
+    results = [tmp_path / folder / "inference/coco_instances_results.json" for folder in ("", "again")]
+    assert results[0].read_text() == results[1].read_text() != "[]"
+    capfd.readouterr()
+    for flags, key in (((*train, "--eval-only", start), "--val-json"), (val, "--train-json"), (train[:1], "--train")):
+        assert run(tmp_path / "mistake", *flags) == 2
+        assert key in "".join(capfd.readouterr())
+    assert run(tmp_path / "train alone", *train, *short) == 0
+    assert not (tmp_path / "train alone" / "inference").exists()
+
+
+def test_classes_in_another_order_are_a_mistake(run, scenes, trained, tmp_path, capfd):
+    file, folder = (flag.partition("=")[2] for flag in scenes[2:])
+    data = json.loads(Path(file).read_text())
+    data["categories"][0]["name"], data["categories"][1]["name"] = "square", "circle"
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    flags = [f"--val-json={tmp_path / 'other.json'}", f"--val-images={folder}"]
+    assert run(tmp_path, "--eval-only", *flags, f"train.init_checkpoint={trained / 'model_final.pth'}") == 2
+    assert "circle" in "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
@@ -172,9 +204,9 @@ def test_a_non_finite_loss_stops_with_code_70(run, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_ranks_train_and_a_batch_that_they_cannot_share_is_a_mistake(config, tmp_path):
+def test_two_ranks_train_and_a_batch_that_they_cannot_share_is_a_mistake(config, scenes, tmp_path):
     register_tiny_shapes()
-    arguments = [f"--config-file={config}", "train.max_iter=2", f"train.output_dir={tmp_path}"]
+    arguments = [f"--config-file={config}", *scenes, "train.max_iter=2", f"train.output_dir={tmp_path}"]
     codes, text = run_ranks(two_ranks.train_lazy, *arguments, printed=tmp_path / "printed.txt")
     assert codes == [0, 0], text
     assert json.loads((tmp_path / "run.json").read_text())[0]["processes"] == 2

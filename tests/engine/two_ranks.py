@@ -36,9 +36,6 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import train_net  # noqa: E402
-
 SMALL = ["MODEL.HALONET.BASE_WIDTH", "16", "MODEL.DEVICE", "cpu"]
 # All anchors and proposals contribute, none by chance, and each image has as many: losses are then divided by the same
 # number in each process, and the mean of the processes' gradients must be the gradient of all images together.
@@ -182,8 +179,8 @@ def measure(folder, timm):
 
 
 def train(*arguments):
-    """Run tools/train_net.py; returns its exit code."""
-    return train_net.main(list(arguments))
+    """Train as tools/train_net.py does; returns its exit code."""
+    return main.main(main.argument_parser("").parse_args(list(arguments)))
 
 
 def train_killed(iteration, *arguments):
@@ -202,7 +199,7 @@ def train_killed(iteration, *arguments):
 
 def train_spawned(*arguments):
     """Train with two processes as ``--num-gpus 2`` starts them, but on the CPU."""
-    args = train_net.parse(list(arguments))
+    args = main.argument_parser("").parse_args(list(arguments))
     args.num_gpus, args.dist_url = 2, "auto"
     return main.launch_ranks(args, timedelta(minutes=5), main.run_config)
 
