@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import signal
+import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +33,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 MAX_REPLACEMENTS = 100
 SAME_GROUP_REPLACEMENTS = 5  # of these, the first ones, which are drawn from the same aspect ratio group
-_GRACE_PERIOD = 600  # seconds for which a worker survives SIGTERM
 
 
 class ResumableTrainLoader:
@@ -188,11 +189,23 @@ class _SeededDataset(Dataset):
 def ignore_stop_signals(worker_id: int) -> None:
     """Keep a DataLoader worker running when a stop signal reaches all processes of a run; a ``worker_init_fn``.
 
-    The workers are needed until a final evaluation is done. They exit by themselves when their parent process ends.
+    The workers are needed until a final evaluation is done. They exit when their parent process sends SIGTERM, as
+    multiprocessing does at its exit, or has ended.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_PERIOD))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends them
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
+
+
+def _exit_on_sigterm_of_parent() -> None:
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextlib.contextmanager

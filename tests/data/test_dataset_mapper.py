@@ -1,9 +1,13 @@
 """Training and evaluation skip bad images and annotations and report them."""
 
 import functools
+import json
 import os
 import re
-import signal
+import subprocess
+import sys
+import textwrap
+import traceback
 from pathlib import Path
 
 from halodet.config.load import load_config
@@ -232,6 +236,7 @@ def test_wrong_image_folder_is_an_error_at_once(registered, tmp_path, workers):
     with pytest.raises(TooManyBadImages) as error:
         next(iter(loader))
     assert str(error.value).startswith("4 images") and "\n" not in str(error.value)
+    traceback.clear_frames(error.tb)  # they hold the workers, for which a garbage collection would wait
 
 
 def test_evaluation_gets_a_marked_blank_image(registered, tmp_path, good):
@@ -247,8 +252,28 @@ def test_worker_survives_sigterm(registered, good):
     name = registered([good] * 40)
     batches = iter(build_test_loader(config("DATALOADER.NUM_WORKERS", 1), name))
     next(batches)
-    os.kill(batches._workers[0].pid, signal.SIGTERM)
+    subprocess.run(["kill", "-TERM", str(batches._workers[0].pid)], check=True)  # by another process
     assert len(list(batches)) == 39
+
+
+@pytest.mark.distributed
+def test_a_process_that_fails_while_workers_run_ends_at_once(good):
+    """Regression: the workers ignored the SIGTERM of their parent's exit, which waited for them for ten minutes."""
+    code = f"""
+        import json
+        from halodet.config import load_config
+        from halodet.data.build import build_test_loader, build_train_loader
+        from detectron2.data import DatasetCatalog
+
+        DatasetCatalog.register("photos", lambda: [json.loads({json.dumps(good)!r})] * 40)
+        cfg = load_config("mask_rcnn_halo_h0", ["DATASETS.TRAIN", "('photos',)", "DATALOADER.NUM_WORKERS", "2"])
+        running = [iter(build_train_loader(cfg)), iter(build_test_loader(cfg, "photos"))]
+        print([len(next(batches)) for batches in running])
+        raise RuntimeError("a mistake of the user")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "[16, 1]\n", done.stderr
+    assert done.returncode == 1 and "a mistake of the user" in done.stderr
 
 
 @pytest.mark.skipif(
