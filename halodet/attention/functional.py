@@ -9,6 +9,7 @@ from halodet.attention.layout import BlockLayout
 from halodet.attention.reference import halo_attention_reference
 from halodet.attention.triton_ops import halo_attention_triton, triton_unavailable_reason, unsupported_reason
 from halodet.attention.unfold import halo_attention_unfold
+from halodet.utils.exporting import is_exporting
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def halo_attention(
 
 
 def _select_backend(q: Tensor, v: Tensor, layout: BlockLayout) -> str:
-    if torch.jit.is_tracing() or _exporting():
+    if torch.jit.is_tracing() or is_exporting():
         return "unfold"
     if q.device.type == "cuda":
         reason = triton_unavailable_reason(q.device) or unsupported_reason(q, v, layout)
@@ -114,12 +115,6 @@ def _select_backend(q: Tensor, v: Tensor, layout: BlockLayout) -> str:
             return "triton"
         _warn_once(f"{reason}; falling back to a slower halo attention backend")
     return "unfold" if torch.compiler.is_compiling() else "blocked"
-
-
-# A constant, because some versions of PyTorch return True in all code that they trace.
-@torch.compiler.assume_constant_result
-def _exporting() -> bool:
-    return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 _warned = False

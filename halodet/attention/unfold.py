@@ -4,6 +4,7 @@ All accesses are by index, so one exported graph works for maps of any height an
 """
 
 from halodet.attention.layout import BlockLayout
+from halodet.utils.exporting import is_exporting
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ def halo_attention_unfold(
 ) -> Tensor:
     """Compute halo attention with all windows in memory; tensors as in :func:`halodet.attention.halo_attention`."""
     halo = [layout.top, layout.bottom, layout.left, layout.right]
+    least = 2 if is_exporting() and extra_k is None and isinstance(layout.block, int) else 1
     return attend_windows(
         q, k, v, rel_h, rel_w, extra_k, extra_v, layout.height, layout.width, layout.block, halo, layout.stride,
-        layout.mask, layout.scale,
+        layout.mask, layout.scale, least,
     )  # fmt: skip
 
 
@@ -42,15 +44,23 @@ def attend_windows(
     stride: int,
     mask: bool,
     scale: float,
+    least: int = 1,
 ) -> Tensor:
-    """Compute :func:`halo_attention_unfold` from the fields of its layout; TorchScript can compile this function."""
+    """Compute :func:`halo_attention_unfold` from the fields of its layout; TorchScript can compile this function.
+
+    ``least`` is the minimum number of block rows and columns. With 2, the last block of a map with one is repeated:
+    torch.export would bind the graph to one block, or to several.
+    """
     device, (top, bottom, left, right) = q.device, halo
     rows, columns = (height - 1) // block + 1, (width - 1) // block + 1
+    if not torch.jit.is_scripting():
+        if least > 1:
+            rows, columns = torch.sym_max(rows, least), torch.sym_max(columns, least)
     query_height, query_width = (height - 1) // stride + 1, (width - 1) // stride + 1
     side, window_height, window_width = block // stride, top + block + bottom, left + block + right
     # Map coordinates of each block's queries (blocks, queries) and window keys (blocks, window), per direction.
-    query_y, key_y = _positions(rows, block, side, top, window_height, device)
-    query_x, key_x = _positions(columns, block, side, left, window_width, device)
+    query_y, key_y = _positions(rows, height, block, side, top, window_height, device)
+    query_x, key_x = _positions(columns, width, block, side, left, window_width, device)
     inside_y, inside_x = (key_y >= 0) & (key_y < height), (key_x >= 0) & (key_x < width)
 
     # Coordinates outside the map read its edge; those queries are cropped at the end, keys and values zeroed or masked.
@@ -80,21 +90,39 @@ def attend_windows(
         values = torch.cat((values, extra_v), -2)
     out = torch.matmul(scores.softmax(-1).to(values.dtype), values)
 
-    # Gather the queries of the map and drop the padding of the last block. A slice would bind an exported graph to
-    # maps that the block size does (or does not) divide; indexing by quotient and remainder is miscompiled by some
-    # versions of torch.compile (12 × 18 in blocks of 12).
     # Not unflatten, which ONNX has from opset 13 on.
-    batch, heads = q.shape[0], q.shape[1]
-    out = out.reshape(batch, heads, rows, columns, side, side, v.shape[2]).transpose(3, 4).flatten(4, 5).flatten(2, 3)
-    y, x = torch.arange(query_height, device=device).unsqueeze(1), torch.arange(query_width, device=device)
+    out = out.reshape(q.shape[0], q.shape[1], rows, columns, side, side, v.shape[2])
+    if not torch.jit.is_scripting():
+        if least > 1:
+            return _crop_exported(out, query_height, query_width)
+    return _crop(out, query_height, query_width)
+
+
+def _crop(out: Tensor, height: int, width: int) -> Tensor:
+    """Order blocks (B, heads, rows, columns, h, w, d) as a map (B, heads, d, height, width) without their padding.
+
+    A slice would bind an exported graph to maps that the block size does (or does not) divide; indexing by quotient and
+    remainder is miscompiled by some versions of torch.compile (12 × 18 in blocks of 12).
+    """
+    out = out.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    y, x = torch.arange(height, device=out.device).unsqueeze(1), torch.arange(width, device=out.device)
     return out[:, :, y, x].permute(0, 1, 4, 2, 3)
 
 
+def _crop_exported(out: Tensor, height: int, width: int) -> Tensor:
+    """Crop as :func:`_crop` without tensors whose layout tells a map of one pixel from a larger one."""
+    depth = out.shape[6]
+    out = out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+    y, x = (torch.ones(depth, size, dtype=torch.int64, device=out.device).cumsum(1) - 1 for size in (height, width))
+    channel = torch.arange(depth, device=out.device).unsqueeze(1).unsqueeze(1)
+    return out[:, :, channel, y.unsqueeze(2), x.unsqueeze(1)]
+
+
 def _positions(
-    count: int, block: int, queries: int, before: int, window: int, device: torch.device
+    count: int, size: int, block: int, queries: int, before: int, window: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the coordinates of the queries (count, queries) and keys (count, window) of blocks in one direction."""
-    blocks = torch.arange(count, device=device).unsqueeze(1)
+    blocks = torch.arange(count, device=device).clamp(max=(size - 1) // block).unsqueeze(1)
     keys = blocks * block - before + torch.arange(window, device=device)
     return blocks * queries + torch.arange(queries, device=device), keys
 

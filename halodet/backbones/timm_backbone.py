@@ -9,8 +9,8 @@ from typing import Any
 
 from halodet.mixers import BoTNetMixer, HaloMixer, Mixer
 from halodet.models.act_checkpoint import check_stages, run_blocks
+from halodet.utils.exporting import channels_last
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
@@ -120,7 +120,7 @@ class TimmBackbone(Backbone):
         if x.dim() != 4:
             raise ValueError(f"TimmBackbone expects images (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
         if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)  # see HaloNet.forward
+            x = channels_last(x)  # see HaloNet.forward
         x = self.stem(x)
         maps = {}
         for name, stage in zip(STAGES, self.stages, strict=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from halodet.attention import halo_attention
 from halodet.mixers.halo import RelativePosition, average_2x2, check_backend, check_heads
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
+from halodet.utils.exporting import channels_last, is_exporting
 
 import torch
 import torch.nn.functional as F
@@ -100,10 +101,15 @@ class BoTNetMixer(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         height, width = x.shape[-2:]
         weights = self.qkv.weight.split((self.qk_channels, self.qk_channels, self.out_channels))
         q, k, v = (F.conv2d(x, w).view(x.shape[0], self.num_heads, -1, height, width) for w in weights)
+        if not self.window and (torch.jit.is_tracing() or is_exporting()):
+            sizes = ((self.pos_embed.height_rel, height), (self.pos_embed.width_rel, width))
+            tables = (interpolate_rel_pos(table, size, size, self.position) for table, size in sizes)
+            out = _attend_whole_map(q, k, v, *tables).flatten(1, 2)
+            return average_2x2(out) if self.stride == 2 else out
         # A block as large as the map and without a halo makes blocked attention global.
         block = self.window or max(height, width)
         if x.is_cuda and not self.window:
@@ -122,6 +128,24 @@ class BoTNetMixer(Mixer):
         return f"heads={self.num_heads}, window={window}, position={self.position!r}, stride={self.stride}"
 
 
+def _attend_whole_map(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """Compute global attention without blocks, whose size would bind a traced or exported graph to a map size.
+
+    Tensors as in :func:`halodet.attention.halo_attention`, for windows as large as the map.
+    """
+    (height, width), queries = q.shape[-2:], q.permute(0, 1, 3, 4, 2)
+    y, x = torch.arange(height, device=q.device), torch.arange(width, device=q.device)
+    rel_h, rel_w = rel_h.to(q.dtype)[y - y.unsqueeze(1) + height - 1], rel_w.to(q.dtype)[x - x.unsqueeze(1) + width - 1]
+    along_h, along_w = (
+        torch.einsum("bnijd,ikd->bnijk", queries, rel_h),
+        torch.einsum("bnijd,jkd->bnijk", queries, rel_w),
+    )
+    position = (along_h.unsqueeze(-1) + along_w.unsqueeze(-2)).flatten(-2).flatten(2, 3)
+    scores = torch.matmul(queries.flatten(2, 3) * q.shape[2] ** -0.5, k.flatten(3)) + position
+    out = torch.matmul(v.flatten(3), scores.softmax(-1).to(v.dtype).transpose(-1, -2))
+    return out.reshape(*v.shape[:3], height, width)
+
+
 def interpolate_rel_pos(table: Tensor, size: int, block: int, position: str) -> Tensor:
     """Read a relative position table for a feature map of another size.
 
@@ -135,13 +159,13 @@ def interpolate_rel_pos(table: Tensor, size: int, block: int, position: str) -> 
         Tensor (2 * block - 1, d) with a row for each offset from -(block - 1) to block - 1.
     """
     last = (table.shape[0] - 1) // 2
-    if size == block == last + 1:
-        return table
+    if not (torch.jit.is_tracing() or is_exporting()) and size == block == last + 1:
+        return table  # a graph would be bound to this size
     # half precision cannot hold row indices exactly
     dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
     offsets = torch.arange(1 - block, block, device=table.device, dtype=dtype)
-    if position == "interpolate" and size > 1:
-        offsets = offsets * (last / (size - 1))
+    if position == "interpolate":
+        offsets = torch.nan_to_num(offsets * last / (size - 1))  # 0 / 0 on a map of one pixel
     rows = (offsets + last).clamp(0, 2 * last)
     lower = rows.floor()
     fraction = (rows - lower).to(table.dtype)[:, None]

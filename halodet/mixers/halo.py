@@ -7,6 +7,7 @@ from halodet.attention import BACKENDS, BORDERS, halo_attention
 from halodet.attention.unfold import attend_windows
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.mixers.rel_pos import infer_block_and_halo, resize_table
+from halodet.utils.exporting import channels_last
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +139,7 @@ class HaloMixer(Mixer):
         """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
         # Attention and 1x1 convolutions both prefer channels last. Keys and values are projected separately because
         # splitting one map would copy their gradients into one again.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         weights = self.kv.weight.view(self.num_heads, self.depth + self.value_depth, -1, 1, 1)
         k_weight, v_weight = weights.split([self.depth, self.value_depth], dim=1)
         q = self._split_heads(self.q(x), self.depth)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from halodet.mixers import MIXERS, MixerSpec, build_mixer
 from halodet.models.act_checkpoint import Stage, check_stages
 from halodet.models.variants import HaloNetVariant, get_variant
+from halodet.utils.exporting import channels_last
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,7 @@ def prepare_images(x: Tensor) -> Tensor:
     """
     if x.dim() != 4:
         raise ValueError(f"HaloNet expects images (B, C, H, W), got a tensor of shape {list(x.shape)}")
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    return channels_last(x) if x.device.type == "cpu" else x
 
 
 class HaloNet(nn.Module):

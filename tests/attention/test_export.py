@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-SIZES = [(13, 22), (6, 31), (40, 16)]  # exported with the first; the block size divides the last
+SIZES = [(13, 22), (6, 31), (40, 16), (3, 4), (4, 9)]  # the block size divides the third; the fourth is one block
 LAYERS = {
     "mask": {"border": "mask"},
     "zero, stride 2": {"border": "zero", "stride": 2},
@@ -34,9 +34,9 @@ needs_auto = pytest.mark.skipif(
 
 
 @functools.cache
-def exported(case):
+def exported(case, size=SIZES[0]):
     sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    return torch.export.export(layer(case), (image(*SIZES[0]),), dynamic_shapes=(sizes,))
+    return torch.export.export(layer(case), (image(*size),), dynamic_shapes=(sizes,))
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +45,11 @@ def fresh_compiler():
 
 
 @needs_auto
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[3]], ids=["several blocks", "one block"])
 @pytest.mark.parametrize("case", LAYERS)
-def test_exported_program_takes_any_size(case):
-    mixer, program = layer(case), exported(case).module()
+def test_exported_program_takes_any_size(case, size):
+    """Regression: a program exported with one block took no map of several, and the reverse."""
+    mixer, program = layer(case), exported(case, size).module()
     for size in SIZES:
         torch.testing.assert_close(program(image(*size)), mixer(image(*size)), rtol=1e-5, atol=1e-5)
 
