@@ -108,7 +108,7 @@ class BoTNetMixer(Mixer):
         if not self.window and (torch.jit.is_tracing() or is_exporting()):
             sizes = ((self.pos_embed.height_rel, height), (self.pos_embed.width_rel, width))
             tables = (interpolate_rel_pos(table, size, size, self.position) for table, size in sizes)
-            out = _attend_whole_map(q, k, v, *tables).flatten(1, 2)
+            out = _attend_whole_map(q, k, v, *tables, self.depth**-0.5).flatten(1, 2)
             return average_2x2(out) if self.stride == 2 else out
         # A block as large as the map and without a halo makes blocked attention global.
         block = self.window or max(height, width)
@@ -128,7 +128,7 @@ class BoTNetMixer(Mixer):
         return f"heads={self.num_heads}, window={window}, position={self.position!r}, stride={self.stride}"
 
 
-def _attend_whole_map(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+def _attend_whole_map(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float) -> Tensor:
     """Compute global attention without blocks, whose size would bind a traced or exported graph to a map size.
 
     Tensors as in :func:`halodet.attention.halo_attention`, for windows as large as the map.
@@ -141,7 +141,7 @@ def _attend_whole_map(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Ten
         torch.einsum("bnijd,jkd->bnijk", queries, rel_w),
     )
     position = (along_h.unsqueeze(-1) + along_w.unsqueeze(-2)).flatten(-2).flatten(2, 3)
-    scores = torch.matmul(queries.flatten(2, 3) * q.shape[2] ** -0.5, k.flatten(3)) + position
+    scores = torch.matmul(queries.flatten(2, 3) * scale, k.flatten(3)) + position
     out = torch.matmul(v.flatten(3), scores.softmax(-1).to(v.dtype).transpose(-1, -2))
     return out.reshape(*v.shape[:3], height, width)
 

@@ -62,6 +62,23 @@ def test_other_sizes_equal_the_definition(position, size):
         torch.testing.assert_close(mixer(x), reference(mixer, x, size), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", ["traced", "exported"])
+@pytest.mark.parametrize("traced_at", [(4, 4), (6, 3)], ids=["table size", "another size"])
+def test_one_graph_takes_any_size(form, traced_at):
+    """Regression: a graph traced on a square map attended within windows of a wider one."""
+    mixer = BoTNetMixer(6, 8, table_size=(4, 4), num_heads=2, qk_channels=4, stride=2).double().eval()
+    example = torch.randn(1, 6, *traced_at, dtype=torch.float64)
+    if form == "traced":
+        graph = torch.jit.trace(mixer, example, check_trace=False)
+    else:
+        sizes = ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+        graph = torch.export.export(mixer, (example,), dynamic_shapes=sizes).module()
+    with torch.no_grad():
+        for size in [(4, 4), (5, 9), (3, 8), *([(1, 1)] if form == "traced" else [])]:
+            x = torch.randn(1, 6, *size, dtype=torch.float64)
+            torch.testing.assert_close(graph(x), mixer(x), rtol=1e-10, atol=1e-10)
+
+
 def test_windows_equal_separate_maps():
     whole = BoTNetMixer(16, 16, table_size=(4, 4), num_heads=2).double()
     windowed = BoTNetMixer(16, 16, table_size=(4, 4), num_heads=2, window=4).double()
