@@ -1,7 +1,10 @@
 """Whole detectors: a training step and inference on a batch of images of different sizes."""
 
+from typing import Dict, List, Tuple  # noqa: UP035  (what TorchScript takes)
+
 import pytest
 import torch
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -9,7 +12,7 @@ from helpers import cached_config
 
 SMALL = [
     "MODEL.HALONET.DEPTHS", "(1, 1, 1, 2)", "MODEL.HALONET.BASE_WIDTH", "16", "MODEL.HALONET.NORM", "GN",
-    "MODEL.FPN.NORM", "",
+    "MODEL.FPN.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "",
     "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
     "INPUT.MASK_FORMAT", "bitmask",
 ]  # fmt: skip
@@ -53,20 +56,55 @@ def test_training_step_gives_gradients_everywhere(name, border):
         )
 
 
-@pytest.mark.parametrize("name", CONFIGS[:4])
-def test_inference_returns_the_size_of_each_image(name):
+def trained(name):
+    """A detector whose branches are not zero, so that its boxes differ from their anchors."""
     torch.manual_seed(0)
-    model = build_model(
-        cached_config(
-            name, *SMALL, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"
-        )
-    )
-    # nonzero branches, so that boxes differ from their anchors
+    keys = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
+    model = build_model(cached_config(name, *SMALL, *keys))
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.data.fill_(0.5)
-    model.eval()
-    inputs = batch()
+    return model.eval()
+
+
+class Scriptable(torch.nn.Module):
+    """What Detectron2's tools/deploy/export_model.py scripts: instances as dicts."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tuple[Dict[str, torch.Tensor]]) -> List[Dict[str, torch.Tensor]]:  # noqa: UP006
+        instances = self.model.inference(inputs, do_postprocess=False)
+        return [i.get_fields() for i in instances]
+
+
+@pytest.mark.parametrize("form", ["traced", "scripted"])
+def test_exported_detectors_give_the_same_detections(form):
+    model, names = trained("mask_rcnn_halo_h4"), ["pred_boxes", "pred_classes", "pred_masks", "scores"]
+    image, other = (sample["image"] for sample in batch())
+    if form == "traced":
+        infer = lambda model, inputs: [{"instances": model.inference(inputs, do_postprocess=False)[0]}]  # noqa: E731
+        adapter = TracingAdapter(model, [{"image": image}], infer)
+        graph = torch.jit.trace(adapter.eval(), (image,), check_trace=False)
+        run = lambda x: dict(zip(names, graph(x), strict=False))  # noqa: E731
+    else:
+        types = {name: torch.Tensor for name in ("objectness_logits", *names[1:])}
+        boxes = {"proposal_boxes": Boxes, "pred_boxes": Boxes}
+        graph = scripting_with_instances(Scriptable(model).eval(), {**types, **boxes})
+        run = lambda x: graph(({"image": x},))[0]  # noqa: E731
+    for x in (image, other):
+        with torch.no_grad():
+            expected, found = model.inference([{"image": x}], do_postprocess=False)[0].get_fields(), run(x)
+        assert len(expected["scores"]) > 5 and (expected["pred_boxes"].area() > 1).all(), "degenerate detections"
+        for name in names:
+            one, two = (getattr(fields[name], "tensor", fields[name]) for fields in (expected, found))
+            torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS[:4])
+def test_inference_returns_the_size_of_each_image(name):
+    model, inputs = trained(name), batch()
     with torch.no_grad():
         results = [output["instances"] for output in model(inputs)]
     for given, found in zip(inputs, results, strict=True):

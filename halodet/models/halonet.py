@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from halodet.mixers import MIXERS, MixerSpec, build_mixer
 from halodet.models.act_checkpoint import Stage, check_stages
@@ -191,7 +191,7 @@ class HaloNet(nn.Module):
         res3: Stage
         res4: Stage
         res5: Stage
-    returns_logits: Final[bool]  # a constant for TorchScript, which then leaves out a head that does not exist
+    __constants__ = ("returns_logits",)  # with which TorchScript leaves out a head that does not exist
 
     def __init__(
         self,
