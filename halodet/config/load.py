@@ -63,7 +63,8 @@ def load_config(
         config_file: path of a YAML file, or its name inside halodet's own configs (``mask_rcnn_halo_h4.yaml``).
         opts: KEY VALUE pairs that override the file.
         train: whether to validate the keys that only training uses.
-        add_configs: functions of other projects that add their keys and defaults to the config.
+        add_configs: functions of other projects that add their keys and defaults to the config. With them, values of
+            Detectron2's keys that only such a project knows, as a sampler of its own, are allowed.
         allow_unsafe: allow Python tags in the file, which may run code.
 
     Raises:
@@ -105,7 +106,7 @@ def load_config(
         except (ImportError, ValueError) as error:
             name = cfg.MODEL.HALODET_TIMM.NAME
             raise ConfigError(f"MODEL.HALODET_TIMM.NAME={name} is invalid: {one_line(error)}") from error
-    validate(cfg, train=train)
+    validate(cfg, train=train, extended=bool(add_configs))
     cfg.freeze()
     return cfg
 

@@ -42,6 +42,12 @@ _INTERVALS = {
     "[0, 1)": ("MODEL.EMA.DECAY",),
 }  # fmt: skip
 _CHOICES = {
+    "SOLVER.AMP.PRECISION": ("bf16", "fp16"),
+    "SOLVER.NON_FINITE_POLICY": ("stop", "skip"),
+    "SOLVER.OPTIMIZER_NAME": OPTIMIZERS,
+}
+# Keys of Detectron2, for which a project may have further values.
+_DETECTRON2_CHOICES = {
     "DATALOADER.SAMPLER_TRAIN": (
         "TrainingSampler", "RepeatFactorTrainingSampler", "WeightedTrainingSampler", "WeightedCategoryTrainingSampler",
     ),
@@ -50,10 +56,8 @@ _CHOICES = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
-    "SOLVER.AMP.PRECISION": ("bf16", "fp16"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
-    "SOLVER.NON_FINITE_POLICY": ("stop", "skip"),
-    "SOLVER.OPTIMIZER_NAME": OPTIMIZERS,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
 }  # fmt: skip
 _TRAINING = (
     "DATALOADER.", "INPUT.COPY_PASTE.", "INPUT.CROP.", "INPUT.LSJ.", "INPUT.MASK_FORMAT", "INPUT.MAX_SIZE_TRAIN",
@@ -61,12 +65,13 @@ _TRAINING = (
 )  # fmt: skip
 
 
-def validate(cfg: CfgNode, *, train: bool = True) -> None:
+def validate(cfg: CfgNode, *, train: bool = True, extended: bool = False) -> None:
     """Check the values of a config that is not frozen; without a GPU, MODEL.DEVICE cuda becomes cpu.
 
     Args:
         cfg: the config.
         train: whether to check the keys that only training uses.
+        extended: whether another project's code may know more values of Detectron2's keys: samplers, schedules, ....
 
     Raises:
         ConfigError: a value is invalid; names the key, the value found and the value expected.
@@ -78,7 +83,7 @@ def validate(cfg: CfgNode, *, train: bool = True) -> None:
             numbers = value if isinstance(value, (tuple, list)) else [] if value is None else [value]
             if not all(_inside(number, interval) for number in numbers):
                 raise _invalid(key, value, f"a number in {interval}")
-    for key, choices in _CHOICES.items():
+    for key, choices in (_CHOICES if extended else {**_DETECTRON2_CHOICES, **_CHOICES}).items():
         if _value(cfg, key) not in choices and not key.startswith(unused):
             raise _invalid(key, _value(cfg, key), f"one of {', '.join(choices)}")
     device = _validate_device(cfg)
@@ -103,7 +108,8 @@ def validate(cfg: CfgNode, *, train: bool = True) -> None:
     ):
         if invalid:
             raise _invalid(key, _value(cfg, key), expected)
-    _validate_schedule(cfg)
+    if cfg.SOLVER.LR_SCHEDULER_NAME in _DETECTRON2_CHOICES["SOLVER.LR_SCHEDULER_NAME"]:
+        _validate_schedule(cfg)
 
 
 def one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from halodet.checkpoint import LoadedCheckpoint, load_weights
 from halodet.config.load import find_config, load_config
 from halodet.config.projects import AddConfig, add_project_arguments, import_projects
+from halodet.config.validate import validate
 from halodet.data.classes import check_classes, count_classes, save_classes
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
 from halodet.engine.distributed import (
@@ -184,6 +185,7 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
     args.config_file = str(find_config(args.config_file))
     unsafe = args.allow_unsafe_config
     cfg = load_config(args.config_file, args.opts, add_configs=projects, allow_unsafe=unsafe)
+    validate(cfg, train=not args.eval_only)  # this trainer does not know more values than halodet's
     check_writable(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, name="halodet", configure_stdout=False)
     cfg = (cfg if args.eval_only else scale_to_batch(cfg)).clone()

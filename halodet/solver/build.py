@@ -56,7 +56,20 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     else:
         optimizer = torch.optim.AdamW(groups, solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
     logger.info("Parameter groups of %s:\n%s", solver.OPTIMIZER_NAME, _table(cfg, model, optimizer))
+    if solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE == "full_model":
+        return _clip_full_model(optimizer, solver.CLIP_GRADIENTS.CLIP_VALUE, solver.CLIP_GRADIENTS.NORM_TYPE)
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _clip_full_model(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float) -> torch.optim.Optimizer:
+    """Scale all gradients together before each step, as DETR and Mask2Former do; Detectron2 clips each parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
 
 
 def get_optimizer_params(

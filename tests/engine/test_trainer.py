@@ -48,6 +48,21 @@ def test_gradients_are_clipped(tmp_path, name):
     assert all(parameter.grad.norm() <= 1.01 for parameter in model.parameters())
 
 
+def test_gradients_of_the_full_model_are_clipped_together(tmp_path):
+    keys = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 0.5}
+    cfg = make_config(tmp_path, {f"SOLVER.CLIP_GRADIENTS.{key}": value for key, value in keys.items()})
+    model = Trainer.build_model(cfg)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = torch.cat([parameter.grad.flatten() for parameter in trained])
+    optimizer.step()
+    after = torch.cat([parameter.grad.flatten() for parameter in trained])
+    torch.testing.assert_close(after, before * (0.5 / before.norm()), rtol=1e-4, atol=1e-9)
+
+
 class Detectron2Loader(Trainer):
     @classmethod
     def build_train_loader(cls, cfg):
