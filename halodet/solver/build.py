@@ -43,6 +43,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         backbone_lr_multiplier=solver.BACKBONE_LR_MULTIPLIER,
         lr_layer_decay=solver.LR_LAYER_DECAY,
     )
+    foreign = solver.get("OPTIMIZER", solver.OPTIMIZER_NAME)  # of Mask2Former, Detic, Panoptic-DeepLab
+    if foreign.lower() != solver.OPTIMIZER_NAME.lower():
+        logger.warning("SOLVER.OPTIMIZER=%s is ignored; using SOLVER.OPTIMIZER_NAME=%s", foreign, solver.OPTIMIZER_NAME)
     optimizer: torch.optim.Optimizer
     if solver.OPTIMIZER_NAME == "SGD":
         optimizer = torch.optim.SGD(

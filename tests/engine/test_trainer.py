@@ -63,6 +63,18 @@ def test_gradients_of_the_full_model_are_clipped_together(tmp_path):
     torch.testing.assert_close(after, before * (0.5 / before.norm()), rtol=1e-4, atol=1e-9)
 
 
+def test_the_optimizer_of_another_project_is_not_ignored_silently(tmp_path, caplog):
+    cfg = make_config(tmp_path)
+    cfg.defrost()
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.OPTIMIZER_NAME = "ADAMW", "SGD"  # the first is Mask2Former's
+    Trainer.build_optimizer(cfg, torch.nn.Linear(2, 2))
+    assert "SOLVER.OPTIMIZER=ADAMW" in caplog.text and "SOLVER.OPTIMIZER_NAME=SGD" in caplog.text
+    caplog.clear()
+    cfg.SOLVER.OPTIMIZER_NAME = "AdamW"
+    Trainer.build_optimizer(cfg, torch.nn.Linear(2, 2))
+    assert "SOLVER.OPTIMIZER" not in caplog.text
+
+
 class Detectron2Loader(Trainer):
     @classmethod
     def build_train_loader(cls, cfg):
