@@ -73,6 +73,14 @@ def test_keys_of_projects_can_be_set_by_files_and_overrides(tmp_path):
         load_config(str(path))
 
 
+@pytest.mark.parametrize("key", ["DATALOADER.SAMPLER_TRAIN", "SOLVER.LR_SCHEDULER_NAME"])
+def test_values_that_a_project_knows_are_allowed_with_its_function(key):
+    cfg = load_config("mask_rcnn_halo_h0", [key, "OfAProject"], add_configs=[lambda cfg: None])
+    assert "OfAProject" in (cfg.DATALOADER.SAMPLER_TRAIN, cfg.SOLVER.LR_SCHEDULER_NAME)
+    with pytest.raises(ConfigError, match=f"{key}=OfAProject"):
+        load_config("mask_rcnn_halo_h0", [key, "OfAProject"])
+
+
 def test_python_tags_need_a_flag(tmp_path):
     path = tmp_path / "anchors.yaml"
     sizes = '!!python/object/apply:eval ["[[x, x * 2] for x in [32, 64]]"]'
