@@ -106,9 +106,9 @@ class BoTNetMixer(Mixer):
         weights = self.qkv.weight.split((self.qk_channels, self.qk_channels, self.out_channels))
         q, k, v = (F.conv2d(x, w).view(x.shape[0], self.num_heads, -1, height, width) for w in weights)
         if not self.window and (torch.jit.is_tracing() or is_exporting()):
-            sizes = ((self.pos_embed.height_rel, height), (self.pos_embed.width_rel, width))
-            tables = (interpolate_rel_pos(table, size, size, self.position) for table, size in sizes)
-            out = _attend_whole_map(q, k, v, *tables, self.depth**-0.5).flatten(1, 2)
+            rel_h = interpolate_rel_pos(self.pos_embed.height_rel, height, height, self.position)
+            rel_w = interpolate_rel_pos(self.pos_embed.width_rel, width, width, self.position)
+            out = _attend_whole_map(q, k, v, rel_h, rel_w, self.depth**-0.5).flatten(1, 2)
             return average_2x2(out) if self.stride == 2 else out
         # A block as large as the map and without a halo makes blocked attention global.
         block = self.window or max(height, width)
