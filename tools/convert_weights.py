@@ -65,9 +65,9 @@ def _read(file: str, allow_pickle: bool) -> LoadedCheckpoint:
 
 
 def _metadata(checkpoint: Mapping[str, Any], source: str) -> dict[str, str]:
-    """Return the preprocessing and the layout of relative position tables, if the checkpoint tells."""
+    """Return the classes, the preprocessing and the layout of relative position tables, if the checkpoint tells."""
     saved = checkpoint.get("metadata") or {}
-    layout = {key: str(saved[key]) for key in ("block_size", "halo_size") if key in saved}
+    layout = {key: str(saved[key]) for key in ("block_size", "halo_size", "classes") if key in saved}
     head = source == "classifier" and any(name.endswith("head.linear.weight") for name in checkpoint["model"])
     preprocessing = preprocessing_of(checkpoint, "", {"head.linear.weight"} if head else set())
     return layout | (preprocessing.metadata() if preprocessing else {})

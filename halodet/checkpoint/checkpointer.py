@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from halodet.checkpoint.class_names import classes_metadata, classes_of, show_classes
 from halodet.checkpoint.io import LoadedCheckpoint, read_checkpoint, save_torch, summarize, with_query, write_file
 from halodet.checkpoint.latest import TAG, latest_checkpoint
 from halodet.checkpoint.matching import match
@@ -75,8 +76,8 @@ class Checkpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Save a checkpoint and update the tag, both atomically.
 
-        The checkpoint has metadata that its tensors do not tell: the preprocessing, and the layout of relative position
-        tables.
+        The checkpoint has metadata that its tensors do not tell: the preprocessing, the layout of relative position
+        tables, and the classes, if the model has an attribute ``classes``.
 
         Raises:
             CheckpointWriteError: the file cannot be written; older checkpoints and the tag are unchanged.
@@ -85,6 +86,7 @@ class Checkpointer(DetectionCheckpointer):
             return
         spec = ModelSpec.of(self.model)
         metadata = spec.preprocessing.metadata() if spec.preprocessing else {}
+        metadata |= classes_metadata(spec.classes) if spec.classes else {}
         layouts = {tuple(owner.rel_pos_layout().items()) for owner in spec.tables.values()}
         if len(layouts) == 1:
             metadata |= {key: str(size) for key, size in layouts.pop()}
@@ -224,8 +226,8 @@ def check_fit(
         checkpoint: as :func:`halodet.checkpoint.io.read_checkpoint` returns it.
         file: name of the file in messages.
         min_loaded: minimum share, 0 to 1, of the expected tensors and parameters.
-        exact: whether the file must be a complete checkpoint of this very model, with its preprocessing and its layout
-            of relative position tables.
+        exact: whether the file must be a complete checkpoint of this very model, with its classes, its preprocessing
+            and its layout of relative position tables.
 
     Raises:
         CheckpointError: the file provides too little, or has tensors without a counterpart in parts that the model has.
@@ -247,6 +249,12 @@ def check_fit(
         old, new = (", ".join(f"{key}={size}" for key, size in layout.items()) for layout in found.layouts)
         raise CheckpointError(
             f"{file} was trained with {old}, but the config has {new}. Fix: use the config of the file."
+        )
+    trained, wanted = ([entry["name"] for entry in classes or ()] for classes in (classes_of(checkpoint), spec.classes))
+    if exact and trained and wanted and trained != wanted:
+        raise CheckpointError(
+            f"{file} was trained on the classes {show_classes(trained)}, but the dataset has {show_classes(wanted)}. "
+            "Fix: use a json with these names in the order of their ids, or start a new run with MODEL.WEIGHTS."
         )
     old, new = preprocessing_of({"metadata": checkpoint.get("metadata")}, "", set()), spec.preprocessing
     if exact and old and new and old != new:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from halodet.checkpoint.class_names import classes_of, is_predictor, select_classes, show_classes
 from halodet.checkpoint.io import summarize
 from halodet.checkpoint.key_mapping import CLASSIFIER, FINAL_CONV, Rename, by_suffix, key_mappings, shared_prefixes
 from halodet.checkpoint.model_spec import BACKBONE, NOT_WEIGHTS, ModelSpec, group_of
@@ -44,6 +45,7 @@ class Match:
         key_mapping: description of the key mapping in use.
         sources: source of each tensor of the model that the file provides, by name.
         mismatched: shapes in the file and in the model of tensors that agree only in their names.
+        initialized: names of the predictors' tensors that stay initialized, because the file has other classes.
         expected: names of the model's tensors that a file of this kind should provide.
         unexpected: names of the file's tensors without a counterpart in the model.
         surplus: number of unexpected tensors in the groups of modules that the model has, which hint at another
@@ -58,6 +60,7 @@ class Match:
     key_mapping: str = "none"
     sources: dict[str, TensorSource] = field(default_factory=dict)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    initialized: list[str] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     surplus: Counter[str] = field(default_factory=Counter)
@@ -105,6 +108,7 @@ def match(spec: ModelSpec, checkpoint: Mapping[str, Any], *, exact: bool = False
     if not exact:
         _add_statistics(best, checkpoint, best_names)
         _adapt_preprocessing(best, checkpoint, best_names)
+        _adapt_classes(best, checkpoint, best_names)
         _note_stride(best, checkpoint)
     _set_expected(best, best_names)
     return best
@@ -206,6 +210,31 @@ def _adapt_preprocessing(found: Match, checkpoint: Mapping[str, Any], names: dic
         found.notes.append(f"adapted the stem convolution from {old} to {new}")
 
 
+def _adapt_classes(found: Match, checkpoint: Mapping[str, Any], names: Mapping[str, Tensor]) -> None:
+    """Select the predictors' rows of the model's classes by name; predictors for other classes stay initialized."""
+    old, new = ([entry["name"] for entry in classes or ()] for classes in (classes_of(checkpoint), found.spec.classes))
+    differ, selected = bool(old and new and old != new), 0
+    for name in [name for name in (*found.sources, *found.mismatched) if is_predictor(name)]:
+        shape = found.spec.shapes[name]
+        if differ and name in names:
+            value = select_classes(name, names[name], old, new, shape[0])
+            fits = value is not None and tuple(value.shape) == shape
+            if fits:
+                selected += value is not names[name]
+                found.sources[name] = TensorSource(partial(_identity, value))
+                found.mismatched.pop(name, None)
+        else:
+            fits = name in found.sources or found.mismatched[name][0][1:] != shape[1:]
+        if not fits:
+            found.sources.pop(name, None)
+            found.mismatched.pop(name, None)
+            found.initialized.append(name)
+    if selected:
+        found.notes.append(f"selected the rows of the classes {show_classes(new)} by name in {selected} tensors")
+    if found.initialized:
+        found.notes.append(f"initialized anew, because the file has other classes: {summarize(found.initialized)}")
+
+
 def _note_stride(found: Match, checkpoint: Mapping[str, Any]) -> None:
     if not found.sources or found.spec.kind == "other":
         return
@@ -225,7 +254,8 @@ def _note_stride(found: Match, checkpoint: Mapping[str, Any]) -> None:
 def _set_expected(found: Match, names: Mapping[str, Tensor]) -> None:
     """Set what the file should provide: the backbone or the whole model, without what a ResNet lacks if it is one."""
     spec = found.spec
-    found.expected = [name for name in spec.shapes if found.whole or name.startswith(spec.backbone)]
+    part = [name for name in spec.shapes if found.whole or name.startswith(spec.backbone)]
+    found.expected = [name for name in part if name not in found.initialized]
     if not _is_resnet(found.key_mapping):
         return
     lacks_se = not any(".se." in name for name in names)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from halodet.checkpoint.preprocessing import Preprocessing
 from halodet.mixers import Mixer
@@ -33,6 +34,7 @@ class ModelSpec:
         pixel_mean: mean of the input by channel, in the order of ``input_format``; None if unknown.
         pixel_std: standard deviation of the input, likewise.
         input_format: ``"RGB"`` or ``"BGR"``; None if unknown.
+        classes: classes ``{"id": dataset id, "name": name}`` in the order of the outputs; None if unknown.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -45,6 +47,7 @@ class ModelSpec:
     pixel_mean: tuple[float, ...] | None
     pixel_std: tuple[float, ...] | None
     input_format: str | None
+    classes: Sequence[Mapping[str, Any]] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSpec:
@@ -84,6 +87,7 @@ class ModelSpec:
             pixel_mean=_three_numbers(getattr(model, "pixel_mean", None)),
             pixel_std=_three_numbers(getattr(model, "pixel_std", None)),
             input_format=getattr(model, "input_format", None),
+            classes=getattr(model, "classes", None),
         )
 
     @property

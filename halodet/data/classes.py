@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from halodet.errors import DatasetError
@@ -66,25 +66,40 @@ def write_classes(path: str | os.PathLike[str], classes: list[dict[str, Any]]) -
     write_json(path, [{"id": int(entry["id"]), "name": str(entry["name"])} for entry in classes])
 
 
-def check_classes(weights: str, count: int, dataset_names: Iterable[str]) -> None:
+def check_classes(
+    weights: str, count: int, dataset_names: Iterable[str], trained: Sequence[Mapping[str, Any]] | None = None
+) -> None:
     """Check that the datasets of an evaluation have the classes, in the order, that the model was trained on.
 
     Args:
-        weights: path of the weights, beside which training wrote ``classes.json``; without that, nothing is checked.
+        weights: path of the weights.
         count: number of classes of the model.
         dataset_names: names of the datasets.
+        trained: classes that the checkpoint names; without them those of ``classes.json`` beside the weights, and
+            without that, nothing is checked.
 
     Raises:
         ClassesError: a dataset has other classes, or ``classes.json`` does not fit the model.
     """
-    if not os.path.isfile(os.path.join(os.path.dirname(weights), CLASSES_FILE)):
+    if not trained and not os.path.isfile(os.path.join(os.path.dirname(weights), CLASSES_FILE)):
         return
-    trained = [entry["name"] for entry in find_classes(weights, count)]
+    names = [entry["name"] for entry in trained or find_classes(weights, count)]
     for name in dataset_names:
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and list(classes) != trained:
-            classes = list(classes)
-            raise ClassesError(f"Dataset {name} has the classes {classes}, but {weights} was trained on {trained}.")
+        classes = dataset_classes(name)
+        if classes and [entry["name"] for entry in classes] != names:
+            found = [entry["name"] for entry in classes]
+            raise ClassesError(f"Dataset {name} has the classes {found}, but {weights} was trained on {names}.")
+
+
+def dataset_classes(dataset_name: str) -> list[dict[str, Any]] | None:
+    """Return the classes ``{"id": category id, "name": name}`` of a registered dataset; None if it names none."""
+    if dataset_name not in MetadataCatalog.list():  # MetadataCatalog.get() would register a misspelled name
+        return None
+    metadata = MetadataCatalog.get(dataset_name)
+    names = metadata.get("thing_classes")
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names or ()))}
+    ordered = sorted((index, dataset_id) for dataset_id, index in ids.items())
+    return [{"id": dataset_id, "name": names[index]} for index, dataset_id in ordered] if names else None
 
 
 def save_classes(dataset_name: str, output_dir: str) -> None:
@@ -92,13 +107,9 @@ def save_classes(dataset_name: str, output_dir: str) -> None:
 
     Nothing is written for a dataset without ``thing_classes``.
     """
-    metadata = MetadataCatalog.get(dataset_name)
-    names = metadata.get("thing_classes")
-    if not names:
-        return
-    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
-    classes = [{"id": dataset_id, "name": names[index]} for dataset_id, index in ids.items()]
-    write_classes(os.path.join(output_dir, CLASSES_FILE), classes)
+    classes = dataset_classes(dataset_name)
+    if classes:
+        write_classes(os.path.join(output_dir, CLASSES_FILE), classes)
 
 
 def _from_file(path: str, count: int) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ import logging
 import os
 from typing import Any
 
-from halodet.checkpoint import Checkpointer, LoadedCheckpoint, ModelSpec, load_weights
+from halodet.checkpoint import Checkpointer, LoadedCheckpoint, ModelSpec, classes_of, load_weights
 from halodet.config.lazy import flatten, load_lazy_config
 from halodet.config.projects import import_projects
 from halodet.config.validate import one_line
 from halodet.data.bad_images import SkipTrackingLoader
-from halodet.data.classes import check_classes, count_classes, save_classes
+from halodet.data.classes import check_classes, count_classes, dataset_classes, save_classes
 from halodet.data.user_datasets import (
     UserData,
     prepare_dataset,
@@ -83,7 +83,8 @@ def run_lazy_config(args: argparse.Namespace) -> dict[str, Any] | None:
         loaded = _check(args, cfg, data)
         if args.eval_only:
             weights = loaded.path if args.resume and loaded else cfg.train.init_checkpoint
-            check_classes(weights, count_classes(cfg), _values(cfg.dataloader.get("test"), "names"))
+            check_classes(weights, count_classes(cfg), _values(cfg.dataloader.get("test"), "names"),
+                          classes_of(loaded.checkpoint))  # fmt: skip
             return {"init_checkpoint": weights}
         seed = choose_seed(loaded.checkpoint if args.resume and loaded else None) if cfg.train.seed < 0 else None
         return {} if seed is None else {"seed": seed}
@@ -128,8 +129,10 @@ def do_train(args: argparse.Namespace, cfg: DictConfig, loaded: LoadedCheckpoint
     optimizer = instantiate(cfg.optimizer)
     del cfg.optimizer.params.model  # the config can be saved again
     data_loader = instantiate(cfg.dataloader.train)
-    for name in _values(cfg.dataloader.train, "names")[:1] if comm.is_main_process() else ():
-        save_classes(name, train.output_dir)
+    for name in _values(cfg.dataloader.train, "names")[:1]:
+        model.classes = dataset_classes(name)  # for the checkpoints
+        if comm.is_main_process():
+            save_classes(name, train.output_dir)
     device_ids = {"device_ids": None} if train.device == "cpu" else {}
     model = create_ddp_model(model, **{**train.ddp, **device_ids})
     trainer = GradAccumTrainer(
@@ -248,7 +251,8 @@ def _check(args: argparse.Namespace, cfg: DictConfig, data: UserData | None) -> 
     spec = ModelSpec.of(build_on_meta(lambda device: instantiate(cfg.model)))
     known = {key: cfg.model[key] for key in ("input_format", "pixel_mean", "pixel_std") if key in cfg.model}
     known = {key: tuple(value) if isinstance(value, ListConfig) else value for key, value in known.items()}
-    spec = dataclasses.replace(spec, **known)
+    names = () if args.eval_only else _values(cfg.dataloader.get("train"), "names")
+    spec = dataclasses.replace(spec, **known, classes=dataset_classes(next(iter(names), "")))
     options = {"eval_only": args.eval_only, "resume": args.resume, "allow_pickle": args.allow_pickle}
     loaded = find_weights(spec, train.init_checkpoint, train.output_dir, min_loaded=train.min_loaded, **options)
     evaluated = ("test",) if "evaluator" in cfg.dataloader else ()

@@ -11,7 +11,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from halodet.checkpoint import LoadedCheckpoint, load_weights
+from halodet.checkpoint import LoadedCheckpoint, classes_of, load_weights
 from halodet.config.load import find_config, load_config
 from halodet.config.projects import AddConfig, add_project_arguments, import_projects
 from halodet.config.validate import validate
@@ -203,7 +203,7 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
     if args.eval_only:
         if args.resume and os.path.samefile(os.path.dirname(loaded.path), cfg.OUTPUT_DIR):
             cfg.MODEL.WEIGHTS = loaded.path
-        check_classes(cfg.MODEL.WEIGHTS, count_classes(cfg), cfg.DATASETS.TEST)
+        check_classes(cfg.MODEL.WEIGHTS, count_classes(cfg), cfg.DATASETS.TEST, classes_of(loaded.checkpoint))
     elif cfg.SEED < 0:
         cfg.SEED = choose_seed(loaded.checkpoint if args.resume and loaded else None)
     cfg.freeze()

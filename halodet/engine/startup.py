@@ -10,6 +10,7 @@ from typing import Any
 
 from halodet.checkpoint import LoadedCheckpoint, ModelSpec, check_fit, latest_checkpoint, read_weights
 from halodet.config.validate import one_line
+from halodet.data.classes import dataset_classes
 from halodet.errors import ConfigError
 from halodet.evaluation.tta import check_tta
 from halodet.solver.build import lr_factors
@@ -71,6 +72,7 @@ def check_weights(cfg: CfgNode, model: nn.Module, **options: bool) -> LoadedChec
         input_format=cfg.INPUT.FORMAT,
         pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
         pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+        classes=None if options.get("eval_only") else dataset_classes(next(iter(cfg.DATASETS.TRAIN), "")),
     )
     min_loaded = cfg.MODEL.WEIGHTS_MIN_LOADED
     return find_weights(target, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, min_loaded=min_loaded, **options)

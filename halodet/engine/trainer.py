@@ -11,6 +11,7 @@ from functools import partial
 from halodet.checkpoint import Checkpointer
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.data.build import build_test_loader, build_train_loader
+from halodet.data.classes import dataset_classes
 from halodet.data.transforms import ResizeShortestEdge
 from halodet.engine.bad_image_hook import BadImageHook
 from halodet.engine.checkpoint_hook import CheckpointHook
@@ -65,6 +66,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        model.classes = dataset_classes(cfg.DATASETS.TRAIN[0])  # for the checkpoints
         on_cpu = next(model.parameters()).device.type == "cpu"
         model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
         self._trainer = GradAccumTrainer(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from halodet.checkpoint import load_weights, read_weights
+from halodet.checkpoint import classes_of, load_weights, read_weights
 from halodet.config.validate import one_line
-from halodet.data.classes import read_classes
+from halodet.data.classes import count_classes, read_classes
 from halodet.data.transforms import ResizeShortestEdge
 from halodet.errors import CheckpointError, ConfigError
 
@@ -53,12 +53,14 @@ class Predictor(DefaultPredictor):
                 f"{key.rstrip('= ')} is empty: expected trained weights. Fix: add {key}output/model_final.pth."
             )
         self.cfg = cfg.copy() if lazy else cfg.clone()
-        self.classes: list[dict[str, Any]] = read_classes(cfg)
         dataset = "" if lazy else next(iter(cfg.DATASETS.TEST), "")
         if dataset:
             self.metadata = MetadataCatalog.get(dataset)  # as DefaultPredictor has it
         self.stuff_classes = list(self.metadata.get("stuff_classes", ())) if dataset else []
         loaded = read_weights(weights, allow_pickle=allow_pickle)
+        trained = classes_of(loaded.checkpoint)
+        same_count = trained is not None and len(trained) == count_classes(cfg)
+        self.classes: list[dict[str, Any]] = trained if same_count else read_classes(cfg)
         try:
             self.model = (instantiate(cfg.model).to(cfg.train.device) if lazy else build_model(self.cfg)).eval()
             self.aug = _lazy_augmentations(cfg) if lazy else _resize(cfg)
