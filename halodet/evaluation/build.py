@@ -68,6 +68,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
                     use_fast_impl=False,
                     kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
                     report_dir=cfg.OUTPUT_DIR,
+                    default_tasks=("bbox", *(["segm"] * cfg.MODEL.MASK_ON), *(["keypoints"] * cfg.MODEL.KEYPOINT_ON)),
+                    detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
                 )
             )
         if evaluator_type == "coco_panoptic_seg":

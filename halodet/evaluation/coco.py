@@ -4,27 +4,52 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from halodet.data.bad_images import SKIPPED_KEY, BadImageReport, Skipped
 
 from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils import comm
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 logger = logging.getLogger(__name__)
+
+
+_UNLIMITED = 10**6
+COCO_MAX_DETECTIONS = 100  # per image, in COCO's own metrics
 
 
 class RobustCOCOEvaluator(COCOEvaluator):
     """Detectron2's COCO evaluator; an unreadable image is evaluated without detections and listed in skipped.json.
 
+    Where there is ground truth but nothing is detected, AP is 0; Detectron2 reports no number.
+
     Args:
         args: positional arguments of ``COCOEvaluator``.
         report_dir: OUTPUT_DIR, which contains skipped.json.
+        default_tasks: what to evaluate if there is no detection from which it follows: ``"bbox"``, ``"segm"``,
+            ``"keypoints"``.
+        detections_per_image: number of detections that the model returns at most, -1 for all: above COCO's 100, AP is
+            that of so many.
         kwargs: further arguments of ``COCOEvaluator``.
     """
 
-    def __init__(self, *args: Any, report_dir: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        report_dir: str,
+        default_tasks: Sequence[str] = ("bbox",),
+        detections_per_image: int = COCO_MAX_DETECTIONS,
+        **kwargs: Any,
+    ) -> None:
+        limit = detections_per_image if detections_per_image >= 0 else _UNLIMITED
+        if limit > COCO_MAX_DETECTIONS:
+            kwargs.setdefault("max_dets_per_image", limit)
         super().__init__(*args, **kwargs)
+        self._default_tasks = sorted(default_tasks)
         self._report = BadImageReport(report_dir)
         self._skipped: list[Skipped] = []
 
@@ -52,3 +77,24 @@ class RobustCOCOEvaluator(COCOEvaluator):
                 logger.warning("Could not write %s: %s", self._report.path, error.strerror or error)
             logger.warning("Evaluated %d unreadable images without detections; see %s", len(skipped), self._report.path)
         return super().evaluate(img_ids)
+
+    def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> list[str]:
+        return super()._tasks_from_predictions(predictions) if predictions else self._default_tasks
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        return super()._derive_coco_results(coco_eval or self._evaluate_nothing(iou_type), iou_type, class_names)
+
+    def _evaluate_nothing(self, iou_type: str) -> COCOeval:
+        """Evaluate no detections, which pycocotools cannot load."""
+        nothing = COCO()
+        nothing.dataset = {**self._coco_api.dataset, "annotations": []}
+        nothing.createIndex()
+        coco_eval = COCOevalMaxDets(self._coco_api, nothing, iou_type)
+        if iou_type != "keypoints":
+            coco_eval.params.maxDets = self._max_dets_per_image
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+        return coco_eval

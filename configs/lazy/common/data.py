@@ -51,5 +51,6 @@ dataloader.evaluator = L(RobustCOCOEvaluator)(
     dataset_name="${..test.dataset.names}",
     output_dir="${train.output_dir}/inference",
     report_dir="${train.output_dir}",
+    default_tasks=("bbox", "segm"),
     use_fast_impl=False,
 )
