@@ -70,7 +70,12 @@ class ValidatedCoco:
 
 
 def validate_coco(
-    json_file: str | Path, image_dir: str | Path, *, need_masks: bool = True, require_annotations: bool = False
+    json_file: str | Path,
+    image_dir: str | Path,
+    *,
+    need_masks: bool = True,
+    require_annotations: bool = False,
+    evaluation: bool = False,
 ) -> ValidatedCoco:
     """Read a COCO json, keep the entries that Detectron2 can use, and list the issues of the others.
 
@@ -82,6 +87,8 @@ def validate_coco(
         need_masks: skip annotations without a valid mask; otherwise only their mask is dropped.
         require_annotations: the json is for training: require at least one annotation that is not a crowd, and drop
             images all of whose annotations are invalid.
+        evaluation: the json is for evaluation: keep the ground truth of images whose file is missing or unusable, and
+            the boxes of annotations without a valid mask.
 
     Raises:
         DatasetError: the file is unreadable, is not COCO json, or has no valid image or category.
@@ -98,14 +105,14 @@ def validate_coco(
     if not categories:
         raise DatasetError(f"{json_file}: none of {len(category_entries)} categories is valid ({validator.first()}).")
     first = len(validator.issues)
-    images, skipped = validator.images(image_entries, image_dir, annotation_entries)
-    if not images:
+    images, skipped, unusable = validator.images(image_entries, image_dir, annotation_entries, evaluation)
+    if not images.keys() - unusable:
         raise DatasetError(
             f"{json_file}: none of its {len(image_entries)} images is valid in {image_dir} ({validator.first(first)}). "
             "Fix: give the folder that the file names are relative to."
         )
     first = len(validator.issues)
-    annotations = validator.annotations(annotation_entries, images, skipped, categories, need_masks)
+    annotations = validator.annotations(annotation_entries, images, skipped, categories, need_masks, evaluation)
     if require_annotations and all(annotation["iscrowd"] for annotation in annotations):
         raise DatasetError(
             f"{json_file}: none of its {len(annotation_entries)} annotations can be trained on "

@@ -34,6 +34,14 @@ class Issue:
         return f"{self.file}: {self.where}: {self.reason}; {self.action}"
 
 
+class _UnusableImage(InvalidAnnotation):
+    """The entry of an image is valid, but its file cannot be used."""
+
+    def __init__(self, reason: str, image: dict[str, Any]) -> None:
+        super().__init__(reason)
+        self.image = image
+
+
 class CocoValidator:
     """Validate the lists of one json: keep the valid entries and collect the issues of the others."""
 
@@ -65,10 +73,14 @@ class CocoValidator:
         return valid
 
     def images(
-        self, entries: list[Any], image_dir: Path, annotations: list[Any]
-    ) -> tuple[dict[int, dict[str, Any]], set[int]]:
-        """Return the valid images by id, and the ids of the skipped ones."""
+        self, entries: list[Any], image_dir: Path, annotations: list[Any], keep_unusable: bool
+    ) -> tuple[dict[int, dict[str, Any]], set[int], set[int]]:
+        """Return the valid images by id, the ids of the skipped ones, and those of valid ones with an unusable file.
+
+        The last are kept only with ``keep_unusable``: their ground truth counts in an evaluation.
+        """
         valid: dict[int, dict[str, Any]] = {}
+        unusable: dict[int, tuple[str, str]] = {}
         used = _count_by_image(annotations, lambda entry: True)
         skipped: list[tuple[str, str, int | None]] = []
         bar = partial(tqdm, desc=f"checking images of {self.file}", unit="image", disable=len(entries) < _SHOW_PROGRESS)
@@ -77,12 +89,18 @@ class CocoValidator:
                 image = _clean_image(entry, image_dir, valid)
                 valid[image["id"]] = image
             except InvalidAnnotation as error:
+                if keep_unusable and isinstance(error, _UnusableImage):
+                    valid[error.image["id"]] = error.image
+                    unusable[error.image["id"]] = _where("image", entry, index), str(error)
+                    continue
                 has_id = isinstance(entry, dict) and is_int(entry.get("id"))
                 skipped.append((_where("image", entry, index), str(error), entry["id"] if has_id else None))
         for where, reason, image_id in skipped:  # after the loop, as a later entry of the same id may be valid
             count = used[image_id] if image_id is not None and image_id not in valid else 0
             self.report(where, reason, f"skipped with its {count} annotations" if count else "skipped")
-        return valid, {image_id for _, _, image_id in skipped if image_id is not None} - valid.keys()
+        for image_id, (where, reason) in unusable.items():
+            self.report(where, reason, f"evaluated without detections, with its {used[image_id]} annotations")
+        return valid, {image_id for _, _, image_id in skipped if image_id is not None} - valid.keys(), set(unusable)
 
     def annotations(
         self,
@@ -91,6 +109,7 @@ class CocoValidator:
         skipped: set[int],
         categories: dict[int, Any],
         need_masks: bool,
+        keep_maskless: bool,
     ) -> list[dict[str, Any]]:
         """Return the valid annotations, with unique ids."""
         valid: list[dict[str, Any]] = []
@@ -104,7 +123,7 @@ class CocoValidator:
                     raise InvalidAnnotation(f"image_id={entry['image_id']} is not among the images")
                 if entry["category_id"] not in categories:
                     raise InvalidAnnotation(f"category_id={entry['category_id']} is not among the categories")
-                annotation = self.annotation(entry, where, images[entry["image_id"]], need_masks)
+                annotation = self.annotation(entry, where, images[entry["image_id"]], need_masks, keep_maskless)
                 names = categories[entry["category_id"]].get("keypoints", ())
                 valid.append(annotation | self.keypoints(entry, where, len(names)))
             except InvalidAnnotation as error:
@@ -125,8 +144,10 @@ class CocoValidator:
             self.report("annotations", f"all {len(valid)} are crowds, so there is nothing to train on", "kept")
         return valid
 
-    def annotation(self, entry: dict[str, Any], where: str, image: dict[str, Any], need_masks: bool) -> dict[str, Any]:
-        """Return the valid form of one annotation."""
+    def annotation(
+        self, entry: dict[str, Any], where: str, image: dict[str, Any], need_masks: bool, keep_maskless: bool
+    ) -> dict[str, Any]:
+        """Return the valid form of one annotation; with ``keep_maskless`` also if it has no valid mask."""
         note = partial(self.report, where)
         width, height = image["width"], image["height"]
         iscrowd, mask, area = entry.get("iscrowd"), entry.get("segmentation"), entry.get("area")
@@ -138,9 +159,9 @@ class CocoValidator:
             try:
                 valid["segmentation"] = checks.clean_mask(mask, width, height, note)
             except InvalidAnnotation as error:
-                if need_masks:
+                if need_masks and not keep_maskless:
                     raise
-                note(str(error), "mask dropped, box kept")
+                note(str(error), "ignored in mask AP, box kept" if need_masks else "mask dropped, box kept")
         if not is_number(area) or area < 0:
             if area is None:
                 self.missing["area"].append(where)
@@ -249,19 +270,20 @@ def _clean_image(entry: Any, image_dir: Path, valid: dict[int, Any]) -> dict[str
     if entry["id"] in valid:
         earlier = show(valid[entry["id"]]["file_name"])
         raise InvalidAnnotation(f"{show(file_name)} has the id of an earlier image, {earlier}")
+    image = {"id": entry["id"], "file_name": file_name, "width": width, "height": height}
     path = image_dir / file_name
     if not os.path.isfile(path):
-        raise InvalidAnnotation(f"{show(file_name)} is not in {image_dir}")
+        raise _UnusableImage(f"{show(file_name)} is not in {image_dir}", image)
     try:
         size = _image_size(path)
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
-        raise InvalidAnnotation(
-            f"{show(file_name)} cannot be opened as an image ({reason or type(error).__name__})"
+        raise _UnusableImage(
+            f"{show(file_name)} cannot be opened as an image ({reason or type(error).__name__})", image
         ) from error
     if size != (width, height):
-        raise InvalidAnnotation(f"width={width}, height={height}, but {show(file_name)} is {size[0]} x {size[1]}")
-    return {"id": entry["id"], "file_name": file_name, "width": width, "height": height}
+        raise _UnusableImage(f"width={width}, height={height}, but {show(file_name)} is {size[0]} x {size[1]}", image)
+    return image
 
 
 def _image_size(path: Path) -> tuple[int, int]:

@@ -135,7 +135,11 @@ def validate_user_data(
             raise ConfigError(f"--{split}-json and --{split}-images must be given together.")
         if json_file:
             validated[split] = validate_coco(
-                json_file, images, need_masks=need_masks, require_annotations=split == "train"
+                json_file,
+                images,
+                need_masks=need_masks,
+                require_annotations=split == "train",
+                evaluation=split == "val",
             )
             for line in validated[split].issue_lines():
                 logger.warning("%s", line)

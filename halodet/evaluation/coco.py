@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ class RobustCOCOEvaluator(COCOEvaluator):
             that of so many.
         kwargs: further arguments of ``COCOEvaluator``.
     """
+
+    _tasks: Sequence[str] | None
+    _coco_api: COCO
 
     def __init__(
         self,
@@ -78,6 +82,19 @@ class RobustCOCOEvaluator(COCOEvaluator):
             logger.warning("Evaluated %d unreadable images without detections; see %s", len(skipped), self._report.path)
         return super().evaluate(img_ids)
 
+    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
+        """Evaluate; objects without a mask are ignored in mask AP, as pycocotools ignores crowds."""
+        truth, tasks = self._coco_api, self._tasks
+        if not self._do_evaluation or all("segmentation" in entry for entry in truth.anns.values()):
+            return super()._eval_predictions(predictions, img_ids)
+        found = [result for prediction in predictions for result in prediction["instances"]]
+        try:
+            for task in tasks or self._tasks_from_predictions(found):
+                self._tasks, self._coco_api = [task], _crowds_for_missing_masks(truth) if task == "segm" else truth
+                super()._eval_predictions(copy.deepcopy(predictions), img_ids)  # it changes the category ids
+        finally:
+            self._tasks, self._coco_api = tasks, truth
+
     def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> list[str]:
         return super()._tasks_from_predictions(predictions) if predictions else self._default_tasks
 
@@ -98,3 +115,19 @@ class RobustCOCOEvaluator(COCOEvaluator):
         coco_eval.accumulate()
         coco_eval.summarize()
         return coco_eval
+
+
+def _crowds_for_missing_masks(truth: COCO) -> COCO:
+    """Return ground truth in which objects without a mask are crowds in the form of their box."""
+
+    def complete(entry: dict[str, Any]) -> dict[str, Any]:
+        if "segmentation" in entry:
+            return entry
+        x, y, width, height = entry["bbox"]
+        box = [x, y, x + width, y, x + width, y + height, x, y + height]
+        return {**entry, "segmentation": [box], "iscrowd": 1}
+
+    copied = COCO()
+    copied.dataset = {**truth.dataset, "annotations": [complete(entry) for entry in truth.dataset["annotations"]]}
+    copied.createIndex()
+    return copied

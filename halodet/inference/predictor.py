@@ -59,8 +59,9 @@ class Predictor(DefaultPredictor):
         self.stuff_classes = list(self.metadata.get("stuff_classes", ())) if dataset else []
         loaded = read_weights(weights, allow_pickle=allow_pickle)
         trained = classes_of(loaded.checkpoint)
-        same_count = trained is not None and len(trained) == count_classes(cfg)
-        self.classes: list[dict[str, Any]] = trained if same_count else read_classes(cfg)
+        if trained is None or len(trained) != count_classes(cfg):
+            trained = read_classes(cfg)
+        self.classes: list[dict[str, Any]] = trained
         try:
             self.model = (instantiate(cfg.model).to(cfg.train.device) if lazy else build_model(self.cfg)).eval()
             self.aug = _lazy_augmentations(cfg) if lazy else _resize(cfg)

@@ -102,6 +102,34 @@ def test_good_file_is_clean_and_only_needed_keys_are_kept(check):
     assert checked.dataset == data
 
 
+@pytest.mark.parametrize("fault", ["missing", "not an image", "another size"])
+def test_ground_truth_of_unusable_images_stays_in_an_evaluation(check, images, fault):
+    file = images / "1.png"
+    if fault == "missing":
+        file.unlink()
+    elif fault == "not an image":
+        file.write_text("nothing")
+    else:
+        Image.new("RGB", (WIDTH + 1, HEIGHT)).save(file)
+    assert kept_ids(check(good())) == [13]
+    checked = check(good(), evaluation=True)
+    assert kept_ids(checked) == [11, 12, 13] and [image["id"] for image in checked.dataset["images"]] == [1, 2]
+    (issue,) = checked.issues
+    assert issue.where == "image 1" and "2 annotations" in issue.action
+    (images / "2.png").unlink()
+    if fault == "missing":
+        with pytest.raises(DatasetError, match="2 images"):
+            check(good(), evaluation=True)
+
+
+def test_boxes_without_masks_stay_in_an_evaluation(check):
+    data = changed("annotations", 0, "segmentation", value=[])
+    assert kept_ids(check(data)) == [12, 13]
+    checked = check(data, evaluation=True)
+    assert kept_ids(checked) == [11, 12, 13] and "segmentation" not in checked.dataset["annotations"][0]
+    assert "mask AP" in checked.issues[0].action
+
+
 # Change of the valid file, pattern of its only issue, and the annotations that are left.
 SINGLE_ISSUES = {
     "annotation is a list": (("annotations", 0), [], "annotation at index 0", [12, 13]),

@@ -78,6 +78,21 @@ def test_detections_per_image_above_100_reach_the_metric(grid, tmp_path, limit, 
     assert results["segm"]["AP"] == pytest.approx(expected, abs=1.0)
 
 
+def test_objects_without_a_mask_count_for_boxes_and_are_ignored_for_masks(grid, tmp_path):
+    data = json.loads(grid.read_text())
+    kept = data["annotations"][:80]
+    for annotation in kept[::2]:
+        del annotation["segmentation"]
+    data["annotations"] = kept
+    grid.write_text(json.dumps(data))
+    perfect = [(a["bbox"], 0, 1 - a["id"] / 1000) for a in kept]
+    results = evaluate(tmp_path, perfect)
+    assert results["bbox"]["AP"] == pytest.approx(100) and results["segm"]["AP"] == pytest.approx(100)
+    with_masks = [detection for detection, a in zip(perfect, kept, strict=True) if "segmentation" in a]
+    results = evaluate(tmp_path, with_masks[::2])
+    assert results["bbox"]["AP"] == pytest.approx(25, abs=1) and results["segm"]["AP"] == pytest.approx(50, abs=1)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_are_pycocotools_own(grid, tmp_path, seed):
     rng = np.random.default_rng(seed)
