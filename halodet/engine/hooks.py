@@ -189,7 +189,11 @@ class VisualizePredictions(HookBase):
         for name, image in self._images.items():
             with inference_context(model), torch.no_grad():
                 output = model([self._model_input(image)])[0]
-            rgb = self._draw(image, output)
+            try:
+                rgb = self._draw(image, output)
+            except Exception as error:  # no drawing is worth a training run
+                logger.warning("Could not draw the predictions on %s (%s: %s)", name, type(error).__name__, error)
+                continue
             self.trainer.storage.put_image(f"predictions/{name}", np.ascontiguousarray(rgb.transpose(2, 0, 1)))
 
     def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
+import matplotlib.font_manager
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
@@ -15,6 +20,14 @@ from detectron2.utils.visualizer import Visualizer
 
 __all__ = ["draw", "draw_output"]
 
+logger = logging.getLogger(__name__)
+
+_CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAexGothic", "NanumGothic", "Microsoft YaHei", "SimHei",
+    "PingFang SC", "Hiragino Sans", "Arial Unicode MS",
+)  # fmt: skip
+_FIRST_CJK = 0x2E80
 _MIN_SIDE = 320  # a shorter side is enlarged to this, so that labels are readable
 _MAX_SCALE = 4.0
 _MAX_SIDE = 4096  # a longer side is shrunk to this: matplotlib needs about 150 bytes per pixel
@@ -56,12 +69,13 @@ def draw_output(
     metadata = Metadata(
         thing_classes=list(class_names), stuff_classes=list(stuff_names), stuff_colors=colormap(rgb=True).tolist()
     )
-    visualizer = Visualizer(np.ascontiguousarray(image[:, :, ::-1]), metadata, scale=_scale(*image.shape[:2]))
-    if "panoptic_seg" in output:
-        drawn = visualizer.draw_panoptic_seg(segments.cpu(), infos)
-    else:
-        drawn = visualizer.draw_sem_seg(segments.cpu(), alpha=0.5)
-    return np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
+    with _plain_labels([*class_names, *stuff_names]):
+        visualizer = Visualizer(np.ascontiguousarray(image[:, :, ::-1]), metadata, scale=_scale(*image.shape[:2]))
+        if "panoptic_seg" in output:
+            drawn = visualizer.draw_panoptic_seg(segments.cpu(), infos)
+        else:
+            drawn = visualizer.draw_sem_seg(segments.cpu(), alpha=0.5)
+        return np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
 
 
 def draw(image: np.ndarray, instances: Instances, class_names: list[str], *, threshold: float) -> np.ndarray:
@@ -89,15 +103,39 @@ def draw(image: np.ndarray, instances: Instances, class_names: list[str], *, thr
     visualizer = Visualizer(np.ascontiguousarray(image[:, :, ::-1]), Metadata(thing_classes=class_names), scale=scale)
     classes = kept.pred_classes.tolist()
     colors = colormap(rgb=True, maximum=1)
-    # draw_instance_predictions would choose random colors.
-    visualizer.overlay_instances(
-        boxes=boxes,
-        masks=masks,
-        keypoints=keypoints,
-        labels=[f"{class_names[k]} {score:.0%}" for k, score in zip(classes, kept.scores.tolist(), strict=True)],
-        assigned_colors=[colors[k % len(colors)] for k in classes],
-    )
-    return np.ascontiguousarray(visualizer.output.get_image()[:, :, ::-1])
+    with _plain_labels(class_names):
+        # draw_instance_predictions would choose random colors.
+        visualizer.overlay_instances(
+            boxes=boxes,
+            masks=masks,
+            keypoints=keypoints,
+            labels=[f"{class_names[k]} {score:.0%}" for k, score in zip(classes, kept.scores.tolist(), strict=True)],
+            assigned_colors=[colors[k % len(colors)] for k in classes],
+        )
+        return np.ascontiguousarray(visualizer.output.get_image()[:, :, ::-1])
+
+
+@contextlib.contextmanager
+def _plain_labels(names: Sequence[str]) -> Iterator[None]:
+    """Draw names as they are: "$" starts no formula, and an installed font provides what DejaVu Sans lacks."""
+    fonts = [font for font in _CJK_FONTS if font in _installed_fonts()]
+    if not fonts:
+        _warn_of_font(next((name for name in names if any(ord(letter) >= _FIRST_CJK for letter in name)), None))
+    with matplotlib.rc_context({"text.parse_math": False, "font.sans-serif": ["DejaVu Sans", *fonts]}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # one for each letter and label
+            yield
+
+
+@functools.cache
+def _installed_fonts() -> frozenset[str]:
+    return frozenset(matplotlib.font_manager.get_font_names())
+
+
+@functools.cache
+def _warn_of_font(name: str | None) -> None:
+    if name is not None:
+        logger.warning("No installed font can draw class names such as %s. Fix: install one (fonts-noto-cjk).", name)
 
 
 def _shrink(

@@ -224,9 +224,12 @@ def test_visualization_draws_the_predictions_and_skips_unreadable_images(tmp_pat
     with EventStorage(0) as trainer.storage:
         hook.after_step()
         hook.after_step()
-        images = trainer.storage._vis_data
+        images = list(trainer.storage._vis_data)
+        MetadataCatalog.pop(name)  # without names nothing can be drawn, and training continues
+        hook.after_step()
     DatasetCatalog.remove(name)
-    MetadataCatalog.pop(name)
+    MetadataCatalog.pop(name, None)
+    assert caplog.text.count("Could not draw") == 1
     assert [image[0] for image in images] == ["predictions/red"] * 2 and trainer.model.training
     assert caplog.text.count("broken.png") == 1
     assert trainer.model.seen.shape == (3, 200, 300) and trainer.model.seen[2 if order == "BGR" else 0].min() == 200

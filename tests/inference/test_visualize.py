@@ -1,6 +1,6 @@
 """draw on hand-made instances: what is drawn, where, in which colour, and on images of awkward sizes."""
 
-from halodet.inference import draw
+from halodet.inference import draw, visualize
 from halodet.inference.visualize import draw_output
 
 import numpy as np
@@ -38,6 +38,24 @@ def test_the_box_is_drawn_where_it_is():
         and not changed(drawing)[:45].any()
         and not changed(drawing)[:, 310:].any()
     )
+
+
+@pytest.mark.parametrize("name", ["$$", "Ba$$in", "a$b_$c", "10$-20$", "100%$ and $", "^_\\{"])
+def test_names_are_drawn_as_they_are(name):
+    """Regression: matplotlib read "$" as the start of a formula and failed."""
+    found = instances(400, 500, [[100, 50, 300, 350]], [0.9], [0])
+    plain, drawn = (draw(grey(400, 500), found, [text], threshold=0.5) for text in ("x" * len(name), name))
+    assert not np.array_equal(plain, drawn)  # the labels differ
+    assert changed(drawn)[:60].any()
+
+
+def test_letters_without_a_font_are_one_warning(caplog, recwarn, monkeypatch):
+    monkeypatch.setattr(visualize, "_installed_fonts", frozenset)
+    visualize._warn_of_font.cache_clear()
+    found = instances(400, 500, [[100, 50, 300, 350], [10, 50, 90, 350]], [0.9, 0.8], [0, 0])
+    for _ in range(2):
+        draw(grey(400, 500), found, ["猫の耳"], threshold=0.5)
+    assert caplog.text.count("猫の耳") == 1 and not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
 def test_the_mask_is_filled():
