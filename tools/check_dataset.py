@@ -24,6 +24,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", required=True, metavar="FILE", help="COCO instances annotations")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder that the file names are relative to")
     parser.add_argument("--boxes-only", action="store_true", help="do not require masks")
+    parser.add_argument("--crowds-as-objects", action="store_true", help="treat annotations with iscrowd=1 as objects")
     parser.add_argument("--no-images", action="store_true", help="read image headers only, which takes seconds")
     parser.add_argument("--processes", type=int, metavar="N", help="processes that read images (default: one per CPU)")
     parser.add_argument("--report", metavar="FILE", help="also write all issues to this json")
@@ -41,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.report:  # fail before the images are read, not after
             with tempfile.TemporaryFile(dir=Path(options.report).parent):
                 pass
-        checked = validate_coco(options.json, options.images, need_masks=not options.boxes_only)
+        flags = {"need_masks": not options.boxes_only, "crowds_as_objects": options.crowds_as_objects}
+        checked = validate_coco(options.json, options.images, **flags)
         try:
             bad = [] if options.no_images else check_images(checked, options.images, processes=options.processes)
         except CheckInterrupted as error:
@@ -66,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     for line in dataclasses.replace(checked, issues=issues).issue_lines():
         print(line)
+    for line in checked.notes:
+        print(f"note: {line}")
     if interrupted:
         print(
             f"{options.json}: interrupted after {interrupted.num_read} of {images} images, {len(issues)} issues so far"
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{options.json}: {usable} images, {annotations} annotations and {classes} classes usable, {len(issues)} issues"
     )
-    return 1 if issues else 0
+    return 2 if not usable else 1 if issues else 0
 
 
 if __name__ == "__main__":

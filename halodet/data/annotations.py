@@ -16,6 +16,7 @@ import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 TOLERANCE = 1.0  # pixels; COCO's own boxes and polygons leave the image by rounding
+_MIN_EXTENT = 1e-3  # pixels; a polygon without extent in one direction is a line
 Note = Callable[[str, str], None]  # called with an issue of an annotation that is kept, and the action taken
 
 _short = reprlib.Repr()
@@ -164,6 +165,23 @@ def clean_mask(mask: Any, width: int, height: int, note: Note | None = None) -> 
     return polygons
 
 
+def mask_box(mask: list[list[float]] | dict[str, Any], width: int, height: int) -> list[float]:
+    """Return the box ``[x, y, width, height]`` of a mask that :func:`clean_mask` returned."""
+    if isinstance(mask, dict):
+        rle = mask_util.frPyObjects(mask, height, width) if isinstance(mask["counts"], list) else mask
+        return mask_util.toBbox(rle).tolist()
+    xs, ys = [x for polygon in mask for x in polygon[::2]], [y for polygon in mask for y in polygon[1::2]]
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the intersection over union of two boxes ``(x, y, width, height)``."""
+    (x, y, w, h), (u, v, s, t) = first, second
+    inside = max(min(x + w, u + s) - max(x, u), 0) * max(min(y + h, v + t) - max(y, v), 0)
+    union = w * h + s * t - inside
+    return inside / union if union > 0 else 0.0
+
+
 def mask_area(mask: list[list[float]] | dict[str, Any], width: int, height: int) -> float:
     """Return the number of pixels of a mask that :func:`clean_mask` returned."""
     if isinstance(mask, dict):
@@ -181,6 +199,8 @@ def _clean_polygon(polygon: Any, name: str, width: int, height: int, note: Note 
         raise InvalidAnnotation(f"contains {show(bad)}: expected finite numbers")
     xs, ys = polygon[::2], polygon[1::2]
     left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
+    if right - left < _MIN_EXTENT or bottom - top < _MIN_EXTENT:
+        raise InvalidAnnotation(f"has no area: it is {right - left:.6g} x {bottom - top:.6g} pixels")
     outside = right <= 0 or bottom <= 0 or left >= width or top >= height
     overhang = max(-left, -top, right - width, bottom - height)
     if not outside and overhang <= TOLERANCE:

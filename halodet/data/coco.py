@@ -7,12 +7,12 @@ and listed.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from halodet.data.annotations import show
+from halodet.data.annotations import is_int, show
 from halodet.data.coco_validator import CocoValidator, Issue
 from halodet.errors import DatasetError
 from halodet.utils.io import write_json
@@ -30,11 +30,13 @@ class ValidatedCoco:
         dataset: COCO dict of ``images``, ``annotations`` and ``categories`` (sorted by id); boxes are (x, y, width,
             height) in pixels.
         issues: in the order of the json's entries; empty if all entries are valid.
+        notes: remarks on what is valid but may surprise: crowds, classes without annotations, very many objects.
     """
 
     json_file: Path
     dataset: dict[str, Any]
     issues: list[Issue]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def keypoint_names(self) -> list[str]:
@@ -76,6 +78,7 @@ def validate_coco(
     need_masks: bool = True,
     require_annotations: bool = False,
     evaluation: bool = False,
+    crowds_as_objects: bool = False,
 ) -> ValidatedCoco:
     """Read a COCO json, keep the entries that Detectron2 can use, and list the issues of the others.
 
@@ -89,6 +92,7 @@ def validate_coco(
             images all of whose annotations are invalid.
         evaluation: the json is for evaluation: keep the ground truth of images whose file is missing or unusable, and
             the boxes of annotations without a valid mask.
+        crowds_as_objects: treat annotations with iscrowd=1 as single objects.
 
     Raises:
         DatasetError: the file is unreadable, is not COCO json, or has no valid image or category.
@@ -100,8 +104,19 @@ def validate_coco(
     if not image_dir.is_dir():
         raise DatasetError(f"{image_dir} is not a folder. Fix: give the folder with the images of {json_file}.")
 
+    entries = [entry for entry in annotation_entries if isinstance(entry, dict)]
+    if need_masks and not evaluation and entries and all(entry.get("segmentation") in (None, []) for entry in entries):
+        raise DatasetError(
+            f"{json_file} has boxes and no masks. Fix: train without masks (--config-file faster_rcnn_halo_h4, or "
+            "MODEL.MASK_ON False); tools/check_dataset.py takes --boxes-only."
+        )
     validator = CocoValidator(json_file)
-    categories = validator.categories(category_entries)
+    if crowds_as_objects:
+        annotation_entries = [
+            {**entry, "iscrowd": 0} if isinstance(entry, dict) and entry.get("iscrowd") == 1 else entry
+            for entry in annotation_entries
+        ]
+    categories = without_parent(validator.categories(category_entries), annotation_entries, validator)
     if not categories:
         raise DatasetError(f"{json_file}: none of {len(category_entries)} categories is valid ({validator.first()}).")
     first = len(validator.issues)
@@ -117,6 +132,8 @@ def validate_coco(
         raise DatasetError(
             f"{json_file}: none of its {len(annotation_entries)} annotations can be trained on "
             f"({validator.first(first)}); at least one valid annotation that is not a crowd is needed."
+            + " Fix, if single objects are marked as crowds: --crowds-as-objects."
+            * bool(annotations)
         )
     without_valid = validator.images_without_valid(annotation_entries, images, annotations)
     if require_annotations:  # the objects of these images would be learned as background
@@ -135,7 +152,24 @@ def validate_coco(
             dataset |= {key: data[key]} if key in data else {}
         except ValueError:
             validator.report(key, "contains NaN or infinity, which are not JSON", "dropped")
-    return ValidatedCoco(json_file, dataset, validator.issues)
+    return ValidatedCoco(json_file, dataset, validator.issues, validator.notes)
+
+
+def without_parent(
+    categories: dict[int, dict[str, Any]], annotations: list[Any], validator: CocoValidator
+) -> dict[int, dict[str, Any]]:
+    """Drop a category without annotations that is only the supercategory of all others, as Roboflow exports it."""
+    used = {
+        entry.get("category_id")
+        for entry in annotations
+        if isinstance(entry, dict) and is_int(entry.get("category_id"))
+    }
+    for key, category in categories.items():
+        others = [other for other in categories.values() if other is not category]
+        if others and key not in used and all(other.get("supercategory") == category["name"] for other in others):
+            validator.note(f"category {show(category['name'])} is only the supercategory of the others; dropped")
+            return {other["id"]: other for other in others}
+    return categories
 
 
 def check_same_categories(train: ValidatedCoco, val: ValidatedCoco) -> None:

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from halodet.data import annotations as checks
-from halodet.data.annotations import InvalidAnnotation, Note, is_int, is_number, show
+from halodet.data.annotations import InvalidAnnotation, Note, is_int, is_number, mask_box, show
 
 from PIL import Image
 from tqdm import tqdm
 
 SKIPPED_IN_TRAINING = "skipped in training"  # action for an image that is valid COCO but cannot be trained on
 _EXIF_ORIENTATION, _EXIF_ROTATED = 0x0112, (5, 6, 7, 8)
+COCO_MAX_DETECTIONS = 100  # per image, in COCO's own metrics and in Detectron2's default config
+_AGREE = 0.5  # IoU of a box with its mask's, below which one of them is wrong
+_TOLERATED = 2.0  # pixels by which boxes of tiny objects differ
 _SHOW_PROGRESS = 1000  # images from which a progress bar is shown
 
 
@@ -48,10 +51,24 @@ class CocoValidator:
     def __init__(self, json_file: Path) -> None:
         self.file = json_file.name
         self.issues: list[Issue] = []
-        self.missing: dict[str, list[str]] = {"area": [], "iscrowd": []}
+        self.notes: list[str] = []
+        self.counted: dict[tuple[str, str], list[str]] = {}  # places of each kind of issue that has one line
 
     def report(self, where: str, reason: str, action: str) -> None:
         self.issues.append(Issue(self.file, where, reason, action))
+
+    def count(self, where: str, reason: str, action: str) -> None:
+        """Report an issue together with all others of the same kind, by :meth:`report_counted`."""
+        self.counted.setdefault((reason, action), []).append(where)
+
+    def report_counted(self, total: int) -> None:
+        """Report each counted kind of issue in one line: an exporter makes a mistake in all annotations or in none."""
+        for (reason, action), places in self.counted.items():
+            self.report("annotations", f"{len(places)} of {total} {reason}, the first is {places[0]}", action)
+
+    def note(self, text: str) -> None:
+        """Add a remark on something that is no mistake."""
+        self.notes.append(f"{self.file}: {text}")
 
     def first(self, start: int = 0) -> str:
         """Return the first issue from index ``start`` on, or the first one of all."""
@@ -128,14 +145,10 @@ class CocoValidator:
                 valid.append(annotation | self.keypoints(entry, where, len(names)))
             except InvalidAnnotation as error:
                 self.report(where, str(error), "skipped")
-        # One line each: an exporter omits a key from all annotations or from none.
-        for (key, places), action in zip(
-            self.missing.items(), ("computed from the mask or box", "set to 0"), strict=True
-        ):
-            if places:
-                reason = f"{len(places)} of {len(entries)} have no {key}, the first is {places[0]}"
-                self.report("annotations", reason, action)
+        valid = self.without_duplicates(valid)
+        self.report_counted(len(entries))
         self.renumber(valid)
+        self.note_crowds(valid, categories)
         if not valid:
             self.report(
                 "annotations", f"none of {len(entries)} is valid, so there is nothing to train on", "images kept"
@@ -148,34 +161,102 @@ class CocoValidator:
         self, entry: dict[str, Any], where: str, image: dict[str, Any], need_masks: bool, keep_maskless: bool
     ) -> dict[str, Any]:
         """Return the valid form of one annotation; with ``keep_maskless`` also if it has no valid mask."""
-        note = partial(self.report, where)
+        changes: list[str] = []
+
+        def note(reason: str, action: str) -> None:
+            changes.append(action)
+            self.report(where, reason, action)
+
         width, height = image["width"], image["height"]
         iscrowd, mask, area = entry.get("iscrowd"), entry.get("segmentation"), entry.get("area")
         if iscrowd not in (None, 0, 1):
             raise InvalidAnnotation(f"iscrowd={show(iscrowd)} is invalid: expected 0 or 1")
         box = _clean_box(entry.get("bbox"), width, height, note)
         valid = {"id": entry.get("id"), "image_id": image["id"], "category_id": entry["category_id"], "bbox": box}
-        if need_masks or mask is not None:
+        if need_masks or mask not in (None, []):
             try:
                 valid["segmentation"] = checks.clean_mask(mask, width, height, note)
             except InvalidAnnotation as error:
                 if need_masks and not keep_maskless:
                     raise
                 note(str(error), "ignored in mask AP, box kept" if need_masks else "mask dropped, box kept")
-        if not is_number(area) or area < 0:
+        if "segmentation" in valid and not iscrowd:
+            box = valid["bbox"] = self.agreeing_box(where, entry["bbox"], box, valid["segmentation"], (width, height))
+        if not is_number(area) or area <= 0 or changes:
+            computed = "computed from the mask or box"
             if area is None:
-                self.missing["area"].append(where)
-            else:
-                note(f"area={show(area)} is invalid", "computed from the mask or box")
+                self.count(where, "have no area", computed)
+            elif is_number(area) and area == 0:
+                self.count(where, "have an area of 0", computed)
+            elif not is_number(area) or area < 0:
+                note(f"area={show(area)} is invalid", computed)
             area = (
                 checks.mask_area(valid["segmentation"], width, height) if "segmentation" in valid else box[2] * box[3]
             )
         if iscrowd is None:
-            self.missing["iscrowd"].append(where)
+            self.count(where, "have no iscrowd", "set to 0")
         if entry.get("ignore"):  # Detectron2 rejects the key; crowds are likewise neither trained on nor evaluated
             iscrowd = 1
             note(f"ignore={show(entry['ignore'])} is not supported by Detectron2", "kept as a crowd (iscrowd=1)")
         return {**valid, "area": area, "iscrowd": int(iscrowd or 0)}
+
+    def agreeing_box(
+        self,
+        where: str,
+        given: list[float],
+        box: list[float],
+        mask: list[list[float]] | dict[str, Any],
+        size: tuple[int, int],
+    ) -> list[float]:
+        """Return ``box``, or that of the mask if they disagree; report the likely cause."""
+        extent = mask_box(mask, *size)
+        if checks.box_iou(box, extent) >= _AGREE:
+            return box
+        if max(abs(a - b) for a, b in zip(_corners(box), _corners(extent), strict=True)) <= _TOLERATED:
+            return box
+        x, y, w, h = given
+        causes = {
+            "boxes are written as x1, y1, x2, y2": [x, y, w - x, h - y],
+            "boxes are fractions of the image": [x * size[0], y * size[1], w * size[0], h * size[1]],
+            "boxes are written as their center": [x - w / 2, y - h / 2, w, h],
+        }
+        cause = next((text for text, other in causes.items() if checks.box_iou(other, extent) >= _AGREE), "")
+        self.count(where, "have a box beside their mask" + f" ({cause})" * bool(cause), "box taken from the mask")
+        return extent
+
+    def without_duplicates(self, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the annotations without those that repeat the image, class, box and mask of an earlier one."""
+        kept: dict[str, dict[str, Any]] = {}
+        for annotation in annotations:
+            parts = [annotation[key] for key in ("image_id", "category_id", "bbox", "iscrowd")]
+            key = repr((parts, annotation.get("segmentation"), annotation.get("keypoints")))
+            if key in kept:
+                self.count(f"annotation {show(annotation['id'])}", "repeat an earlier annotation", "dropped")
+            else:
+                kept[key] = annotation
+        return list(kept.values())
+
+    def note_crowds(self, annotations: list[dict[str, Any]], categories: dict[int, Any]) -> None:
+        """Note how many annotations are crowds, which classes have none, and images with very many objects."""
+        crowds = Counter(entry["category_id"] for entry in annotations if entry["iscrowd"])
+        if crowds:
+            parts = ", ".join(f"{count} {categories[key]['name']}" for key, count in crowds.most_common(10))
+            self.note(
+                f"{crowds.total()} of {len(annotations)} annotations are crowds (iscrowd=1), not trained on: {parts}. "
+                "CVAT's brush, Datumaro, Darwin and supervision mark single objects as crowds too. Fix, if these are: "
+                "--crowds-as-objects"
+            )
+        used = {entry["category_id"] for entry in annotations}
+        unused = [category["name"] for key, category in categories.items() if key not in used]
+        if unused and used:
+            more = f" and {len(unused) - 10} more" if len(unused) > 10 else ""
+            self.note(f"{len(unused)} of {len(categories)} classes have no annotation: {', '.join(unused[:10])}{more}")
+        dense = [n for n in Counter(entry["image_id"] for entry in annotations).values() if n > COCO_MAX_DETECTIONS]
+        if dense:
+            self.note(
+                f"{len(dense)} images have more than {COCO_MAX_DETECTIONS} objects, at most {max(dense)}. Fix: set "
+                "TEST.DETECTIONS_PER_IMAGE to this number"
+            )
 
     def keypoints(self, entry: dict[str, Any], where: str, count: int) -> dict[str, Any]:
         """Return the keypoints of an annotation whose category names ``count`` of them."""
@@ -223,6 +304,10 @@ class CocoValidator:
                 f"image {image_id}", f"all of its {given[image_id]} annotations are invalid", SKIPPED_IN_TRAINING
             )
         return without
+
+
+def _corners(box: list[float]) -> tuple[float, float, float, float]:
+    return box[0], box[1], box[0] + box[2], box[1] + box[3]
 
 
 def _count_by_image(annotations: list[Any], condition: Callable[[dict[str, Any]], bool]) -> Counter[int]:

@@ -112,6 +112,7 @@ def validate_user_data(
     val_images: str | None,
     *,
     need_masks: bool = True,
+    crowds_as_objects: bool = False,
 ) -> UserData:
     """Validate a user's COCO json files and register their valid part.
 
@@ -124,6 +125,7 @@ def validate_user_data(
         val_json: COCO json to evaluate on.
         val_images: folder that its file names are relative to.
         need_masks: skip annotations without a valid mask.
+        crowds_as_objects: treat annotations with iscrowd=1 as single objects.
 
     Raises:
         ConfigError: a json is given without its images or the reverse.
@@ -140,9 +142,12 @@ def validate_user_data(
                 need_masks=need_masks,
                 require_annotations=split == "train",
                 evaluation=split == "val",
+                crowds_as_objects=crowds_as_objects,
             )
             for line in validated[split].issue_lines():
                 logger.warning("%s", line)
+            for line in validated[split].notes:
+                logger.info("%s", line)
     if len(validated) == 2:
         check_same_categories(validated["train"], validated["val"])
     names = {split: name for split, name in zip(("train", "val"), USER_DATASETS, strict=True) if split in validated}
@@ -158,12 +163,13 @@ def validate_user_data(
     return UserData(first.json_file, names, first.class_names, first.keypoint_names, has_rle)
 
 
-def register_user_data(cfg: CfgNode, *files: str | None) -> CfgNode:
+def register_user_data(cfg: CfgNode, *files: str | None, crowds_as_objects: bool = False) -> CfgNode:
     """Register a user's COCO json files with :func:`validate_user_data`, and adapt the config to them.
 
     Args:
         cfg: config.
         files: ``train_json``, ``train_images``, ``val_json`` and ``val_images``.
+        crowds_as_objects: see :func:`validate_user_data`.
 
     Returns:
         The config with DATASETS, the number of classes and INPUT.MASK_FORMAT set.
@@ -172,7 +178,8 @@ def register_user_data(cfg: CfgNode, *files: str | None) -> CfgNode:
         ConfigError: a json is given without its images or the reverse.
         DatasetError: a json cannot be used.
     """
-    data = validate_user_data(cfg.OUTPUT_DIR, *files, need_masks=cfg.MODEL.MASK_ON)
+    options = {"need_masks": cfg.MODEL.MASK_ON, "crowds_as_objects": crowds_as_objects}
+    data = validate_user_data(cfg.OUTPUT_DIR, *files, **options)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (

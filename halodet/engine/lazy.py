@@ -76,7 +76,8 @@ def run_lazy_config(args: argparse.Namespace) -> dict[str, Any] | None:
         if not any(files := user_files(args)):
             return None
         masks = "True" in _values(cfg.dataloader.get("train"), "use_instance_mask")
-        return validate_user_data(cfg.train.output_dir, *files, need_masks=masks)
+        options = {"need_masks": masks, "crowds_as_objects": args.crowds_as_objects}
+        return validate_user_data(cfg.train.output_dir, *files, **options)
 
     def prepare() -> dict[str, Any]:
         nonlocal loaded

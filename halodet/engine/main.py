@@ -64,6 +64,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     data.add_argument("--train-images", metavar="DIR", help="folder of the images of --train-json")
     data.add_argument("--val-json", metavar="FILE", help="COCO json to evaluate on")
     data.add_argument("--val-images", metavar="DIR", help="folder of the images of --val-json")
+    data.add_argument(
+        "--crowds-as-objects", action="store_true", help="treat annotations with iscrowd=1 as single objects"
+    )
     return parser
 
 
@@ -195,7 +198,7 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
             f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of {world_size} ranks."
         )
     if any(files := user_files(args)):
-        cfg = register_user_data(cfg, *files)
+        cfg = register_user_data(cfg, *files, crowds_as_objects=args.crowds_as_objects)
     options = {"eval_only": args.eval_only, "resume": args.resume, "allow_pickle": args.allow_pickle}
     loaded = check_weights(cfg, build_meta_model(cfg), **options)
     prepare_datasets(cfg, train=not args.eval_only)

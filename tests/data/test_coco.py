@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from halodet.data import check_same_categories, register_validated, validate_coco
+from halodet.data.annotations import mask_area
 from halodet.errors import DatasetError
 
 import numpy as np
@@ -48,8 +49,8 @@ def good():
         "categories": [{"id": 90, "name": "dog", "supercategory": "animal"}, {"id": 7, "name": "cat", "keypoints": []}],
         "annotations": [
             annotation(11, 1, 90),
-            annotation(12, 1, 7, segmentation=rle(), keypoints=[1, 2, 3]),
-            annotation(13, 2, 7, segmentation=rle(compressed=False), iscrowd=1),
+            annotation(12, 1, 7, bbox=[7, 5, 26, 15], segmentation=rle(), keypoints=[1, 2, 3]),
+            annotation(13, 2, 7, bbox=[7, 5, 26, 15], segmentation=rle(compressed=False), iscrowd=1),
         ],
     }
 
@@ -130,6 +131,98 @@ def test_boxes_without_masks_stay_in_an_evaluation(check):
     assert "mask AP" in checked.issues[0].action
 
 
+def objects(*entries):
+    """The valid file with annotations of image 1 and class 7 that have these boxes and masks."""
+    data = good()
+    data["annotations"] = [
+        {"id": n, "image_id": 1, "category_id": 7, "bbox": box, "segmentation": mask, "area": 9.0, "iscrowd": 0}
+        for n, (box, mask) in enumerate(entries, start=1)
+    ]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("box", "cause"),
+    [
+        ([10, 10, 30, 30], "x1, y1, x2, y2"),
+        ([10 / WIDTH, 10 / HEIGHT, 20 / WIDTH, 20 / HEIGHT], "fractions"),
+        ([20, 20, 20, 20], "center"),
+        ([40, 2, 15, 9], "beside their mask"),
+        ([10, 10, 0.01, 0.01], "beside their mask"),
+    ],
+)
+def test_a_box_beside_its_mask_is_counted_and_taken_from_the_mask(check, box, cause):
+    checked = check(objects((box, [SQUARE]), ([40, 5, 15, 10], [[40, 5, 55, 5, 55, 15, 40, 15]])))
+    assert [a["bbox"] for a in checked.dataset["annotations"]] == [[10, 10, 20, 20], [40, 5, 15, 10]]
+    (issue,) = checked.issues
+    assert "1 of 2 " in issue.reason and cause in issue.reason and "annotation 1" in issue.reason
+
+
+def test_boxes_without_any_mask_are_one_message(check):
+    data = objects(([10, 10, 20, 20], []), ([10, 5, 20, 20], None))
+    with pytest.raises(DatasetError, match="MODEL.MASK_ON False"):
+        check(data)
+    assert kept_ids(check(data, need_masks=False)) == [1, 2] and check(data, need_masks=False).issues == []
+
+
+def test_boxes_of_rounded_masks_agree(check):
+    tiny = [5.2, 5.2, 6.4, 5.2, 6.4, 6.4, 5.2, 6.4]
+    assert check(objects(([5, 5, 2, 2], [tiny]), ([9, 9, 24, 24], [SQUARE]))).issues == []
+
+
+def test_crowds_are_noted_and_can_be_objects(check):
+    checked = check(good())
+    assert checked.issues == [] and len(checked.notes) == 1
+    assert "1 of 3 " in checked.notes[0] and "1 cat" in checked.notes[0] and "--crowds-as-objects" in checked.notes[0]
+    checked = check(good(), crowds_as_objects=True)
+    assert [a["iscrowd"] for a in checked.dataset["annotations"]] == [0, 0, 0] and checked.notes == []
+
+
+@pytest.mark.parametrize("area", [0, None])
+def test_an_area_of_nothing_is_computed(check, area):
+    checked = check(changed("annotations", 0, "area", value=area))
+    assert checked.dataset["annotations"][0]["area"] == mask_area([SQUARE], WIDTH, HEIGHT) > 300
+    assert len(checked.issues) == 1 and "1 of 3 " in checked.issues[0].reason
+
+
+def test_the_area_of_a_clipped_mask_is_computed(check):
+    checked = check(changed("annotations", 0, "segmentation", value=[[-20, 10, 30, 10, 30, 30, -20, 30]]))
+    assert checked.dataset["annotations"][0]["area"] == 600
+
+
+def test_a_repeated_annotation_is_dropped(check):
+    data = good()
+    data["annotations"].append({**data["annotations"][0], "id": 20})
+    data["annotations"].append({**data["annotations"][0], "id": 21, "category_id": 7})
+    checked = check(data)
+    assert kept_ids(checked) == [11, 12, 13, 21]
+    assert len(checked.issues) == 1 and "1 of 5 repeat" in checked.issues[0].reason
+
+
+def test_classes_nobody_has_are_noted_and_a_mere_parent_is_dropped(check):
+    data = good()
+    data["categories"] = [
+        {"id": 0, "name": "pets", "supercategory": "none"},
+        *({**category, "supercategory": "pets"} for category in data["categories"]),
+    ]
+    checked = check(data)
+    assert checked.class_names == ["cat", "dog"] and any("'pets'" in note for note in checked.notes)
+    data["categories"][1]["supercategory"] = "animal"  # now pets is a class that has no annotation yet
+    checked = check(data)
+    assert checked.class_names == ["pets", "cat", "dog"] and any("1 of 3 classes" in note for note in checked.notes)
+
+
+def test_more_than_100_objects_in_an_image_are_noted(check):
+    boxes = [[x / 4, 10, 3, 4] for x in range(150)]
+    checked = check(objects(*((box, None) for box in boxes)), need_masks=False)
+    assert [note for note in checked.notes if "150" in note and "TEST.DETECTIONS_PER_IMAGE" in note]
+
+
+def test_a_polygon_without_area_is_no_mask(check):
+    checked = check(changed("annotations", 0, "segmentation", value=[[10, 10, 20, 10, 30, 10]]))
+    assert kept_ids(checked) == [12, 13] and "no area" in checked.issues[0].reason
+
+
 # Change of the valid file, pattern of its only issue, and the annotations that are left.
 SINGLE_ISSUES = {
     "annotation is a list": (("annotations", 0), [], "annotation at index 0", [12, 13]),
@@ -146,7 +239,7 @@ SINGLE_ISSUES = {
     "box without width": (("annotations", 0, "bbox"), [1, 2, 0, 4], "bbox.*0 x 4", [12, 13]),
     "box of negative height": (("annotations", 0, "bbox"), [1, 2, 3, -4], "bbox.*3 x -4", [12, 13]),
     "box outside": (("annotations", 0, "bbox"), [WIDTH, 0, 5, 5], "bbox.* 60 x 40; skipped", [12, 13]),
-    "box partly outside": (("annotations", 0, "bbox"), [50, 30, 20, 20], "; clipped", [11, 12, 13]),
+    "box partly outside": (("annotations", 0, "bbox"), [-5, 10, 35, 20], "; clipped", [11, 12, 13]),
     "mask missing": (("annotations", 0, "segmentation"), None, "segmentation is missing", [12, 13]),
     "mask empty": (("annotations", 0, "segmentation"), [], r"segmentation=\[\]", [12, 13]),
     "mask flat": (("annotations", 0, "segmentation"), SQUARE, "polygon 1 of 8", [12, 13]),
@@ -172,7 +265,7 @@ SINGLE_ISSUES = {
     ),
     "polygon partly outside": (
         ("annotations", 0, "segmentation"),
-        [[40, 9, 80, 9, 80, 20]],
+        [[-20, 10, 30, 10, 30, 30, -20, 30]],
         "20 pixels .*clipped",
         [11, 12, 13],
     ),
@@ -277,7 +370,7 @@ def test_area_of_compressed_rle_is_that_of_pycocotools(check):
         mask[-1, -1] = 1
         areas.append(int(mask.sum()))
         segmentation = {"size": [HEIGHT, WIDTH], "counts": mask_util.encode(mask)["counts"].decode()}
-        box = {"image_id": 1, "category_id": 7, "bbox": [0, 0, 9, 9]}
+        box = {"image_id": 1, "category_id": 7, "bbox": mask_util.toBbox(mask_util.encode(mask)).tolist()}
         data["annotations"].append({"id": 100 + number, "segmentation": segmentation, **box})
     checked = check(data)
     assert len(checked.issues) == 2  # no area, no iscrowd
@@ -381,8 +474,10 @@ def test_broken_and_rotated_image_files(check, images):
 
 def test_many_issues_are_fast(check):
     data = good()
-    faulty = [{**data["annotations"][0], "id": 11, "bbox": [-50, 0, 5, 5]}, {**data["annotations"][0], "id": 11}]
-    data["annotations"] += [entry for _ in range(10_000) for entry in faulty]
+    first = data["annotations"][0]
+    for number in range(10_000):
+        data["annotations"].append({**first, "id": 11, "bbox": [-50, 0, 5, 5]})
+        data["annotations"].append({**first, "id": 11, "bbox": [10, 10, 20, 20 - number / 1e6 - 1e-6]})
     checked = check(data)
     assert len(checked.issues) == 20_000 and len(set(kept_ids(checked))) == 10_003
 
@@ -439,7 +534,9 @@ def test_command_line(check, tmp_path, images, capsys):
     path.write_text(json.dumps(data))
     capsys.readouterr()
     assert tool.main(arguments) == 1
-    lines = capsys.readouterr().out.splitlines()
+    *lines, note, summary = capsys.readouterr().out.splitlines()
+    assert note.startswith("note: ") and "1 of 3 annotations are crowds" in note
+    lines.append(summary)
     assert (
         len(lines) == 202
         and lines[200] == "... and 50 more issues"
