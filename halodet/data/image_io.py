@@ -45,7 +45,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
                 # A TIFF is rotated while it loads, so its orientation tag must be read afterwards.
                 with _silence_libtiff(image.format):
                     image.load()
-                return _to_bgr(image)
+                return to_bgr(image)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
@@ -76,7 +76,12 @@ def _silence_libtiff(image_format: str | None) -> Iterator[None]:
         os.close(stderr)
 
 
-def _to_bgr(image: Image.Image) -> np.ndarray:
+def to_bgr(image: Image.Image) -> np.ndarray:
+    """Convert a Pillow image of any mode to an (H, W, 3) uint8 BGR array, upright.
+
+    Raises:
+        ImageError: the image has no pixels, or pixels that are no numbers.
+    """
     if 0 in image.size:
         raise ImageError(f"the image has no pixels ({image.width} x {image.height}).")
     image_format = image.format

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from halodet.checkpoint import classes_of, load_weights, read_weights
 from halodet.config.validate import one_line
 from halodet.data.classes import count_classes, read_classes
+from halodet.data.image_io import read_image, to_bgr
 from halodet.data.transforms import ResizeShortestEdge
-from halodet.errors import CheckpointError, ConfigError
+from halodet.errors import CheckpointError, ConfigError, HalodetError
 
 import numpy as np
 import torch
@@ -20,10 +22,19 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
 
-__all__ = ["Predictor", "to_coco"]
+__all__ = ["ImageLike", "Predictor", "PredictorError", "as_bgr", "to_coco"]
 
 _BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+ImageLike = np.ndarray | Tensor | Image.Image | str | os.PathLike[str]
+
+
+class PredictorError(HalodetError, TypeError):
+    """An image has a shape or type that the predictor does not take."""
 
 
 class Predictor(DefaultPredictor):
@@ -70,11 +81,16 @@ class Predictor(DefaultPredictor):
         self.input_format = cfg.model.input_format if lazy else cfg.INPUT.FORMAT
         load_weights(self.model, weights, preloaded=loaded)
 
-    def __call__(self, original_image: np.ndarray) -> Instances:
-        """Detect objects in an (H, W, 3) uint8 BGR image; the instances are on the CPU, in pixels of that image.
+    def __call__(self, original_image: ImageLike) -> Instances:
+        """Detect objects in an image; the instances are on the CPU, in pixels of that image.
+
+        Args:
+            original_image: see :func:`as_bgr`.
 
         Raises:
             ConfigError: the model returns no instances.
+            PredictorError: the image has another shape or type.
+            ImageError: a file cannot be read.
         """
         predictions = self.predict(original_image)
         if "instances" not in predictions:
@@ -82,10 +98,11 @@ class Predictor(DefaultPredictor):
         return predictions["instances"]
 
     @torch.no_grad()
-    def predict(self, original_image: np.ndarray) -> dict[str, Any]:
-        """Return all that the model predicts for an (H, W, 3) uint8 BGR image; instances are on the CPU."""
-        height, width = original_image.shape[:2]
-        image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
+    def predict(self, original_image: ImageLike) -> dict[str, Any]:
+        """Return all that the model predicts for an image, see :func:`as_bgr`; instances are on the CPU."""
+        bgr = as_bgr(original_image)
+        height, width = bgr.shape[:2]
+        image = bgr[:, :, ::-1] if self.input_format == "RGB" else bgr
         resized = T.AugInput(image)
         self.aug(resized)
         tensor = torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
@@ -93,6 +110,45 @@ class Predictor(DefaultPredictor):
         if "instances" in predictions:
             predictions["instances"] = predictions["instances"].to("cpu")
         return predictions
+
+
+def as_bgr(image: ImageLike) -> np.ndarray:
+    """Return an image as an (H, W, 3) uint8 BGR array.
+
+    Args:
+        image: a file name; a Pillow image; a uint8 array (H, W), (H, W, 1), (H, W, 3) BGR or (H, W, 4) BGRA, as OpenCV
+            has them; or a uint8 tensor (1 or 3, H, W) RGB, as torchvision has them. Transparent pixels become white.
+
+    Raises:
+        PredictorError: another shape or type; names both.
+        ImageError: the file cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return to_bgr(image)
+    array: Any = image
+    if isinstance(image, Tensor):
+        fits = image.ndim == 3 and len(image) in (1, 3)
+        array = np.ascontiguousarray(image.detach().cpu().numpy()[::-1].transpose(1, 2, 0)) if fits else None
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+        raise _unexpected(image)
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.shape[2] == 4:
+        alpha = array[:, :, 3:].astype(np.float32) / 255
+        return np.rint(array[:, :, :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    if array.shape[2] not in (1, 3):
+        raise _unexpected(image)
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
+
+
+def _unexpected(image: Any) -> PredictorError:
+    kind = type(image).__name__
+    found = f"{kind} of shape {tuple(image.shape)} and type {image.dtype}" if hasattr(image, "shape") else kind
+    return PredictorError(
+        f"Image is a {found}: expected uint8, an array (H, W), (H, W, 1), (H, W, 3) BGR or (H, W, 4) BGRA, a tensor "
+        "(3, H, W) RGB, a Pillow image or a file name."
+    )
 
 
 def _resize(cfg: CfgNode) -> T.Augmentation:

@@ -4,8 +4,10 @@ import json
 
 from halodet.data.classes import ClassesError, read_classes, write_classes
 from halodet.errors import CheckpointError, ConfigError
-from halodet.inference import Predictor, to_coco
+from halodet.inference import Predictor, PredictorError, to_coco
+from halodet.inference.predictor import as_bgr
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -17,6 +19,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from helpers import CreatesFile, noise
+from PIL import Image
 
 
 def small_config():
@@ -83,6 +86,47 @@ def test_a_large_enough_image_is_resized_as_detectron2_does(trained):
     for size in ((60, 90), (500, 100)):
         expected = DefaultPredictor(trained).aug.get_transform(noise(*size)).apply_image(noise(*size))
         assert np.array_equal(predictor.aug.get_transform(noise(*size)).apply_image(noise(*size)), expected)
+
+
+def test_images_of_all_kinds_are_the_same_image(tmp_path):
+    bgr = noise(20, 30)
+    cv2.imwrite(str(tmp_path / "a.png"), bgr)
+    rgb = np.ascontiguousarray(bgr[:, :, ::-1])
+    opaque = np.dstack([bgr, np.full((20, 30), 255, np.uint8)])
+    tensor = torch.from_numpy(rgb).permute(2, 0, 1)
+    for image in (bgr, tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(rgb), opaque, tensor):
+        assert np.array_equal(as_bgr(image), bgr), type(image)
+    grey = bgr[:, :, 0]
+    for image in (grey, grey[:, :, None], torch.from_numpy(grey.copy())[None], Image.fromarray(grey)):
+        assert np.array_equal(as_bgr(image), np.dstack([grey] * 3)), type(image)
+    transparent = np.dstack([bgr, np.zeros((20, 30), np.uint8)])
+    assert (as_bgr(transparent) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        (np.zeros((4, 5, 3), np.float32), r"\(4, 5, 3\) and type float32"),
+        (np.zeros((4, 5, 2), np.uint8), r"\(4, 5, 2\)"),
+        (np.zeros((1, 4, 5, 3), np.uint8), r"\(1, 4, 5, 3\)"),
+        (np.zeros((0, 5, 3), np.uint8), r"\(0, 5, 3\)"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8), r"\(4, 5, 3\)"),
+        (torch.zeros(3, 4, 5), "float32"),
+        (None, "NoneType"),
+    ],
+)
+def test_other_images_are_named(image, named):
+    with pytest.raises(PredictorError, match=named):
+        as_bgr(image)
+
+
+def test_the_predictor_takes_a_file_and_a_pillow_image(trained, tmp_path):
+    predictor, image = Predictor(trained), noise(80, 96)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    expected = predictor(image)
+    for other in (tmp_path / "a.png", Image.fromarray(image[:, :, ::-1])):
+        found = predictor(other)
+        assert len(found) > 0 and torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
 def test_weights_that_are_not_there_are_refused(trained, tmp_path):
