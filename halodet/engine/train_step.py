@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from halodet.engine.nan_guard import NanGuard, NonFiniteReport, NormStatisticsBackup, is_non_finite_error
+from halodet.errors import ConfigError
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -108,6 +109,13 @@ class GradAccumTrainer(SimpleTrainer):
             if not is_non_finite_error(error):
                 raise
             reason = str(error).partition(".")[0].strip(" !")
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                f"Batch normalization has one value per channel ({error}). Fix: more or larger images per GPU, or NORM GN "
+                "or FrozenBN (MODEL.HALONET.NORM, MODEL.FPN.NORM)."
+            ) from error
         if isinstance(losses, Tensor):
             losses = {"total_loss": losses}
         # One transfer from the GPU for all losses and the flag that the ranks share.

@@ -211,3 +211,11 @@ def test_a_compile_error_names_the_key_and_the_reason(shapes, tmp_path):
     with pytest.raises(TrainingStopped, match="MODEL.COMPILE=True.*file too short") as error:
         trainer.train()
     assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_batch_norm_of_one_value_per_channel_is_one_message(train_net, tmp_path, capsys):
+    """A config that is valid, but whose last maps have a single pixel: PyTorch's ValueError names no key."""
+    keys = ["INPUT.MIN_SIZE_TRAIN", "(16,)", "INPUT.MAX_SIZE_TRAIN", "16", "SOLVER.IMS_PER_BATCH", "1"]
+    assert train_net(tmp_path, *keys, "MODEL.HALONET.NORM", "BN", "SOLVER.MAX_ITER", "2") == 2
+    printed = "".join(capsys.readouterr())
+    assert "MODEL.HALONET.NORM" in printed and "[1, " in printed and "Traceback" not in printed
