@@ -113,8 +113,8 @@ class GradAccumTrainer(SimpleTrainer):
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ConfigError(
-                f"Batch normalization has one value per channel ({error}). Fix: more or larger images per GPU, or NORM GN "
-                "or FrozenBN (MODEL.HALONET.NORM, MODEL.FPN.NORM)."
+                f"Batch normalization has one value per channel ({error}). Fix: more or larger images per GPU, or "
+                "NORM GN or FrozenBN (MODEL.HALONET.NORM, MODEL.FPN.NORM)."
             ) from error
         if isinstance(losses, Tensor):
             losses = {"total_loss": losses}
