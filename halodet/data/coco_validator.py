@@ -171,7 +171,11 @@ class CocoValidator:
         iscrowd, mask, area = entry.get("iscrowd"), entry.get("segmentation"), entry.get("area")
         if iscrowd not in (None, 0, 1):
             raise InvalidAnnotation(f"iscrowd={show(iscrowd)} is invalid: expected 0 or 1")
-        box = _clean_box(entry.get("bbox"), width, height, note)
+        given = entry.get("bbox")
+        if given is None and mask:  # whether it is a valid one is checked below
+            given = mask_box(checks.clean_mask(mask, width, height), width, height)
+            self.count(where, "have no bbox", "computed from the mask")
+        box = _clean_box(given, width, height, note)
         valid = {"id": entry.get("id"), "image_id": image["id"], "category_id": entry["category_id"], "bbox": box}
         if need_masks or mask not in (None, []):
             try:
@@ -181,7 +185,7 @@ class CocoValidator:
                     raise
                 note(str(error), "ignored in mask AP, box kept" if need_masks else "mask dropped, box kept")
         if "segmentation" in valid and not iscrowd:
-            box = valid["bbox"] = self.agreeing_box(where, entry["bbox"], box, valid["segmentation"], (width, height))
+            box = valid["bbox"] = self.agreeing_box(where, given, box, valid["segmentation"], (width, height))
         if not is_number(area) or area <= 0 or changes:
             computed = "computed from the mask or box"
             if area is None:

@@ -170,6 +170,14 @@ def test_boxes_of_rounded_masks_agree(check):
     assert check(objects(([5, 5, 2, 2], [tiny]), ([9, 9, 24, 24], [SQUARE]))).issues == []
 
 
+def test_a_missing_box_is_that_of_the_mask(check):
+    checked = check(changed("annotations", 0, "bbox", value=None))
+    assert checked.dataset["annotations"][0]["bbox"] == [10, 10, 20, 20]
+    data = changed("annotations", 0, "bbox", value=None)
+    data["annotations"][0]["segmentation"] = [[1, 2, 3]]
+    assert kept_ids(check(data)) == [12, 13]
+
+
 def test_crowds_are_noted_and_can_be_objects(check):
     checked = check(good())
     assert checked.issues == [] and len(checked.notes) == 1
@@ -231,7 +239,7 @@ SINGLE_ISSUES = {
     "text image id": (("annotations", 0, "image_id"), "1", "image_id='1'", [12, 13]),
     "bool category id": (("annotations", 0, "category_id"), True, "category_id=True", [12, 13]),
     "box of three": (("annotations", 0, "bbox"), [1, 2, 3], r"bbox=\[1, 2, 3\]", [12, 13]),
-    "box missing": (("annotations", 0, "bbox"), None, "bbox=None", [12, 13]),
+    "box missing": (("annotations", 0, "bbox"), None, "1 of 3 have no bbox", [11, 12, 13]),
     "box with NaN": (("annotations", 0, "bbox"), [1, NAN, 3, 4], "bbox=", [12, 13]),
     "box with infinity": (("annotations", 0, "bbox"), [1, 2, INF, 4], "bbox=", [12, 13]),
     "box with text": (("annotations", 0, "bbox"), [1, 2, "3", 4], "bbox=", [12, 13]),
