@@ -22,7 +22,7 @@ _ROWS = {
 
 def classes_metadata(classes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return metadata of a checkpoint with its classes, ``{"id": dataset id, "name": name}`` each."""
-    return {_KEY: json.dumps([{"id": entry["id"], "name": entry["name"]} for entry in classes])}
+    return {_KEY: json.dumps([{"id": entry["id"], "name": entry["name"]} for entry in classes], default=int)}
 
 
 def classes_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]] | None:
