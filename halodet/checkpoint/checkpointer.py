@@ -77,7 +77,7 @@ class Checkpointer(DetectionCheckpointer):
         """Save a checkpoint and update the tag, both atomically.
 
         The checkpoint has metadata that its tensors do not tell: the preprocessing, the layout of relative position
-        tables, and the classes, if the model has an attribute ``classes``.
+        tables, and the classes, if the model has an attribute ``halodet_classes``.
 
         Raises:
             CheckpointWriteError: the file cannot be written; older checkpoints and the tag are unchanged.

@@ -17,6 +17,8 @@ _ROWS = {
     re.compile(r"^roi_heads\.box_predictor(\.\d+)?\.bbox_pred\.(weight|bias)$"): "K x 4",
     re.compile(r"^roi_heads\.mask_head\.predictor\.(weight|bias)$"): "K x 1",
     re.compile(r"^head\.cls_score\.(weight|bias)$"): "anchors x K",
+    # PointRend's also take one input per class.
+    re.compile(r"^roi_heads\.mask_head\.(coarse_head\.prediction|point_head\..*)\.(weight|bias)$"): "PointRend",
 }
 
 
@@ -30,7 +32,7 @@ def classes_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     try:
         classes = json.loads((checkpoint.get("metadata") or {})[_KEY])
         return [{"id": int(entry["id"]), "name": str(entry["name"])} for entry in classes]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None  # metadata of another program
 
 
@@ -56,16 +58,18 @@ def select_classes(name: str, value: Tensor, old: Sequence[str], new: Sequence[s
         model_rows: number of rows in the model.
 
     Returns:
-        The tensor for ``new``; ``value`` itself if it has no rows for each class; None if a class is not in ``old``, or
-        the number of rows does not follow from that of ``old``.
+        The tensor for ``new``; ``value`` itself if it has no rows for each class; None if a class is not in ``old``, a
+        name is used twice, the number of rows does not follow from that of ``old``, or the predictor is PointRend's.
     """
     form = next(form for pattern, form in _ROWS.items() if pattern.match(name))
+    if form == "PointRend":
+        return None
     rows, count = len(value), len(old)
     agnostic = {"K x 4": 4, "K x 1": 1}.get(form)
     if rows == agnostic and (count > 1 or rows == model_rows != agnostic * len(new)):
         return value
     expected = {"K, background": count + 1, "K x 4": 4 * count, "K x 1": count}.get(form, rows // count * count)
-    if rows != expected or not set(new) <= set(old):
+    if rows != expected or not set(new) <= set(old) or len(set(old)) < count or len(set(new)) < len(new):
         return None
     index = torch.tensor([old.index(entry) for entry in new], device=value.device)
     if form == "K, background":

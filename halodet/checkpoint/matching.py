@@ -224,7 +224,7 @@ def _adapt_classes(found: Match, checkpoint: Mapping[str, Any], names: Mapping[s
                 found.sources[name] = TensorSource(partial(_identity, value))
                 found.mismatched.pop(name, None)
         else:
-            fits = name in found.sources or found.mismatched[name][0][1:] != shape[1:]
+            fits = name in found.sources or (found.mismatched[name][0][1:] != shape[1:] and "point_head" not in name)
         if not fits:
             found.sources.pop(name, None)
             found.mismatched.pop(name, None)
@@ -232,7 +232,8 @@ def _adapt_classes(found: Match, checkpoint: Mapping[str, Any], names: Mapping[s
     if selected:
         found.notes.append(f"selected the rows of the classes {show_classes(new)} by name in {selected} tensors")
     if found.initialized:
-        found.notes.append(f"initialized anew, because the file has other classes: {summarize(found.initialized)}")
+        reason = "because the file has other classes or another kind of predictor"
+        found.notes.append(f"left initialized, {reason}: {summarize(found.initialized)}")
 
 
 def _note_stride(found: Match, checkpoint: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 BACKBONE = re.compile(r"^backbone\.(bottom_up\.|(?=(stem|res\d|stages|final_conv|layer\d|conv1|bn1)\.))")
 # Counters, and constants that old Detectron2 checkpoints hold although the config sets them.
 NOT_WEIGHTS = re.compile(r"(^|\.)num_batches_tracked$|anchor_generator\.cell_anchors|^pixel_(mean|std)$")
+CLASSES = "halodet_classes"  # attribute of a model with its classes, for its checkpoints
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ModelSpec:
             pixel_mean=_three_numbers(getattr(model, "pixel_mean", None)),
             pixel_std=_three_numbers(getattr(model, "pixel_std", None)),
             input_format=getattr(model, "input_format", None),
-            classes=getattr(model, "classes", None),
+            classes=getattr(model, CLASSES, None),
         )
 
     @property

@@ -98,8 +98,8 @@ def dataset_classes(dataset_name: str) -> list[dict[str, Any]] | None:
     metadata = MetadataCatalog.get(dataset_name)
     names = metadata.get("thing_classes")
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names or ()))}
-    ordered = sorted((index, dataset_id) for dataset_id, index in ids.items())
-    return [{"id": dataset_id, "name": names[index]} for index, dataset_id in ordered] if names else None
+    first = {index: dataset_id for dataset_id, index in reversed(ids.items())}  # several ids may be one class
+    return [{"id": first[index], "name": names[index]} for index in sorted(first)] if names else None
 
 
 def save_classes(dataset_name: str, output_dir: str) -> None:

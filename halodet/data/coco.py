@@ -165,6 +165,8 @@ def without_parent(
         if isinstance(entry, dict) and is_int(entry.get("category_id"))
     }
     for key, category in categories.items():
+        if category.get("supercategory") not in (None, "", "none"):
+            continue
         others = [other for other in categories.values() if other is not category]
         if others and key not in used and all(other.get("supercategory") == category["name"] for other in others):
             validator.note(f"category {show(category['name'])} is only the supercategory of the others; dropped")

@@ -183,8 +183,10 @@ class CocoValidator:
             except InvalidAnnotation as error:
                 if need_masks and not keep_maskless:
                     raise
-                note(str(error), "ignored in mask AP, box kept" if need_masks else "mask dropped, box kept")
-        if "segmentation" in valid and not iscrowd:
+                action = "ignored in mask AP, box kept" if need_masks else "mask dropped, box kept"
+                self.report(where, str(error), action)
+        whole = isinstance(mask, dict) or len(valid.get("segmentation", ())) == len(mask or ())
+        if "segmentation" in valid and whole and not iscrowd:
             box = valid["bbox"] = self.agreeing_box(where, given, box, valid["segmentation"], (width, height))
         if not is_number(area) or area <= 0 or changes:
             computed = "computed from the mask or box"

@@ -131,7 +131,7 @@ def do_train(args: argparse.Namespace, cfg: DictConfig, loaded: LoadedCheckpoint
     del cfg.optimizer.params.model  # the config can be saved again
     data_loader = instantiate(cfg.dataloader.train)
     for name in _values(cfg.dataloader.train, "names")[:1]:
-        model.classes = dataset_classes(name)  # for the checkpoints
+        model.halodet_classes = dataset_classes(name)  # for the checkpoints
         if comm.is_main_process():
             save_classes(name, train.output_dir)
     device_ids = {"device_ids": None} if train.device == "cpu" else {}

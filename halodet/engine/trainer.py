@@ -66,7 +66,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        model.classes = dataset_classes(cfg.DATASETS.TRAIN[0])  # for the checkpoints
+        model.halodet_classes = dataset_classes(cfg.DATASETS.TRAIN[0])  # for the checkpoints
         on_cpu = next(model.parameters()).device.type == "cpu"
         model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
         self._trainer = GradAccumTrainer(

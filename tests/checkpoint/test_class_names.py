@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 from halodet.checkpoint import Checkpointer, load_weights
-from halodet.checkpoint.class_names import select_classes
+from halodet.checkpoint.class_names import classes_of, is_predictor, select_classes
+from halodet.data.classes import dataset_classes
 from halodet.errors import CheckpointError
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from helpers import cached_config
 
@@ -34,7 +36,7 @@ def detector(name, classes, seed):
     for key, weight in model.named_parameters():  # scores that differ
         if key.endswith("cls_score.weight"):
             torch.nn.init.normal_(weight, std=0.05 if "roi_heads" in key else 0.5)
-    model.classes = [{"id": 10 * index + 7, "name": entry} for index, entry in enumerate(classes)]
+    model.halodet_classes = [{"id": 10 * index + 7, "name": entry} for index, entry in enumerate(classes)]
     return model
 
 
@@ -65,6 +67,33 @@ def test_rows_follow_the_names(name, owner):
     assert select_classes(name, value, OLD, ["horse"], 0) is None
 
 
+def test_what_names_cannot_select_is_initialized():
+    weight, name = torch.zeros(4, 2), "roi_heads.box_predictor.cls_score.weight"
+    assert select_classes(name, weight, ["a", "a", "c"], ["c", "a", "a"], 4) is None
+    for part in ("coarse_head.prediction", "point_head.predictor", "point_head.fc1"):  # PointRend's
+        name = f"roi_heads.mask_head.{part}.weight"
+        assert is_predictor(name) and select_classes(name, weight, ["a", "b"], ["b", "a"], 4) is None
+
+
+@pytest.mark.parametrize("text", ['[{"id": Infinity, "name": "a"}]', "[1]", "{", "3"])
+def test_metadata_of_another_program_names_no_classes(text):
+    assert classes_of({"metadata": {"classes": text}}) is None
+
+
+def test_a_models_own_attribute_is_left_alone(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.classes = ["a", "b"]
+    save(model, tmp_path)
+    assert model.classes == ["a", "b"]
+
+
+def test_several_ids_of_one_class_are_one_class():
+    ids = {1: 0, 2: 0, 3: 1}
+    MetadataCatalog.get("test_merged").set(thing_classes=["car", "person"], thing_dataset_id_to_contiguous_id=ids)
+    assert dataset_classes("test_merged") == [{"id": 1, "name": "car"}, {"id": 3, "name": "person"}]
+    MetadataCatalog.remove("test_merged")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fine_tuning_on_the_same_names_in_another_order_keeps_the_detections(name, tmp_path):
     old = detector(name, OLD, seed=0)
@@ -93,7 +122,7 @@ def test_fine_tuning_on_the_same_names_in_another_order_keeps_the_detections(nam
 def test_predictors_of_other_classes_are_initialized(name, named, tmp_path):
     old, new = detector(name, ["thing"], seed=0), detector(name, [f"class {i}" for i in range(365)], seed=1)
     if not named:
-        old.classes = None
+        old.halodet_classes = None
     before = {key: value.clone() for key, value in new.state_dict().items()}
     report = load_weights(new, save(old, tmp_path), min_loaded=0.95)
     assert report.share == 1.0 and any("cls_score" in key for key in report.match.initialized)

@@ -220,6 +220,28 @@ def test_classes_nobody_has_are_noted_and_a_mere_parent_is_dropped(check):
     assert checked.class_names == ["pets", "cat", "dog"] and any("1 of 3 classes" in note for note in checked.notes)
 
 
+def test_a_class_that_is_its_own_parent_is_kept(check):
+    data = good()
+    data["categories"] = [
+        {"id": 0, "name": "cat", "supercategory": "cat"},
+        {"id": 7, "name": "lynx", "supercategory": "cat"},
+    ]
+    data["annotations"] = [a for a in data["annotations"] if a["category_id"] == 7]
+    assert check(data).class_names == ["cat", "lynx"]
+
+
+def test_a_dropped_polygon_does_not_change_the_box(check):
+    mask = [[10, 10, 18, 10, 18, 18, 10, 18], [20, 20, 30, 20, 30, 30, 20]]
+    checked = check(changed("annotations", 0, "segmentation", value=mask))
+    assert checked.dataset["annotations"][0]["bbox"] == [10, 10, 20, 20]
+    assert len(checked.issues) == 1 and "7 numbers" in checked.issues[0].reason
+
+
+def test_the_area_of_an_object_without_a_mask_is_kept(check):
+    data = changed("annotations", 0, "segmentation", value=[])
+    assert check(data, evaluation=True).dataset["annotations"][0]["area"] == 400
+
+
 def test_more_than_100_objects_in_an_image_are_noted(check):
     boxes = [[x / 4, 10, 3, 4] for x in range(150)]
     checked = check(objects(*((box, None) for box in boxes)), need_masks=False)
