@@ -2,8 +2,9 @@
 
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.data.build import build_detection_test_loader, load_train_dataset
-from halodet.data.coco import Issue, ValidatedCoco, check_same_categories, register_validated, validate_coco
+from halodet.data.coco import ValidatedCoco, check_same_categories, register_validated, validate_coco
 from halodet.data.dataset_mapper import RobustDatasetMapper
+from halodet.data.issues import Issue
 from halodet.data.resumable_loader import ResumableTrainLoader
 from halodet.data.shape_layouts import register_shape_layouts, write_layouts
 from halodet.data.synthetic_shapes import register_shapes, write_shapes

@@ -16,7 +16,7 @@ import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 TOLERANCE = 1.0  # pixels; COCO's own boxes and polygons leave the image by rounding
-_MIN_EXTENT = 1e-3  # pixels; a polygon without extent in one direction is a line
+MIN_EXTENT = 1e-3  # pixels; a polygon without extent in one direction is a line
 Note = Callable[[str, str], None]  # called with an issue of an annotation that is kept, and the action taken
 
 _short = reprlib.Repr()
@@ -199,7 +199,7 @@ def _clean_polygon(polygon: Any, name: str, width: int, height: int, note: Note 
         raise InvalidAnnotation(f"contains {show(bad)}: expected finite numbers")
     xs, ys = polygon[::2], polygon[1::2]
     left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
-    if right - left < _MIN_EXTENT or bottom - top < _MIN_EXTENT:
+    if right - left < MIN_EXTENT or bottom - top < MIN_EXTENT:
         raise InvalidAnnotation(f"has no area: it is {right - left:.6g} x {bottom - top:.6g} pixels")
     outside = right <= 0 or bottom <= 0 or left >= width or top >= height
     overhang = max(-left, -top, right - width, bottom - height)

@@ -16,8 +16,9 @@ from types import FrameType
 from typing import Any
 
 from halodet.data.coco import ValidatedCoco
-from halodet.data.coco_validator import SKIPPED_IN_TRAINING, Issue
+from halodet.data.coco_validator import SKIPPED_IN_TRAINING
 from halodet.data.image_io import read_image
+from halodet.data.issues import Issue
 from halodet.errors import DatasetError, ImageError
 
 from tqdm import tqdm

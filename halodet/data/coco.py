@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from halodet.data.annotations import is_int, show
-from halodet.data.coco_validator import CocoValidator, Issue
+from halodet.data.coco_validator import CocoValidator
+from halodet.data.conversions import is_empty, to_flag
+from halodet.data.issues import Issue
 from halodet.errors import DatasetError
+from halodet.utils.gc_pause import paused_gc
 from halodet.utils.io import write_json
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -71,6 +74,7 @@ class ValidatedCoco:
             ) from error
 
 
+@paused_gc()
 def validate_coco(
     json_file: str | Path,
     image_dir: str | Path,
@@ -105,17 +109,16 @@ def validate_coco(
         raise DatasetError(f"{image_dir} is not a folder. Fix: give the folder with the images of {json_file}.")
 
     entries = [entry for entry in annotation_entries if isinstance(entry, dict)]
-    if need_masks and not evaluation and entries and all(entry.get("segmentation") in (None, []) for entry in entries):
+    if need_masks and not evaluation and entries and all(is_empty(entry.get("segmentation")) for entry in entries):
         raise DatasetError(
             f"{json_file} has boxes and no masks. Fix: train without masks (--config-file faster_rcnn_halo_h4, or "
             "MODEL.MASK_ON False); tools/check_dataset.py takes --boxes-only."
         )
     validator = CocoValidator(json_file)
-    if crowds_as_objects:
-        annotation_entries = [
-            {**entry, "iscrowd": 0} if isinstance(entry, dict) and entry.get("iscrowd") == 1 else entry
-            for entry in annotation_entries
-        ]
+    for entry in entries if crowds_as_objects else ():
+        if to_flag(entry.get("iscrowd")) == 1:
+            entry["iscrowd"] = 0
+    validator.ids(image_entries, category_entries, annotation_entries)
     categories = without_parent(validator.categories(category_entries), annotation_entries, validator)
     if not categories:
         raise DatasetError(f"{json_file}: none of {len(category_entries)} categories is valid ({validator.first()}).")
@@ -123,8 +126,8 @@ def validate_coco(
     images, skipped, unusable = validator.images(image_entries, image_dir, annotation_entries, evaluation)
     if not images.keys() - unusable:
         raise DatasetError(
-            f"{json_file}: none of its {len(image_entries)} images is valid in {image_dir} ({validator.first(first)}). "
-            "Fix: give the folder that the file names are relative to."
+            f"{json_file}: none of its {len(image_entries)} images is valid in {image_dir} ({validator.first(first)})."
+            + " Fix: give the folder that the file names are relative to." * (validator.num_missing > 0)
         )
     first = len(validator.issues)
     annotations = validator.annotations(annotation_entries, images, skipped, categories, need_masks, evaluation)
@@ -241,16 +244,19 @@ def _read(json_file: Path) -> dict[str, Any]:
         content = json_file.read_bytes()
     except OSError as error:
         raise DatasetError(f"{json_file} cannot be read ({error.strerror or error}).") from error
-    if not content.strip():
-        raise DatasetError(f"{json_file} is empty ({len(content)} bytes).")
+    size = len(content)
+    if not content[:1000].strip() and not content.strip():
+        raise DatasetError(f"{json_file} is empty ({size} bytes).")
     try:
-        data = json.loads(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        del content  # a large file is in memory once
+        data = json.loads(text)
     except UnicodeDecodeError as error:
         raise DatasetError(
-            f"{json_file} is not UTF-8 text (byte {error.start} of {len(content)}). Fix: save it as UTF-8."
+            f"{json_file} is not UTF-8 text (byte {error.start} of {size}). Fix: save it as UTF-8."
         ) from error
     except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno} of {len(content)} bytes"
+        at = f"line {error.lineno}, column {error.colno} of {size} bytes"
         raise DatasetError(f"{json_file} is not valid JSON or is truncated ({error.msg} at {at}).") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested lists
         raise DatasetError(f"{json_file} cannot be parsed ({error}).") from error
