@@ -2,7 +2,7 @@
 
 from halodet.data.bad_images import SkipTrackingLoader
 from halodet.data.build import build_detection_test_loader, load_train_dataset
-from halodet.data.coco import ValidatedCoco, check_same_categories, register_validated, validate_coco
+from halodet.data.coco import ValidatedCoco, match_categories, register_validated, validate_coco
 from halodet.data.dataset_mapper import RobustDatasetMapper
 from halodet.data.issues import Issue
 from halodet.data.resumable_loader import ResumableTrainLoader
@@ -21,8 +21,8 @@ __all__ = [
     "SkipTrackingLoader",
     "ValidatedCoco",
     "build_detection_test_loader",
-    "check_same_categories",
     "load_train_dataset",
+    "match_categories",
     "register_shape_layouts",
     "register_shapes",
     "register_validated",

@@ -51,10 +51,25 @@ def find_classes(weights: str, count: int, dataset_name: str = "") -> list[dict[
     Raises:
         ClassesError: ``classes.json`` is malformed, or has another number of classes than the model.
     """
-    path = os.path.join(os.path.dirname(weights), CLASSES_FILE)
-    if weights and os.path.isfile(path):
-        return _from_file(path, count)
+    classes = saved_classes(weights)
+    if classes and len(classes) != count:
+        path = os.path.join(os.path.dirname(weights), CLASSES_FILE)
+        raise ClassesError(
+            f"{path} has {len(classes)} classes, but the model has {count}. Fix: use the config of these weights."
+        )
+    if classes:
+        return classes
     return _from_metadata(dataset_name, count) or [{"id": index, "name": f"class {index}"} for index in range(count)]
+
+
+def saved_classes(weights: str) -> list[dict[str, Any]] | None:
+    """Return the classes in ``classes.json`` beside the weights, None if there is no such file.
+
+    Raises:
+        ClassesError: it is malformed.
+    """
+    path = os.path.join(os.path.dirname(weights), CLASSES_FILE)
+    return _from_file(path) if weights and os.path.isfile(path) else None
 
 
 def write_classes(path: str | os.PathLike[str], classes: list[dict[str, Any]]) -> None:
@@ -112,20 +127,16 @@ def save_classes(dataset_name: str, output_dir: str) -> None:
         write_classes(os.path.join(output_dir, CLASSES_FILE), classes)
 
 
-def _from_file(path: str, count: int) -> list[dict[str, Any]]:
+def _from_file(path: str) -> list[dict[str, Any]]:
     fix = "Fix: restore the file that training wrote, or delete it."
     try:
         with open(path, encoding="utf-8") as file:
             classes = json.load(file)
     except (OSError, ValueError) as error:
         raise ClassesError(f"{path} cannot be read ({error}). {fix}") from error
-    if not isinstance(classes, list) or not all(_is_class(entry) for entry in classes):
+    if not isinstance(classes, list) or not classes or not all(_is_class(entry) for entry in classes):
         raise ClassesError(f'{path} is invalid: expected a list of {{"id": number, "name": text}}. {fix}')
-    if len(classes) != count:
-        raise ClassesError(
-            f"{path} has {len(classes)} classes, but the model has {count}. Fix: use the config of these weights."
-        )
-    if len({entry["id"] for entry in classes}) != count:
+    if len({entry["id"] for entry in classes}) != len(classes):
         raise ClassesError(f"{path} has several classes with the same id. {fix}")
     return [{"id": entry["id"], "name": entry["name"]} for entry in classes]
 

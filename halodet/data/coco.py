@@ -6,22 +6,24 @@ and listed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from halodet.data.annotations import is_int, show
+from halodet.data.coco_records import keypoint_names, register_cleaned
 from halodet.data.coco_validator import CocoValidator
 from halodet.data.conversions import is_empty, to_flag
 from halodet.data.issues import Issue
 from halodet.errors import DatasetError
 from halodet.utils.gc_pause import paused_gc
-from halodet.utils.io import write_json
+from halodet.utils.io import atomic_write, write_json
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,21 @@ class ValidatedCoco:
             height) in pixels.
         issues: in the order of the json's entries; empty if all entries are valid.
         notes: remarks on what is valid but may surprise: crowds, classes without annotations, very many objects.
+        parent: the category that was dropped because it is only the supercategory of the others.
+        unchanged: whether the json itself contains what ``dataset`` contains, for any reader.
     """
 
     json_file: Path
     dataset: dict[str, Any]
     issues: list[Issue]
     notes: list[str] = field(default_factory=list)
+    parent: dict[str, Any] | None = None
+    unchanged: bool = False
 
     @property
     def keypoint_names(self) -> list[str]:
         """Keypoint names of the first category that has them; empty if none has."""
-        return _keypoint_names(self.dataset["categories"])
+        return keypoint_names(self.dataset["categories"])
 
     @property
     def class_names(self) -> list[str]:
@@ -67,7 +73,10 @@ class ValidatedCoco:
             raise DatasetError(f"{path} is the input file and is not overwritten. Fix: give another path.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, self.dataset)
+            if self.unchanged:
+                atomic_write(path, lambda file: shutil.copyfile(self.json_file, file))
+            else:
+                write_json(path, self.dataset)
         except OSError as error:
             raise DatasetError(
                 f"{path} cannot be written ({error.strerror or error}). Fix: give another path."
@@ -102,7 +111,7 @@ def validate_coco(
         DatasetError: the file is unreadable, is not COCO json, or has no valid image or category.
     """
     json_file, image_dir = Path(json_file), Path(image_dir)
-    data = _read(json_file)
+    data, portable = _read(json_file)
     image_entries, category_entries = (_list(data, key, json_file, required=True) for key in ("images", "categories"))
     annotation_entries = _list(data, "annotations", json_file, required=False)
     if not image_dir.is_dir():
@@ -119,7 +128,7 @@ def validate_coco(
         if to_flag(entry.get("iscrowd")) == 1:
             entry["iscrowd"] = 0
     validator.ids(image_entries, category_entries, annotation_entries)
-    categories = without_parent(validator.categories(category_entries), annotation_entries, validator)
+    categories, parent = without_parent(validator.categories(category_entries), annotation_entries, validator)
     if not categories:
         raise DatasetError(f"{json_file}: none of {len(category_entries)} categories is valid ({validator.first()}).")
     first = len(validator.issues)
@@ -155,13 +164,18 @@ def validate_coco(
             dataset |= {key: data[key]} if key in data else {}
         except ValueError:
             validator.report(key, "contains NaN or infinity, which are not JSON", "dropped")
-    return ValidatedCoco(json_file, dataset, validator.issues, validator.notes)
+    unchanged = portable and "info" in data and not (validator.issues or parent or crowds_as_objects)
+    return ValidatedCoco(json_file, dataset, validator.issues, validator.notes, parent, unchanged)
 
 
 def without_parent(
     categories: dict[int, dict[str, Any]], annotations: list[Any], validator: CocoValidator
-) -> dict[int, dict[str, Any]]:
-    """Drop a category without annotations that is only the supercategory of all others, as Roboflow exports it."""
+) -> tuple[dict[int, dict[str, Any]], dict[str, Any] | None]:
+    """Drop a category without annotations that is only the supercategory of all others, as Roboflow exports it.
+
+    Returns:
+        The other categories, and the one that was dropped.
+    """
     used = {
         entry.get("category_id")
         for entry in annotations
@@ -173,25 +187,57 @@ def without_parent(
         others = [other for other in categories.values() if other is not category]
         if others and key not in used and all(other.get("supercategory") == category["name"] for other in others):
             validator.note(f"category {show(category['name'])} is only the supercategory of the others; dropped")
-            return {other["id"]: other for other in others}
-    return categories
+            return {other["id"]: other for other in others}, category
+    return categories, None
 
 
-def check_same_categories(train: ValidatedCoco, val: ValidatedCoco) -> None:
-    """Check that two datasets have the same classes in the same order; category ids may differ.
+def match_categories(checked: ValidatedCoco, categories: Sequence[Mapping[str, Any]], source: str) -> ValidatedCoco:
+    """Return a dataset with the categories of another one; its classes are matched by name, and may be fewer.
+
+    A dataset that has the same classes in the same order keeps its own category ids.
+
+    Args:
+        checked: the dataset.
+        categories: categories of the other one, in the order of the model's classes.
+        source: file that they are from, for messages.
 
     Raises:
-        DatasetError: the class names, sorted by category id, differ.
+        DatasetError: a class is not among them, or several have the same name.
     """
-    first, second = train.class_names, val.class_names
-    if first == second:
-        return
-    number = next(number for number, (a, b) in enumerate(zip_longest(first, second)) if a != b)
-    a, b = (show(names[number]) if number < len(names) else "missing" for names in (first, second))
-    raise DatasetError(
-        f"{train.json_file} and {val.json_file} must have the same categories in the order of their ids, but category "
-        f"{number + 1} is {a} in the first and {b} in the second."
-    )
+    names = [category["name"] for category in categories]
+    if checked.class_names == names:
+        return checked
+    unknown = [name for name in checked.class_names if name not in names]
+    if unknown:
+        raise DatasetError(
+            f"{checked.json_file} has classes that {source} does not have: {show(unknown)}. Classes are matched "
+            f"by name; {source} has {show(names)}."
+        )
+    if len(set(names)) < len(names) or len(set(checked.class_names)) < len(checked.class_names):
+        raise DatasetError(
+            f"{checked.json_file} and {source} have several classes of the same name, which cannot be matched by name."
+        )
+    by_name = {category["name"]: category["id"] for category in categories}
+    ids = {category["id"]: by_name[category["name"]] for category in checked.dataset["categories"]}
+    dataset = {
+        **checked.dataset,
+        "categories": [dict(category) for category in categories],
+        "annotations": [
+            {**annotation, "category_id": ids[annotation["category_id"]]}
+            for annotation in checked.dataset["annotations"]
+        ],
+    }
+    note = f"{checked.json_file.name}: its {len(ids)} classes are matched by name with the {len(names)} of {source}"
+    return dataclasses.replace(checked, dataset=dataset, notes=[*checked.notes, note], unchanged=False)
+
+
+def restore_parent(train: ValidatedCoco, val: ValidatedCoco) -> ValidatedCoco:
+    """Return training data with the category that was dropped as a mere parent, if the validation data has it."""
+    parent = train.parent
+    if parent is None or parent["name"] not in val.class_names:
+        return train
+    categories = sorted([*train.dataset["categories"], parent], key=lambda category: category["id"])
+    return dataclasses.replace(train, dataset={**train.dataset, "categories": categories}, parent=None)
 
 
 def register_validated(name: str, validated: ValidatedCoco, image_dir: str | Path, save_to: str | Path) -> None:
@@ -211,35 +257,11 @@ def register_validated(name: str, validated: ValidatedCoco, image_dir: str | Pat
     if name in DatasetCatalog and MetadataCatalog.get(name).get("json_file") != str(save_to):
         raise DatasetError(f"dataset name {name!r} is taken. Fix: choose another name for {validated.json_file}.")
     validated.save(save_to)
-    register_cleaned(name, image_dir, save_to)
-    MetadataCatalog.get(name).set(thing_classes=validated.class_names)  # available before the file is loaded
+    register_cleaned(name, image_dir, save_to, validated.dataset)
 
 
-def register_cleaned(name: str, image_dir: str | Path, json_file: str | Path) -> None:
-    """Register the json that :meth:`ValidatedCoco.save` wrote; its annotations are not validated again."""
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    register_coco_instances(name, {"validated": True, **_keypoint_metadata(json_file)}, str(json_file), str(image_dir))
-
-
-def _keypoint_names(categories: list[dict[str, Any]]) -> list[str]:
-    return next((category["keypoints"] for category in categories if "keypoints" in category), [])
-
-
-def _keypoint_metadata(json_file: str | Path) -> dict[str, Any]:
-    """Return Detectron2's metadata of the keypoints of the first category that has them.
-
-    A horizontal flip exchanges the keypoints whose names differ in "left" and "right" only.
-    """
-    names = _keypoint_names(json.loads(Path(json_file).read_bytes())["categories"])
-    if not names:
-        return {}
-    pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
-    return {"keypoint_names": names, "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
-
-
-def _read(json_file: Path) -> dict[str, Any]:
+def _read(json_file: Path) -> tuple[dict[str, Any], bool]:
+    """Return the contents of a json, and whether any program can read it: it has no byte order mark and only ASCII."""
     try:
         content = json_file.read_bytes()
     except OSError as error:
@@ -251,6 +273,7 @@ def _read(json_file: Path) -> dict[str, Any]:
         text = content.decode("utf-8-sig")
         del content  # a large file is in memory once
         data = json.loads(text)
+        portable = text.isascii() and len(text) == size
     except UnicodeDecodeError as error:
         raise DatasetError(
             f"{json_file} is not UTF-8 text (byte {error.start} of {size}). Fix: save it as UTF-8."
@@ -264,7 +287,7 @@ def _read(json_file: Path) -> dict[str, Any]:
         raise DatasetError(
             f"{json_file} contains {show(data)}: expected an object with 'images', 'annotations' and 'categories'."
         )
-    return data
+    return data, portable
 
 
 def _list(data: dict[str, Any], key: str, json_file: Path, required: bool) -> list[Any]:

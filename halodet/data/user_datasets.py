@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halodet.config.lazy import flatten
 from halodet.data.build import check_records, wrap_dataset_errors
-from halodet.data.coco import ValidatedCoco, check_same_categories, register_cleaned, register_validated, validate_coco
+from halodet.data.coco import ValidatedCoco, match_categories, register_validated, restore_parent, validate_coco
+from halodet.data.coco_records import register_cleaned
 from halodet.errors import ConfigError, DatasetError
 
 from detectron2.config import CfgNode
@@ -113,6 +114,7 @@ def validate_user_data(
     *,
     need_masks: bool = True,
     crowds_as_objects: bool = False,
+    classes: Sequence[Mapping[str, Any]] | None = None,
 ) -> UserData:
     """Validate a user's COCO json files and register their valid part.
 
@@ -126,6 +128,8 @@ def validate_user_data(
         val_images: folder that its file names are relative to.
         need_masks: skip annotations without a valid mask.
         crowds_as_objects: treat annotations with iscrowd=1 as single objects.
+        classes: classes ``{"id": int, "name": str}`` of the weights to evaluate, with which those of the json files are
+            matched by name; without them the validation data's are matched with the training data's.
 
     Raises:
         ConfigError: a json is given without its images or the reverse.
@@ -146,10 +150,15 @@ def validate_user_data(
             )
             for line in validated[split].issue_lines():
                 logger.warning("%s", line)
-            for line in validated[split].notes:
-                logger.info("%s", line)
     if len(validated) == 2:
-        check_same_categories(validated["train"], validated["val"])
+        validated["train"] = restore_parent(validated["train"], validated["val"])
+    known, source = classes, "the weights"
+    if not known and "train" in validated:
+        known, source = validated["train"].dataset["categories"], str(train_json)
+    if known:
+        validated = {split: match_categories(checked, known, source) for split, checked in validated.items()}
+    for line in (note for checked in validated.values() for note in checked.notes):
+        logger.info("%s", line)
     names = {split: name for split, name in zip(("train", "val"), USER_DATASETS, strict=True) if split in validated}
     for split, images in (("train", train_images), ("val", val_images)):
         if split in validated:
@@ -163,13 +172,19 @@ def validate_user_data(
     return UserData(first.json_file, names, first.class_names, first.keypoint_names, has_rle)
 
 
-def register_user_data(cfg: CfgNode, *files: str | None, crowds_as_objects: bool = False) -> CfgNode:
+def register_user_data(
+    cfg: CfgNode,
+    *files: str | None,
+    crowds_as_objects: bool = False,
+    classes: Sequence[Mapping[str, Any]] | None = None,
+) -> CfgNode:
     """Register a user's COCO json files with :func:`validate_user_data`, and adapt the config to them.
 
     Args:
         cfg: config.
         files: ``train_json``, ``train_images``, ``val_json`` and ``val_images``.
         crowds_as_objects: see :func:`validate_user_data`.
+        classes: see :func:`validate_user_data`.
 
     Returns:
         The config with DATASETS, the number of classes and INPUT.MASK_FORMAT set.
@@ -178,8 +193,9 @@ def register_user_data(cfg: CfgNode, *files: str | None, crowds_as_objects: bool
         ConfigError: a json is given without its images or the reverse.
         DatasetError: a json cannot be used.
     """
-    options = {"need_masks": cfg.MODEL.MASK_ON, "crowds_as_objects": crowds_as_objects}
-    data = validate_user_data(cfg.OUTPUT_DIR, *files, **options)
+    data = validate_user_data(
+        cfg.OUTPUT_DIR, *files, need_masks=cfg.MODEL.MASK_ON, crowds_as_objects=crowds_as_objects, classes=classes
+    )
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (

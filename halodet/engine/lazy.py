@@ -27,7 +27,7 @@ from halodet.engine.bad_image_hook import BadImageHook
 from halodet.engine.checkpoint_hook import CheckpointHook
 from halodet.engine.distributed import broadcast_buffers, check_shared, convert_sync_batchnorm, run_and_broadcast_errors
 from halodet.engine.hooks import EMA, EvalHook, Throughput, unwrap_ddp
-from halodet.engine.main import user_files
+from halodet.engine.main import trained_classes, user_files
 from halodet.engine.nan_guard import NanGuard
 from halodet.engine.performance import PRECISIONS
 from halodet.engine.preemption import PreemptionHook
@@ -76,7 +76,9 @@ def run_lazy_config(args: argparse.Namespace) -> dict[str, Any] | None:
         if not any(files := user_files(args)):
             return None
         masks = "True" in _values(cfg.dataloader.get("train"), "use_instance_mask")
-        options = {"need_masks": masks, "crowds_as_objects": args.crowds_as_objects}
+        weights = cfg.train.init_checkpoint
+        classes = trained_classes(weights, cfg.train.output_dir, args) if args.eval_only else None
+        options = {"need_masks": masks, "crowds_as_objects": args.crowds_as_objects, "classes": classes}
         return validate_user_data(cfg.train.output_dir, *files, **options)
 
     def prepare() -> dict[str, Any]:

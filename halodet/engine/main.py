@@ -15,7 +15,7 @@ from halodet.checkpoint import LoadedCheckpoint, classes_of, load_weights
 from halodet.config.load import find_config, load_config
 from halodet.config.projects import AddConfig, add_project_arguments, import_projects
 from halodet.config.validate import validate
-from halodet.data.classes import check_classes, count_classes, save_classes
+from halodet.data.classes import check_classes, count_classes, save_classes, saved_classes
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
 from halodet.engine.distributed import (
     check_shared,
@@ -198,7 +198,8 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
             f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is invalid: expected a multiple of {world_size} ranks."
         )
     if any(files := user_files(args)):
-        cfg = register_user_data(cfg, *files, crowds_as_objects=args.crowds_as_objects)
+        classes = trained_classes(cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, args) if args.eval_only else None
+        cfg = register_user_data(cfg, *files, crowds_as_objects=args.crowds_as_objects, classes=classes)
     options = {"eval_only": args.eval_only, "resume": args.resume, "allow_pickle": args.allow_pickle}
     loaded = check_weights(cfg, build_meta_model(cfg), **options)
     prepare_datasets(cfg, train=not args.eval_only)
@@ -211,6 +212,12 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
         cfg.SEED = choose_seed(loaded.checkpoint if args.resume and loaded else None)
     cfg.freeze()
     return cfg, loaded
+
+
+def trained_classes(weights: str, output_dir: str, args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    """Return the classes of the weights that ``--eval-only`` evaluates, None if no classes.json is beside them."""
+    resumed = args.resume and os.path.isfile(os.path.join(output_dir, "last_checkpoint"))
+    return saved_classes(os.path.join(output_dir, "last_checkpoint") if resumed else weights)
 
 
 def train_or_evaluate(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedCheckpoint | None) -> dict | None:

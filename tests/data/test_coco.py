@@ -6,14 +6,16 @@ import os
 import re
 from pathlib import Path
 
-from halodet.data import check_same_categories, register_validated, validate_coco
+from halodet.data import match_categories, register_validated, validate_coco
 from halodet.data.annotations import mask_area
+from halodet.data.coco import restore_parent
 from halodet.errors import DatasetError
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from helpers import load_tool
 from PIL import Image
 from pycocotools.coco import COCO
@@ -543,17 +545,84 @@ def test_registered_dataset_loads_with_the_same_classes(check, tmp_path, images)
         MetadataCatalog.remove(name)
 
 
-def test_categories_of_train_and_val_must_agree(check):
-    train = check(good())
-    other_ids = copy.deepcopy(good())
-    other_ids["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    check_same_categories(train, check(other_ids))
-    with pytest.raises(DatasetError, match="category 1 is 'cat' .*'cow'"):
-        check_same_categories(train, check(changed("categories", 1, "name", value="cow")))
-    with pytest.raises(DatasetError, match="category 3 .*'cow'"):
-        check_same_categories(
-            train, check(changed("categories", value=[*good()["categories"], {"id": 99, "name": "cow"}]))
-        )
+def test_classes_are_matched_by_name(check):
+    train = check(good()).dataset["categories"]  # cat 7, dog 90
+    same_order = changed("categories", value=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}])
+    for annotation in same_order["annotations"]:
+        annotation["category_id"] = {7: 1, 90: 2}[annotation["category_id"]]
+    checked = check(same_order)
+    assert match_categories(checked, train, "train.json") is checked, "its own ids stay in the predictions"
+
+    other_order = changed("categories", value=[{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}])
+    for annotation in other_order["annotations"]:
+        annotation["category_id"] = {7: 2, 90: 1}[annotation["category_id"]]
+    matched = match_categories(check(other_order), train, "train.json")
+    assert matched.class_names == ["cat", "dog"] and any("train.json" in note for note in matched.notes)
+    assert [a["category_id"] for a in matched.dataset["annotations"]] == [90, 7, 7]
+
+    subset = changed("categories", value=[{"id": 5, "name": "dog"}])
+    subset["annotations"] = [{**good()["annotations"][0], "category_id": 5}]
+    matched = match_categories(check(subset), train, "train.json")
+    assert matched.class_names == ["cat", "dog"]
+    assert [a["category_id"] for a in matched.dataset["annotations"]] == [90]
+
+    with pytest.raises(DatasetError, match=r"train.json does not have: \['cow'\]"):
+        match_categories(check(changed("categories", 1, "name", value="cow")), train, "train.json")
+    twice = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "dog"}]
+    with pytest.raises(DatasetError, match="same name"):
+        match_categories(check(good()), twice, "train.json")
+
+
+def test_a_parent_that_validation_data_has_is_restored(check):
+    train = good()
+    parent = {"id": 0, "name": "pets", "supercategory": "none"}
+    train["categories"] = [parent, *({**category, "supercategory": "pets"} for category in train["categories"])]
+    val = copy.deepcopy(train)
+    val["annotations"][0]["category_id"] = 0
+    checked = check(train)
+    restored = restore_parent(checked, check(val))
+    assert checked.class_names == ["cat", "dog"] and restored.class_names == ["pets", "cat", "dog"]
+    assert restore_parent(checked, checked) is checked
+    assert restored.dataset["annotations"] == checked.dataset["annotations"]
+
+
+def test_records_in_memory_are_those_that_detectron2_reads(check, tmp_path, images):
+    data = good()
+    data["images"].reverse()
+    data["categories"][0]["keypoints"] = ["left ear", "right ear"]
+    data["annotations"][0]["keypoints"] = [1, 2, 2, 0, 0, 0]
+    data["annotations"].append({**data["annotations"][0], "id": 9, "segmentation": None, "bbox": [1, 2, 3, 4]})
+    name = "halodet_test_records"
+    try:
+        register_validated(name, check(data, evaluation=True), images, tmp_path / "clean.json")
+        first, second = DatasetCatalog.get(name), DatasetCatalog.get(name)
+        assert first == second == load_coco_json(str(tmp_path / "clean.json"), str(images), name)
+        assert sum(len(record["annotations"]) for record in first) == 4
+        metadata = MetadataCatalog.get(name)
+        assert metadata.thing_dataset_id_to_contiguous_id == {7: 0, 90: 1}
+        assert metadata.keypoint_flip_map == [("left ear", "right ear")]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_a_valid_file_is_copied_and_any_other_is_written(check, tmp_path):
+    data = good()
+    data["annotations"] = [{**data["annotations"][0], "comment": "kept by a copy only"}]
+    data["categories"][0]["supercategory"] = "animal"
+    checked = check(data, need_masks=False)
+    checked.save(tmp_path / "copy.json")
+    assert json.loads((tmp_path / "copy.json").read_text()) == data
+    for content in (
+        json.dumps(data, ensure_ascii=False).replace("dog", "café").encode(),
+        json.dumps(data).encode("utf-8-sig"),
+        json.dumps({**data, "annotations": data["annotations"] * 2}).encode(),
+        json.dumps({key: value for key, value in data.items() if key != "info"}).encode(),
+    ):
+        checked = check(content)
+        checked.save(tmp_path / "written.json")
+        written = (tmp_path / "written.json").read_bytes()
+        assert written.isascii() and json.loads(written) == checked.dataset and b"comment" not in written
 
 
 def test_command_line(check, tmp_path, images, capsys):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from halodet.config import load_config
-from halodet.data.coco import register_cleaned
+from halodet.data.coco_records import register_cleaned
 from halodet.engine import Trainer
 from halodet.errors import DatasetError, ImageError
 from halodet.evaluation.build import build_evaluator

@@ -169,14 +169,30 @@ def test_a_users_json_sets_datasets_classes_and_mask_format(run, scenes, tmp_pat
     assert not (tmp_path / "train alone" / "inference").exists()
 
 
-def test_classes_in_another_order_are_a_mistake(run, scenes, trained, tmp_path, capfd):
+def test_an_evaluation_matches_classes_by_name(run, scenes, trained, tmp_path, capfd):
+    """Ids exchanged together with their annotations change nothing; a class that the model lacks is refused."""
     file, folder = (flag.partition("=")[2] for flag in scenes[2:])
     data = json.loads(Path(file).read_text())
-    data["categories"][0]["name"], data["categories"][1]["name"] = "square", "circle"
+    flags = ["--eval-only", f"--val-images={folder}"]
+    weights = f"train.init_checkpoint={trained / 'model_final.pth'}"
+    assert run(tmp_path / "same", *flags, f"--val-json={file}", weights) == 0
+    other = {1: 2, 2: 1}
+    data["categories"][0]["id"], data["categories"][1]["id"] = 2, 1
+    for annotation in data["annotations"]:
+        annotation["category_id"] = other.get(annotation["category_id"], annotation["category_id"])
     (tmp_path / "other.json").write_text(json.dumps(data))
-    flags = [f"--val-json={tmp_path / 'other.json'}", f"--val-images={folder}"]
-    assert run(tmp_path, "--eval-only", *flags, f"train.init_checkpoint={trained / 'model_final.pth'}") == 2
-    assert "circle" in "".join(capfd.readouterr())
+    capfd.readouterr()
+    assert run(tmp_path / "other", *flags, f"--val-json={tmp_path / 'other.json'}", weights) == 0
+    results = [
+        json.loads((tmp_path / name / "inference/coco_instances_results.json").read_text())
+        for name in ("same", "other")
+    ]
+    truth = [json.loads((tmp_path / name / "data/user_val.json").read_text()) for name in ("same", "other")]
+    assert results[0] == results[1] and truth[0] == truth[1]
+    data["categories"][0]["name"] = "sphere"
+    (tmp_path / "unknown.json").write_text(json.dumps(data))
+    assert run(tmp_path / "unknown", *flags, f"--val-json={tmp_path / 'unknown.json'}", weights) == 2
+    assert "sphere" in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize(
