@@ -82,7 +82,7 @@ def check_images(dataset: ValidatedCoco, image_dir: str | Path, *, processes: in
                 "decoder). Fix: find the image with --processes 1, which stops at it."
             ) from error
     issues = [
-        Issue(name, f"image {image['id']}", error, SKIPPED_IN_TRAINING)
+        Issue(name, f"image {image['id']}", error, SKIPPED_IN_TRAINING, image["id"])
         for image, error in zip(images, errors, strict=False)
         if error
     ]

@@ -207,10 +207,12 @@ class CocoValidator(IssueLog):
                 where = _where("annotation", entry, index)
                 try:
                     require_ids(entry, "image_id")
+                    self.image_id = entry["image_id"]
                     if entry["image_id"] not in skipped:  # reported with its image
                         valid.append(check.validate(entry, where))
                 except InvalidAnnotation as error:
                     self.report(where, str(error), "skipped")
+                self.image_id = None
         valid = self._without_duplicates(valid)
         self._renumber(valid)
         self.report_counted("annotations", len(entries))

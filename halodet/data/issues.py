@@ -8,12 +8,21 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem of one entry of a dataset, and the action taken; ``str()`` gives one line."""
+    """A problem of one entry of a dataset, and the action taken; ``str()`` gives one line.
+
+    Attributes:
+        file: name of the json.
+        where: the entry, such as ``"image 3"``.
+        reason: the problem.
+        action: what is done with the entry.
+        image_id: image of an annotation; None if there is none.
+    """
 
     file: str
     where: str
     reason: str
     action: str
+    image_id: int | None = None
 
     def __str__(self) -> str:
         return f"{self.file}: {self.where}: {self.reason}; {self.action}"
@@ -24,17 +33,21 @@ class IssueLog:
 
     Args:
         json_file: the json.
+
+    Attributes:
+        image_id: image of the annotation that is validated, for its issues.
     """
 
     def __init__(self, json_file: Path) -> None:
         self.file = json_file.name
+        self.image_id: int | None = None
         self.issues: list[Issue] = []
         self.notes: list[str] = []
         self._counted: dict[tuple[str, str], list[str]] = {}  # places of each kind of issue that has one line
 
     def report(self, where: str, reason: str, action: str) -> None:
         """Add an issue."""
-        self.issues.append(Issue(self.file, where, reason, action))
+        self.issues.append(Issue(self.file, where, reason, action, self.image_id))
 
     def count(self, where: str, reason: str, action: str) -> None:
         """Add an issue to all others of the same kind, which :meth:`report_counted` reports in one line."""
