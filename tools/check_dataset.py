@@ -7,14 +7,18 @@ Exit code: 0 no issues, 1 usable but with issues, 2 unusable, 130 interrupted (p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from halodet.data import validate_coco
+from halodet.data import Issue, ValidatedCoco, validate_coco
 from halodet.data.check_images import CheckInterrupted, check_images
-from halodet.data.coco_validator import SKIPPED_IN_TRAINING
+from halodet.data.dataset_report import count_usable_images, make_report, write_html_report
 from halodet.errors import DatasetError
 from halodet.utils.io import write_json
 
@@ -27,11 +31,57 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--crowds-as-objects", action="store_true", help="treat annotations with iscrowd=1 as objects")
     parser.add_argument("--no-images", action="store_true", help="read image headers only, which takes seconds")
     parser.add_argument("--processes", type=int, metavar="N", help="processes that read images (default: one per CPU)")
-    parser.add_argument("--report", metavar="FILE", help="also write all issues to this json")
+    parser.add_argument(
+        "--report",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write a report: all issues as .json, or a page with charts and images as .html; may be repeated",
+    )
     options = parser.parse_args(arguments)
     if options.processes is not None and options.processes < 1:
         parser.error(f"--processes={options.processes} is invalid: expected 1 or more")
+    for path in options.report:
+        if Path(path).suffix.lower() not in (".json", ".html"):
+            parser.error(f"--report={path} is invalid: expected a name that ends in .json or .html")
     return options
+
+
+@contextlib.contextmanager
+def _name_report(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(
+            f"--report {path} cannot be written ({error.strerror or error}). Fix: give another path."
+        ) from error
+
+
+def _check_writable(path: str) -> None:
+    with _name_report(path):
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
+
+
+def _write_reports(
+    options: argparse.Namespace,
+    checked: ValidatedCoco,
+    issues: list[Issue],
+    usable: int | None,
+    interrupted: CheckInterrupted | None,
+) -> None:
+    remark = "Image headers only were read, so truncated images are not found." if options.no_images else ""
+    if interrupted:
+        total = len(checked.dataset["images"])
+        remark = f"Interrupted after {interrupted.num_read:,} of {total:,} images: more issues are possible."
+    for path in options.report:
+        with _name_report(path):
+            if Path(path).suffix.lower() == ".json":
+                write_json(path, make_report(checked, issues, images_usable=usable))
+            else:
+                write_html_report(path, checked, issues, options.images, images_usable=usable, remark=remark)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,9 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     interrupted = None
     try:
-        if options.report:  # fail before the images are read, not after
-            with tempfile.TemporaryFile(dir=Path(options.report).parent):
-                pass
+        for path in options.report:  # fail before the images are read, not after
+            _check_writable(path)
         flags = {"need_masks": not options.boxes_only, "crowds_as_objects": options.crowds_as_objects}
         checked = validate_coco(options.json, options.images, **flags)
         try:
@@ -50,18 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
             bad, interrupted = error.issues, error
         issues = [*checked.issues, *bad]
         images = len(checked.dataset["images"])
-        usable = None if interrupted else images - len({i.where for i in issues if i.action == SKIPPED_IN_TRAINING})
-        if options.report:
-            report = {"images_usable": usable, "issues": [dataclasses.asdict(issue) for issue in issues]}
-            write_json(options.report, report)
+        usable = None if interrupted else count_usable_images(checked, issues)
+        _write_reports(options, checked, issues, usable, interrupted)
         if len(bad) == images:
             raise DatasetError(f"{options.json}: none of its {images} images can be read (first: {bad[0].reason}).")
     except DatasetError as error:
         print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        reason = error.strerror or error
-        print(f"--report {options.report} cannot be written ({reason}). Fix: give another path.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{options.json}: interrupted before its images were read", file=sys.stderr)

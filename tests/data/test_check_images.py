@@ -63,7 +63,8 @@ def test_the_tool_reports_all_bad_files_in_lines_and_json(shapes, tool, tmp_path
     arguments = ["--json", str(json_file), "--images", str(folder), "--processes", "1"]
     report = tmp_path / "report.json"
     assert tool.main([*arguments, "--report", str(report)]) == 0
-    assert json.loads(report.read_text()) == {"images_usable": 6, "issues": []}
+    found = json.loads(report.read_text())
+    assert found["images_usable"] == 6 and found["issues"] == [] and len(found["classes"]) == 6
     captured = capsys.readouterr()
     assert "6 images" in captured.out and "6/6" in captured.err, "no progress was shown"
 
@@ -101,6 +102,31 @@ def test_invalid_arguments_are_one_line(shapes, tool, tmp_path, capsys):
     assert "--processes=0" in capsys.readouterr().err
     assert tool.main([*arguments, "1", "--report", str(tmp_path / "none" / "report.json")]) == 2
     assert "--report" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_tool_writes_both_reports(shapes, tool, tmp_path, capsys):
+    json_file, folder, names = shapes
+    truncate(folder / names[0])
+    arguments = ["--json", str(json_file), "--images", str(folder), "--processes", "1"]
+    reports = [tmp_path / "a.json", tmp_path / "b.HTML"]
+    flags = [flag for path in reports for flag in ("--report", str(path))]
+    assert tool.main([*arguments, *flags]) == 1
+    assert json.loads(reports[0].read_text())["images_usable"] == 5
+    page = reports[1].read_text()
+    assert page.startswith("<!DOCTYPE html>") and "the file cannot be decoded" in page
+    assert tool.main([*arguments, "--no-images", *flags]) == 0
+    assert "Image headers only were read" in reports[1].read_text()
+
+    capsys.readouterr()
+    for name in ("a.txt", "report"):
+        with pytest.raises(SystemExit, match="2"):
+            tool.main([*arguments, "--report", str(tmp_path / name)])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"--report={tmp_path / name} is invalid" in error and ".json or .html" in error
+    (tmp_path / "c.html").mkdir()
+    assert tool.main([*arguments, *flags, "--report", str(tmp_path / "c.html")]) == 2
+    error = capsys.readouterr().err
+    assert "reading images" not in error and f"--report {tmp_path / 'c.html'} cannot be written" in error
 
 
 def test_tool_lists_the_images_that_training_skips(shapes, tool, tmp_path):
@@ -154,14 +180,15 @@ def test_ctrl_c_keeps_the_issues_found_so_far(shapes, tool, tmp_path, monkeypatc
         return read_image(path)
 
     monkeypatch.setattr(module, "read_image", read_and_interrupt)
-    report, handler = tmp_path / "report.json", signal.getsignal(signal.SIGINT)
+    report, page, handler = tmp_path / "report.json", tmp_path / "report.html", signal.getsignal(signal.SIGINT)
     arguments = ["--json", str(json_file), "--images", str(folder), "--processes", "1", "--report", str(report)]
+    arguments += ["--report", str(page)]
     assert tool.main(arguments) == 130 and len(read) == 3
     first, last = (line for line in capsys.readouterr().out.splitlines() if not line.startswith("note: "))
     assert "truncated" in first and "3 of 6 images" in last and "1 issues" in last
     found = json.loads(report.read_text())
     assert found["images_usable"] is None and [issue["where"] for issue in found["issues"]] == ["image 0"]
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is handler and "Interrupted after 3 of 6 images" in page.read_text()
 
 
 @pytest.mark.slow
