@@ -19,7 +19,7 @@ from halodet.data.coco import ValidatedCoco
 from halodet.data.coco_validator import SKIPPED_IN_TRAINING, Issue
 from halodet.data.image_io import read_image
 from halodet.data.report_style import STYLE
-from halodet.data.thumbnails import CROWD_COLOR, MAX_DRAWN, Color, class_color, draw_annotations, jpeg_data_uri
+from halodet.data.thumbnails import CROWD_COLOR, MAX_DRAWN, Color, choose_colors, draw_annotations, jpeg_data_uri
 from halodet.errors import ImageError
 from halodet.utils.io import atomic_write
 
@@ -182,11 +182,10 @@ class _Page:
         self.annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for annotation in checked.dataset["annotations"]:
             self.annotations[annotation["image_id"]].append(annotation)
-        categories = checked.dataset["categories"]
-        self.names = {category["id"]: category["name"] for category in categories}
+        self.names = {category["id"]: category["name"] for category in checked.dataset["categories"]}
         self.counts = count_classes(checked.dataset)
         self.ranked = sorted(self.counts, key=lambda entry: -entry.annotations)
-        self.colors = {entry.id: class_color(rank) for rank, entry in enumerate(self.ranked)}
+        self.ranks = {entry.id: rank for rank, entry in enumerate(self.ranked)}
         self.issues_of: dict[int, list[Issue]] = defaultdict(list)
         self.locate_issues()
         self.shown: set[int] = set()  # images with issues that the page shows
@@ -395,7 +394,7 @@ class _Page:
         height, width = pixels.shape[:2]
         if (width, height) != (image["width"], image["height"]):
             annotations = []  # they would be drawn in wrong places
-        drawing = draw_annotations(pixels, annotations, self.colors)
+        drawing = draw_annotations(pixels, annotations, self.colors(image_id))
         alt = f"{image['file_name']} with {_plural(len(annotations), 'annotation')} drawn"
         return (
             f'<img src="{jpeg_data_uri(drawing)}" width="{drawing.shape[1]}" height="{drawing.shape[0]}" '
@@ -423,13 +422,19 @@ class _Page:
         caption = f'<figcaption><p class="name">{title} {badge}</p>{"".join(parts)}</figcaption>'
         return f'<figure><div class="frame">{picture}</div>{caption}</figure>'
 
+    def colors(self, image_id: int) -> dict[int, Color]:
+        """Return the color of each class of an image."""
+        objects = (annotation for annotation in self.annotations[image_id] if not annotation["iscrowd"])
+        return choose_colors(self.ranks, (annotation["category_id"] for annotation in objects))
+
     def legend(self, image_id: int) -> str:
         """Return the colors of the classes of an image."""
         annotations = self.annotations[image_id]
         counts = Counter(annotation["category_id"] for annotation in annotations if not annotation["iscrowd"])
         crowds = sum(bool(annotation["iscrowd"]) for annotation in annotations)
+        colors = self.colors(image_id)
         items = [
-            f"<li>{_chip(self.colors[key])}{_bdi(self.names[key], 40)} <span>{count:,}</span></li>"
+            f"<li>{_chip(colors[key])}{_bdi(self.names[key], 40)} <span>{count:,}</span></li>"
             for key, count in counts.most_common(_MAX_LEGEND)
         ]
         if crowds:
@@ -457,7 +462,7 @@ class _Page:
         index = {entry.id: number for number, entry in enumerate(self.counts)}
         total, highest = len(self.checked.dataset["annotations"]), self.ranked[0].annotations
         rows = "".join(
-            f'<tr><th scope="row">{_chip(self.colors[entry.id])}{_bdi(entry.name, _MAX_NAME)}</th>'
+            f'<tr><th scope="row">{_bdi(entry.name, _MAX_NAME)}</th>'
             f"<td>{entry.annotations:,}</td>{_bar(entry.annotations, highest)}"
             f'<td class="wide">{_percent(entry.annotations, total)}</td><td>{entry.images:,}</td>'
             f"<td>{entry.crowds:,}</td><td>{'–' if entry.median_size is None else f'{entry.median_size:,.0f}'}</td>"

@@ -60,7 +60,6 @@ figcaption { padding: 12px 14px 14px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 6px; font-size: 13px; }
 .legend span { color: var(--muted); }
 figcaption .lines { margin-top: 8px; }
-.classes tbody th { position: relative; padding-left: 18px; } .classes .chip { position: absolute; left: 0; top: 10px; }
 .chip { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 3px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(310px, 1fr)); gap: 20px; align-items: start; }
 .chart { padding: 14px 16px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }

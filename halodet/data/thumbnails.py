@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import colorsys
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -13,7 +12,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
-__all__ = ["CROWD_COLOR", "MAX_DRAWN", "class_color", "draw_annotations", "jpeg_data_uri"]
+__all__ = ["CROWD_COLOR", "MAX_DRAWN", "choose_colors", "draw_annotations", "jpeg_data_uri"]
 
 Color = tuple[int, int, int]
 
@@ -24,14 +23,27 @@ _MIN_SHORT_SIDE = 8  # pixels
 _FILL = 0.35  # opacity of a mask
 _MAX_BYTES = 36_000  # of one JPEG
 _QUALITIES = (82, 70, 55, 40)
-_GOLDEN_ANGLE = 0.381966  # of a full turn; successive hues are far apart
+_PALETTE: tuple[Color, ...] = (
+    (230, 25, 75), (60, 180, 75), (255, 225, 25), (67, 99, 216), (245, 130, 49), (145, 30, 180), (70, 240, 240),
+    (240, 50, 230), (188, 246, 12), (250, 190, 190), (0, 128, 128), (230, 190, 255), (154, 99, 36), (255, 250, 200),
+    (128, 0, 0), (170, 255, 195), (128, 128, 0), (0, 0, 117),
+)  # fmt: skip
 
 
-def class_color(rank: int) -> Color:
-    """Return the RGB color of a class, given its rank: those of the first ranks differ most."""
-    lightness = (0.5, 0.72, 0.36, 0.62, 0.44)[rank % 5]
-    red, green, blue = colorsys.hls_to_rgb(rank * _GOLDEN_ANGLE % 1.0, lightness, 0.95)
-    return round(red * 255), round(green * 255), round(blue * 255)
+def choose_colors(ranks: Mapping[int, int], categories: Iterable[int]) -> dict[int, Color]:
+    """Return an RGB color of each category of one image; up to 18 of them differ clearly.
+
+    Args:
+        ranks: rank of each category id; a category has the color of its rank unless another one of the image has it.
+        categories: category ids of the image.
+    """
+    colors: dict[int, Color] = {}
+    free: list[Color] = []
+    for category in sorted(set(categories), key=lambda category: ranks[category]):
+        free = free or list(_PALETTE)
+        usual = _PALETTE[ranks[category] % len(_PALETTE)]
+        colors[category] = free.pop(free.index(usual) if usual in free else 0)
+    return colors
 
 
 def draw_annotations(

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from halodet.data import ValidatedCoco, coco_validator, dataset_report, validate_coco, write_shapes
 from halodet.data.coco_validator import CocoValidator, Issue
 from halodet.data.dataset_report import count_classes, count_usable_images, make_report, write_html_report
-from halodet.data.thumbnails import class_color, draw_annotations, jpeg_data_uri
+from halodet.data.thumbnails import choose_colors, draw_annotations, jpeg_data_uri
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -305,10 +305,13 @@ def test_masks_crowds_and_keypoints_are_drawn():
         assert len(set(crowd[120, 300].tolist())) == 1 and crowd[120, 300].max() > 0
 
 
-def test_colors_of_the_first_classes_differ():
-    colors = np.array([class_color(rank) for rank in range(20)])
-    distance = np.abs(colors[:, None] - colors[None]).max(-1) + 255 * np.eye(20)
-    assert distance.min() > 30
+def test_classes_of_an_image_have_different_colors():
+    ranks = {category: 100 - category for category in range(100)}
+    for categories in (range(18), [10, 28, 46, 64], [99]):
+        colors = choose_colors(ranks, categories)
+        assert set(colors) == set(categories) and len(set(colors.values())) == len(colors)
+    assert choose_colors(ranks, [64, 28])[64] == choose_colors(ranks, [64])[64]
+    assert len(set(choose_colors(ranks, range(40)).values())) == 18
 
 
 def test_page_stays_small(tmp_path):
