@@ -44,7 +44,7 @@ a { color: var(--accent); text-underline-offset: 3px; }
 .notes li, .lines li { margin-top: 6px; padding-left: 14px; border-left: 2px solid var(--line); }
 details { margin-top: 20px; } summary { cursor: pointer; color: var(--accent); }
 .lines { font-size: 13px; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 20px; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 20px; }
 figure { display: flex; flex-direction: column; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; overflow: hidden; }
 .frame { display: flex; align-items: center; justify-content: center; position: relative; aspect-ratio: 4 / 3;
@@ -60,8 +60,10 @@ figcaption { padding: 12px 14px 14px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 6px; font-size: 13px; }
 .legend span { color: var(--muted); }
 figcaption .lines { margin-top: 8px; }
-.chip { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 3px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(310px, 1fr)); gap: 20px; align-items: start; }
+.chip { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 3px;
+  box-shadow: inset 0 0 0 1px rgb(0 0 0 / 30%); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(310px, 100%), 1fr)); gap: 20px;
+  align-items: start; }
 .chart { padding: 14px 16px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .chart p { margin-top: 10px; color: var(--muted); font-size: 13px; }
 table { width: 100%; border-collapse: collapse; font-size: 14px; }
