@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 SKIPPED_IN_TRAINING = "skipped in training"  # action for an image that is valid COCO but cannot be trained on
 COCO_MAX_DETECTIONS = 100  # per image, in COCO's own metrics and in Detectron2's default config
-_SHOW_PROGRESS = 1000  # images from which a progress bar is shown
+_SHOW_IMAGES, _SHOW_ANNOTATIONS = 1000, 50_000  # numbers from which a progress bar is shown
 _CHUNK = 2000  # annotations that are screened at a time
 _KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 
@@ -102,7 +102,7 @@ class CocoValidator(IssueLog):
         unusable: dict[int, tuple[str, str]] = {}
         skipped: list[tuple[str, str, int | None]] = []
         files, by_file = ImageFiles(image_dir), dict[str, int]()
-        for index, entry in enumerate(self._progress(entries, "images", _SHOW_PROGRESS)):
+        for index, entry in enumerate(self._progress(entries, "images", len(entries) >= _SHOW_IMAGES)):
             try:
                 image = self._image(entry, index, files, valid)
                 first = by_file.setdefault(image["file_name"], image["id"])
@@ -196,8 +196,8 @@ class CocoValidator(IssueLog):
             sizes = {key: (image["width"], image["height"]) for key, image in images.items() if key not in self._turned}
         plain_categories = {key for key, category in categories.items() if "keypoints" not in category}
         valid: list[dict[str, Any]] = []
-        chunks = range(0, len(entries), _CHUNK)
-        for start in self._progress(chunks, "annotations", _SHOW_PROGRESS * 10 // _CHUNK, unit_scale=_CHUNK):
+        chunks, shown = range(0, len(entries), _CHUNK), len(entries) >= _SHOW_ANNOTATIONS
+        for start in self._progress(chunks, "annotations", shown, unit_scale=_CHUNK):
             chunk = entries[start : start + _CHUNK]
             plain = find_plain(chunk, sizes, plain_categories, need_masks=need_masks)
             for index, (entry, is_plain) in enumerate(zip(chunk, plain, strict=True), start=start):
@@ -307,10 +307,9 @@ class CocoValidator(IssueLog):
             )
         return set(given)
 
-    def _progress(self, items: Any, kind: str, shown_from: int, **options: Any) -> tqdm:
+    def _progress(self, items: Any, kind: str, shown: bool, **options: Any) -> tqdm:
         unit = kind.removesuffix("s")
-        hidden = len(items) < shown_from
-        return tqdm(items, desc=f"checking {kind} of {self.file}", unit=unit, disable=hidden, **options)
+        return tqdm(items, desc=f"checking {kind} of {self.file}", unit=unit, disable=not shown, **options)
 
 
 def _only_needed(entry: dict[str, Any]) -> dict[str, Any]:

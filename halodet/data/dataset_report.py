@@ -16,8 +16,19 @@ from typing import Any
 import halodet
 from halodet.data.annotations import is_int
 from halodet.data.coco import ValidatedCoco
-from halodet.data.coco_validator import SKIPPED_IN_TRAINING, Issue
+from halodet.data.coco_validator import SKIPPED_IN_TRAINING
 from halodet.data.image_io import read_image
+from halodet.data.issues import Issue
+from halodet.data.report_charts import (
+    count_bins,
+    describe_spread,
+    draw_bar,
+    draw_histogram,
+    draw_image_sizes,
+    draw_object_sizes,
+    percent,
+    plural,
+)
 from halodet.data.report_style import STYLE
 from halodet.data.thumbnails import CROWD_COLOR, MAX_DRAWN, Color, choose_colors, draw_annotations, jpeg_data_uri
 from halodet.errors import ImageError
@@ -37,10 +48,6 @@ _MAX_TEXT, _MAX_NAME = 240, 80  # characters
 _MAX_IMAGE_ISSUES = 4  # lines below an image
 _MAX_LEGEND = 6  # classes below an image
 
-_SMALL, _LARGE = 32, 96  # pixels, COCO's limits of sqrt(area)
-_OBJECT_EDGES = (6, 11, 18, _SMALL, 55, _LARGE, 166, 288, 499, 864)  # ratios of about sqrt(3)
-_IMAGE_EDGES = (64, 128, 256, 384, 512, 640, 800, 1024, 1333, 1600, 2048, 3072, 4096, 6144, 8192)
-_SINGLE_COUNTS = 12  # objects per image up to which each number has its row
 
 _COUNTED = re.compile(r"(\d+) of \d+ (.*), the first is (.*)", re.DOTALL)
 # Quoted names, lists, objects and numbers, in which issues of one kind differ; \0 is between reason and action.
@@ -265,7 +272,7 @@ class _Page:
         else:
             lost = "those that drop data first" if _is_lost(kinds[0].action) else "none drops data"
             parts.append(
-                f'<p class="lead">{_plural(len(self.issues), "issue")} of {_plural(len(kinds), "kind")}, {lost}. '
+                f'<p class="lead">{plural(len(self.issues), "issue")} of {plural(len(kinds), "kind")}, {lost}. '
                 "Each number counts the entries concerned.</p>"
             )
             items = "".join(
@@ -302,7 +309,9 @@ class _Page:
         """Return the kinds of issues: those that drop data first, then by count."""
         kinds: dict[tuple[str, ...], _Kind] = {}
         for issue in self.issues:
-            counted = _COUNTED.fullmatch(issue.reason) if issue.where == "annotations" else None
+            counted = (
+                _COUNTED.fullmatch(issue.reason) if issue.where in ("images", "categories", "annotations") else None
+            )
             reason = counted[2] if counted else self.without_path(issue)
             what = f"{issue.where}: {reason}"[:_MAX_COMPARED].replace("\0", "\ufffd")
             parts = _VARIABLE.split(f"{what}\0{issue.action}")
@@ -395,7 +404,7 @@ class _Page:
         if (width, height) != (image["width"], image["height"]):
             annotations = []  # they would be drawn in wrong places
         drawing = draw_annotations(pixels, annotations, self.colors(image_id))
-        alt = f"{image['file_name']} with {_plural(len(annotations), 'annotation')} drawn"
+        alt = f"{image['file_name']} with {plural(len(annotations), 'annotation')} drawn"
         return (
             f'<img src="{jpeg_data_uri(drawing)}" width="{drawing.shape[1]}" height="{drawing.shape[0]}" '
             f'alt="{_attribute(alt)}">',
@@ -405,7 +414,7 @@ class _Page:
     def figure(self, image_id: int, picture: str, shown: bool, issues: Sequence[Issue] = ()) -> str:
         """Return an image with its caption, and with ``issues`` below."""
         image = self.images.get(image_id)
-        badge = f'<span class="badge {_tone(issues)}">{_plural(len(issues), "issue")}</span>' if issues else ""
+        badge = f'<span class="badge {_tone(issues)}">{plural(len(issues), "issue")}</span>' if issues else ""
         lines = "".join(f"<li>{_bdi(_line(issue))}</li>" for issue in issues[:_MAX_IMAGE_ISSUES])
         if len(issues) > _MAX_IMAGE_ISSUES:
             lines += f'<li class="more">and {len(issues) - _MAX_IMAGE_ISSUES:,} more</li>'
@@ -413,7 +422,7 @@ class _Page:
         parts = []
         if image:
             annotations = len(self.annotations[image_id])
-            facts = f"image {image_id}, {image['width']} × {image['height']}, {_plural(annotations, 'annotation')}"
+            facts = f"image {image_id}, {image['width']} × {image['height']}, {plural(annotations, 'annotation')}"
             if shown and annotations > MAX_DRAWN:
                 facts += f", the {MAX_DRAWN} largest drawn"
             parts = [f'<p class="facts">{facts}</p>', self.legend(image_id) if shown else ""]
@@ -440,7 +449,7 @@ class _Page:
         if crowds:
             items.append(f"<li>{_chip(CROWD_COLOR)}crowd <span>{crowds:,}</span></li>")
         if len(counts) > _MAX_LEGEND:
-            items.append(f"<li>and {_plural(len(counts) - _MAX_LEGEND, 'more class', 'more classes')}</li>")
+            items.append(f"<li>and {plural(len(counts) - _MAX_LEGEND, 'more class', 'more classes')}</li>")
         return f'<ul class="legend">{"".join(items)}</ul>' if items else ""
 
     def histogram_section(self) -> str:
@@ -450,11 +459,14 @@ class _Page:
         counts = np.array([per_image[image_id] for image_id in self.images])
         images = self.images.values()
         tables = [
-            _object_sizes(sizes),
-            _histogram(
-                "Objects per image", ("objects", "images"), _count_bins(counts), _spread(counts, "{:.0f}", "objects")
+            draw_object_sizes(sizes),
+            draw_histogram(
+                "Objects per image",
+                ("objects", "images"),
+                count_bins(counts),
+                describe_spread(counts, "{:.0f}", "objects"),
             ),
-            _image_sizes([(image["width"], image["height"]) for image in images]),
+            draw_image_sizes([(image["width"], image["height"]) for image in images]),
         ]
         return f'<p class="lead">Crowds are not counted here.</p><div class="charts">{"".join(tables)}</div>'
 
@@ -463,8 +475,8 @@ class _Page:
         total, highest = len(self.checked.dataset["annotations"]), self.ranked[0].annotations
         rows = "".join(
             f'<tr><th scope="row">{_bdi(entry.name, _MAX_NAME)}</th>'
-            f"<td>{entry.annotations:,}</td>{_bar(entry.annotations, highest)}"
-            f'<td class="wide">{_percent(entry.annotations, total)}</td><td>{entry.images:,}</td>'
+            f"<td>{entry.annotations:,}</td>{draw_bar(entry.annotations, highest)}"
+            f'<td class="wide">{percent(entry.annotations, total)}</td><td>{entry.images:,}</td>'
             f"<td>{entry.crowds:,}</td><td>{'–' if entry.median_size is None else f'{entry.median_size:,.0f}'}</td>"
             f'<td class="id wide">{entry.id}</td><td class="id wide">{index[entry.id]}</td></tr>\n'
             for entry in self.ranked[:_MAX_CLASSES]
@@ -505,104 +517,6 @@ def _line(issue: Issue) -> str:
     return str(issue).removeprefix(f"{issue.file}: ")
 
 
-def _object_sizes(sizes: np.ndarray) -> str:
-    """Return the histogram of sqrt(area), in COCO's groups."""
-    labels, counts = _bin_edges(sizes, _OBJECT_EDGES, right=False)
-    limits = [0, _OBJECT_EDGES.index(_SMALL) + 1, _OBJECT_EDGES.index(_LARGE) + 1, len(labels)]
-    titles = (f"small, under {_SMALL}", f"medium, {_SMALL}–{_LARGE}", f"large, {_LARGE} and more")
-    used = [number for number, count in enumerate(counts) if count] or [0]
-    groups = []
-    for title, start, end in zip(titles, limits, limits[1:], strict=False):
-        rows = [(labels[n], counts[n]) for n in range(max(start, used[0]), min(end, used[-1] + 1))]
-        groups.append((title, sum(counts[start:end]), rows))
-    total, highest = sum(counts), max(counts)
-    body = "".join(
-        f'<tbody><tr class="group"><th scope="rowgroup" colspan="2">{title}</th><td>{count:,}</td>'
-        f"<td>{_percent(count, total)}</td></tr>{_rows(rows, total, highest)}</tbody>"
-        for title, count, rows in groups
-    )
-    return _chart("Object sizes", ("√area in pixels", "objects"), body, _spread(sizes, "{:,.0f}", "pixels"))
-
-
-def _image_sizes(sizes: list[tuple[int, int]]) -> str:
-    """Return the histogram of the longer side, and the most common sizes."""
-    longer = np.array([max(size) for size in sizes])
-    labels, counts = _bin_edges(longer, _IMAGE_EDGES, right=True)
-    used = [number for number, count in enumerate(counts) if count] or [0]
-    rows = [(labels[n], counts[n]) for n in range(used[0], used[-1] + 1)]
-    common = Counter(sizes).most_common(4)
-    text = ", ".join(f"{width} × {height} ({count:,})" for (width, height), count in common)
-    more = len(set(sizes)) - len(common)
-    text = f"Most common: {text}" + f" and {_plural(more, 'more size')}" * bool(more)
-    return _histogram("Image sizes", ("longer side in pixels", "images"), rows, text)
-
-
-def _bin_edges(values: np.ndarray, edges: Sequence[int], right: bool) -> tuple[list[str], list[int]]:
-    """Return label and count of each bin; ``right``: values are integers and bins contain their upper edge."""
-    counts = np.bincount(np.searchsorted(edges, values, side="left" if right else "right"), minlength=len(edges) + 1)
-    lower = [edge + 1 if right else edge for edge in edges]
-    first = f"up to {edges[0]}" if right else f"under {edges[0]}"
-    middle = [f"{start}–{end}" for start, end in zip(lower, edges[1:], strict=False)]
-    return [first, *middle, f"{lower[-1]} and more"], counts.tolist()
-
-
-def _count_bins(counts: np.ndarray) -> list[tuple[str, int]]:
-    """Return label and number of images of each bin of objects per image: single numbers, or doubling ranges."""
-    highest = int(counts.max(initial=0))
-    starts = list(range(highest + 1)) if highest <= _SINGLE_COUNTS else [0, 1, 2]
-    while starts[-1] <= highest and highest > _SINGLE_COUNTS:
-        starts.append(2 ** (len(starts) - 2) + 1)  # 3, 5, 9, 17 ...
-    if highest <= _SINGLE_COUNTS:
-        starts.append(highest + 1)
-    rows = []
-    for start, end in zip(starts, starts[1:], strict=False):
-        label = f"{start}" if end == start + 1 else f"{start}–{end - 1}"
-        rows.append((label, int(((counts >= start) & (counts < end)).sum())))
-    first = next((number for number, (_, count) in enumerate(rows) if count), 0)
-    return rows[first:]
-
-
-def _spread(values: np.ndarray, form: str, unit: str) -> str:
-    if not len(values):
-        return ""
-    low, middle, high = (form.format(value) for value in (values.min(), np.median(values), values.max()))
-    return f"Median {middle}, from {low} to {high} {unit}"
-
-
-def _histogram(title: str, heads: tuple[str, str], rows: list[tuple[str, int]], remark: str) -> str:
-    total, highest = sum(count for _, count in rows), max(count for _, count in rows)
-    return _chart(title, heads, f"<tbody>{_rows(rows, total, highest)}</tbody>", remark)
-
-
-def _rows(rows: list[tuple[str, int]], total: int, highest: int) -> str:
-    return "".join(
-        f'<tr><th scope="row">{label}</th>{_bar(count, highest)}<td>{count:,}</td>'
-        f"<td>{_percent(count, total)}</td></tr>"
-        for label, count in rows
-    )
-
-
-def _chart(title: str, heads: tuple[str, str], body: str, remark: str) -> str:
-    return (
-        f'<div class="chart"><table><caption>{title}</caption><thead><tr><th scope="col" colspan="2">{heads[0]}</th>'
-        f'<th scope="col">{heads[1]}</th><th scope="col">share</th></tr></thead>{body}</table><p>{remark}</p></div>'
-    )
-
-
-def _bar(count: int, highest: int) -> str:
-    """Return a table cell with a bar."""
-    width = 100 * count / highest if highest else 0
-    bar = f'<i style="width:{width:.3g}%"></i>' if count else ""
-    return f'<td class="bar" aria-hidden="true">{bar}</td>'
-
-
-def _percent(count: int, total: int) -> str:
-    share = 100 * count / total if total else 0
-    return (
-        "0 %" if not count else "&lt; 0.1 %" if share < 0.05 else f"{share:.1f} %" if share < 9.95 else f"{share:.0f} %"
-    )
-
-
 def _gallery(figures: list[str]) -> str:
     return f'<div class="gallery">{"".join(figures)}</div>'
 
@@ -613,10 +527,6 @@ def _placeholder(reason: str) -> str:
 
 def _chip(color: Color) -> str:
     return f'<i class="chip" style="background:#{"".join(f"{part:02x}" for part in color)}"></i>'
-
-
-def _plural(count: int, noun: str, nouns: str = "") -> str:
-    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def _shorten(value: object, limit: int) -> str:

@@ -4,12 +4,14 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
-from halodet.data import ValidatedCoco, coco_validator, dataset_report, validate_coco, write_shapes
-from halodet.data.coco_validator import CocoValidator, Issue
+from halodet.data import ValidatedCoco, coco_validator, dataset_report, report_charts, validate_coco, write_shapes
+from halodet.data.coco_validator import CocoValidator
 from halodet.data.dataset_report import count_classes, count_usable_images, make_report, write_html_report
+from halodet.data.issues import Issue
 from halodet.data.thumbnails import choose_colors, draw_annotations, jpeg_data_uri
 
 import numpy as np
@@ -112,7 +114,8 @@ def number(text):
 def test_tables_have_the_counts_of_the_json(shapes, tmp_path):
     def add_crowd(data):
         data["annotations"][0]["iscrowd"] = 1
-        data["images"].append({**data["images"][0], "id": 100})  # without annotations
+        shutil.copy(shapes[1] / data["images"][0]["file_name"], shapes[1] / "empty.png")
+        data["images"].append({**data["images"][0], "id": 100, "file_name": "empty.png"})
 
     checked = change(shapes, add_crowd)
     page, _ = write(tmp_path, checked, shapes[1])
@@ -152,14 +155,14 @@ def test_tables_have_the_counts_of_the_json(shapes, tmp_path):
 
 def test_bins_of_many_objects_and_large_images():
     counts = np.array([0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33])
-    assert dataset_report._count_bins(counts) == [
+    assert report_charts.count_bins(counts) == [
         ("0", 1), ("1", 1), ("2", 1), ("3–4", 2), ("5–8", 2), ("9–16", 2), ("17–32", 1), ("33–64", 1)
     ]  # fmt: skip
-    assert dataset_report._count_bins(np.array([2, 4])) == [("2", 1), ("3", 0), ("4", 1)]
-    assert dataset_report._count_bins(np.array([0, 0])) == [("0", 2)]
-    labels, found = dataset_report._bin_edges(np.array([31.9, 32, 95.9, 96, 5000]), (32, 96), right=False)
+    assert report_charts.count_bins(np.array([2, 4])) == [("2", 1), ("3", 0), ("4", 1)]
+    assert report_charts.count_bins(np.array([0, 0])) == [("0", 2)]
+    labels, found = report_charts.bin_edges(np.array([31.9, 32, 95.9, 96, 5000]), (32, 96), right=False)
     assert (labels, found) == (["under 32", "32–96", "96 and more"], [1, 2, 2])
-    labels, found = dataset_report._bin_edges(np.array([640, 641, 800, 801]), (640, 800), right=True)
+    labels, found = report_charts.bin_edges(np.array([640, 641, 800, 801]), (640, 800), right=True)
     assert (labels, found) == (["up to 640", "641–800", "801 and more"], [1, 2, 1])
 
 
@@ -244,7 +247,12 @@ def test_only_the_shown_images_are_read(shapes, tmp_path, monkeypatch):
     read, read_image = [], dataset_report.read_image
     monkeypatch.setattr(dataset_report, "read_image", lambda path: read.append(path) or read_image(path))
     data = shapes[2]
-    data["images"] = [{**image, "id": 10 * n + image["id"]} for n in range(20) for image in data["images"]]
+    given, data["images"] = data["images"], []
+    for n in range(20):
+        for image in given:
+            name = f"{n}_{image['file_name']}"
+            shutil.copy(shapes[1] / image["file_name"], shapes[1] / name)
+            data["images"].append({**image, "id": 10 * n + image["id"], "file_name": name})
     data["annotations"] = [
         {**a, "id": 1000 * n + k + 1, "image_id": 10 * n + a["image_id"]}
         for n in range(20)
