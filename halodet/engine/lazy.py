@@ -37,6 +37,7 @@ from halodet.engine.startup import build_on_meta, choose_seed, find_weights
 from halodet.engine.train_step import GradAccumTrainer
 from halodet.engine.writers import IgnoreIOErrors, ProgressPrinter
 from halodet.errors import ConfigError
+from halodet.evaluation.coco import RobustCOCOEvaluator
 from halodet.utils.io import check_writable
 
 import torch
@@ -206,17 +207,29 @@ def _build_hooks(
     return hooks, preemption
 
 
+def build_evaluator(cfg: DictConfig, folder: str) -> Any:
+    """Build ``dataloader.evaluator``, which writes to ``folder`` and counts all detections that the model returns."""
+    evaluator = cfg.dataloader.evaluator
+    if not isinstance(evaluator, DictConfig):
+        return instantiate(evaluator)
+    evaluator = evaluator.copy()
+    evaluator._set_parent(cfg.dataloader)
+    if folder != "inference" and "output_dir" in evaluator:
+        evaluator.output_dir = os.path.join(cfg.train.output_dir, folder)
+    limits = [_values(cfg.model, key) for key in ("test_topk_per_image", "max_detections_per_image")]
+    numbers = [int(value) for values in limits for value in values]
+    if numbers and evaluator.get("_target_") is RobustCOCOEvaluator:
+        evaluator.setdefault("detections_per_image", max(numbers))
+    return instantiate(evaluator)
+
+
 def do_test(cfg: DictConfig, model: nn.Module, folder: str = "inference") -> dict[str, Any] | None:
     """Evaluate with ``dataloader.test`` and ``dataloader.evaluator``; None if the config has no evaluator."""
     if "evaluator" not in cfg.dataloader:
         return None
     broadcast_buffers(unwrap_ddp(model))
-    evaluator = cfg.dataloader.evaluator
-    if folder != "inference" and isinstance(evaluator, DictConfig) and "output_dir" in evaluator:
-        evaluator = evaluator.copy()
-        evaluator._set_parent(cfg.dataloader)
-        evaluator.output_dir = os.path.join(cfg.train.output_dir, folder)
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
+    evaluator = build_evaluator(cfg, folder)
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from halodet.config.lazy import load_lazy_config
+from halodet.engine.lazy import build_evaluator
 from halodet.engine.nan_guard import NonFiniteError
 from halodet.inference import Predictor
 
@@ -231,3 +232,17 @@ def test_two_ranks_train_and_a_batch_that_they_cannot_share_is_a_mistake(config,
     uneven = [*arguments, "dataloader.train.loader.total_batch_size=3"]
     codes, text = run_ranks(two_ranks.train_lazy, *uneven, printed=tmp_path / "uneven.txt")
     assert codes == [2, 2] and text.count("total_batch_size=3") == 1 and "Traceback" not in text, text
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "expected"),
+    [
+        ("mask_rcnn_halo_h0", ["+model.roi_heads.box_predictor.test_topk_per_image=300"], 300),
+        ("mask_rcnn_halo_h0", [], 100),
+        ("cascade_mask_rcnn_halo_h0", ["+model.roi_heads.box_predictors.2.test_topk_per_image=250"], 250),
+    ],
+)
+def test_the_evaluator_counts_all_detections_of_the_model(config, keys, expected, tmp_path):
+    cfg = load_lazy_config(f"lazy/{config}.py", [*keys, f"train.output_dir={tmp_path}"])
+    cfg.dataloader.test.dataset.names = "halodet_shapes_val"
+    assert max(build_evaluator(cfg, "ema")._max_dets_per_image or [100]) == expected
