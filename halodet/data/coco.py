@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halodet.data.annotation_formats import recognize_file, recognize_json, recognize_json_lines
 from halodet.data.annotations import is_int, show
 from halodet.data.coco_records import keypoint_names, register_cleaned
 from halodet.data.coco_validator import CocoValidator
@@ -262,6 +263,8 @@ def register_validated(name: str, validated: ValidatedCoco, image_dir: str | Pat
 
 def _read(json_file: Path) -> tuple[dict[str, Any], bool]:
     """Return the contents of a json, and whether any program can read it: it has no byte order mark and only ASCII."""
+    if found := recognize_file(json_file):
+        raise DatasetError(f"{json_file} {found}")
     try:
         content = json_file.read_bytes()
     except OSError as error:
@@ -279,10 +282,14 @@ def _read(json_file: Path) -> tuple[dict[str, Any], bool]:
             f"{json_file} is not UTF-8 text (byte {error.start} of {size}). Fix: save it as UTF-8."
         ) from error
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and (found := recognize_json_lines(error.doc, error.pos)):
+            raise DatasetError(f"{json_file} {found}") from error
         at = f"line {error.lineno}, column {error.colno} of {size} bytes"
         raise DatasetError(f"{json_file} is not valid JSON or is truncated ({error.msg} at {at}).") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested lists
         raise DatasetError(f"{json_file} cannot be parsed ({error}).") from error
+    if found := recognize_json(data):
+        raise DatasetError(f"{json_file} {found}")
     if not isinstance(data, dict):
         raise DatasetError(
             f"{json_file} contains {show(data)}: expected an object with 'images', 'annotations' and 'categories'."
