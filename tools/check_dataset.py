@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Validate a COCO json, decode all of its images, and print one line per issue (the first 200 of them).
+"""Validate a COCO json, or a YOLO or Pascal VOC dataset, and decode all of its images.
+
+Prints one line per issue (the first 200 of them).
 
 Exit code: 0 no issues, 1 usable but with issues, 2 unusable, 130 interrupted (prints the issues found so far).
 """
@@ -25,8 +27,13 @@ from halodet.utils.io import write_json
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, metavar="FILE", help="COCO instances annotations")
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder that the file names are relative to")
+    parser.add_argument(
+        "--json", required=True, metavar="FILE", help="COCO json, YOLO data.yaml, or folder of Pascal VOC xml files"
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder that the file names are relative to; not required for YOLO and VOC"
+    )
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="split of a YOLO data.yaml")
     parser.add_argument("--boxes-only", action="store_true", help="do not require masks")
     parser.add_argument("--crowds-as-objects", action="store_true", help="treat annotations with iscrowd=1 as objects")
     parser.add_argument("--no-images", action="store_true", help="read image headers only, which takes seconds")
@@ -81,7 +88,7 @@ def _write_reports(
             if Path(path).suffix.lower() == ".json":
                 write_json(path, make_report(checked, issues, images_usable=usable))
             else:
-                write_html_report(path, checked, issues, options.images, images_usable=usable, remark=remark)
+                write_html_report(path, checked, issues, images_usable=usable, remark=remark)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,10 +98,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for path in options.report:  # fail before the images are read, not after
             _check_writable(path)
-        flags = {"need_masks": not options.boxes_only, "crowds_as_objects": options.crowds_as_objects}
+        flags = {
+            "split": options.split,
+            "need_masks": not options.boxes_only,
+            "crowds_as_objects": options.crowds_as_objects,
+        }
         checked = validate_coco(options.json, options.images, **flags)
         try:
-            bad = [] if options.no_images else check_images(checked, options.images, processes=options.processes)
+            bad = [] if options.no_images else check_images(checked, processes=options.processes)
         except CheckInterrupted as error:
             bad, interrupted = error.issues, error
         issues = [*checked.issues, *bad]

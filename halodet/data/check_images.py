@@ -41,12 +41,11 @@ class CheckInterrupted(KeyboardInterrupt):
         self.issues, self.num_read = issues, num_read
 
 
-def check_images(dataset: ValidatedCoco, image_dir: str | Path, *, processes: int | None = None) -> list[Issue]:
+def check_images(dataset: ValidatedCoco, *, processes: int | None = None) -> list[Issue]:
     """Decode every image of a validated dataset completely, and list those that training would skip.
 
     Args:
         dataset: result of :func:`halodet.data.coco.validate_coco`.
-        image_dir: folder that the json's file names are relative to.
         processes: number of processes; by default one per CPU, or fewer if there are few images.
 
     Returns:
@@ -62,9 +61,9 @@ def check_images(dataset: ValidatedCoco, image_dir: str | Path, *, processes: in
     # A flag, not an exception: KeyboardInterrupt may be raised anywhere, also where Python discards it.
     interrupted = threading.Event()
     if processes == 1:
-        found = (_find_error(Path(image_dir), image) for image in images)
+        found = (_find_error(dataset.image_dir, image) for image in images)
     else:
-        found = _read_in_pool(Path(image_dir), images, processes, interrupted)
+        found = _read_in_pool(dataset.image_dir, images, processes, interrupted)
     with _handle_interrupts(lambda number, frame: interrupted.set()):
         try:
             with (

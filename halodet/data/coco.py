@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halodet.data.annotation_formats import recognize_file, recognize_json, recognize_json_lines
+from halodet.data.annotation_files import read_annotations
 from halodet.data.annotations import is_int, show
 from halodet.data.coco_records import keypoint_names, register_cleaned
 from halodet.data.coco_validator import CocoValidator
@@ -33,6 +33,7 @@ class ValidatedCoco:
 
     Attributes:
         json_file: the json that was read.
+        image_dir: folder that its file names are relative to.
         dataset: COCO dict of ``images``, ``annotations`` and ``categories`` (sorted by id); boxes are (x, y, width,
             height) in pixels.
         issues: in the order of the json's entries; empty if all entries are valid.
@@ -42,6 +43,7 @@ class ValidatedCoco:
     """
 
     json_file: Path
+    image_dir: Path
     dataset: dict[str, Any]
     issues: list[Issue]
     notes: list[str] = field(default_factory=list)
@@ -87,8 +89,9 @@ class ValidatedCoco:
 @paused_gc()
 def validate_coco(
     json_file: str | Path,
-    image_dir: str | Path,
+    image_dir: str | Path | None,
     *,
+    split: str = "train",
     need_masks: bool = True,
     require_annotations: bool = False,
     evaluation: bool = False,
@@ -99,8 +102,9 @@ def validate_coco(
     Nothing is written. Only image headers are read, so a truncated image is not found.
 
     Args:
-        json_file: COCO instances annotations.
-        image_dir: folder that the json's file names are relative to.
+        json_file: COCO instances annotations, a YOLO data.yaml, or a folder of Pascal VOC xml files.
+        image_dir: folder that the json's file names are relative to; may be None for YOLO and VOC.
+        split: split of a data.yaml to read, ``"train"`` or ``"val"``.
         need_masks: skip annotations without a valid mask; otherwise only their mask is dropped.
         require_annotations: the json is for training: require at least one annotation that is not a crowd, and drop
             images all of whose annotations are invalid.
@@ -111,13 +115,9 @@ def validate_coco(
     Raises:
         DatasetError: the file is unreadable, is not COCO json, or has no valid image or category.
     """
-    json_file, image_dir = Path(json_file), Path(image_dir)
-    data, portable = _read(json_file)
-    image_entries, category_entries = (_list(data, key, json_file, required=True) for key in ("images", "categories"))
-    annotation_entries = _list(data, "annotations", json_file, required=False)
-    if not image_dir.is_dir():
-        raise DatasetError(f"{image_dir} is not a folder. Fix: give the folder with the images of {json_file}.")
-
+    json_file = Path(json_file)
+    data, image_dir, portable = read_annotations(json_file, image_dir, split)
+    image_entries, category_entries, annotation_entries = (data[key] for key in ("images", "categories", "annotations"))
     entries = [entry for entry in annotation_entries if isinstance(entry, dict)]
     if need_masks and not evaluation and entries and all(is_empty(entry.get("segmentation")) for entry in entries):
         raise DatasetError(
@@ -166,7 +166,7 @@ def validate_coco(
         except ValueError:
             validator.report(key, "contains NaN or infinity, which are not JSON", "dropped")
     unchanged = portable and "info" in data and not (validator.issues or parent or crowds_as_objects)
-    return ValidatedCoco(json_file, dataset, validator.issues, validator.notes, parent, unchanged)
+    return ValidatedCoco(json_file, image_dir, dataset, validator.issues, validator.notes, parent, unchanged)
 
 
 def without_parent(
@@ -241,7 +241,7 @@ def restore_parent(train: ValidatedCoco, val: ValidatedCoco) -> ValidatedCoco:
     return dataclasses.replace(train, dataset={**train.dataset, "categories": categories}, parent=None)
 
 
-def register_validated(name: str, validated: ValidatedCoco, image_dir: str | Path, save_to: str | Path) -> None:
+def register_validated(name: str, validated: ValidatedCoco, save_to: str | Path) -> None:
     """Save a validated dataset and register it with Detectron2.
 
     Registering the same ``name`` and ``save_to`` again replaces the earlier dataset.
@@ -249,7 +249,6 @@ def register_validated(name: str, validated: ValidatedCoco, image_dir: str | Pat
     Args:
         name: name for ``cfg.DATASETS``.
         validated: result of :func:`validate_coco`.
-        image_dir: folder that was given to :func:`validate_coco`.
         save_to: path of the cleaned json.
 
     Raises:
@@ -258,50 +257,4 @@ def register_validated(name: str, validated: ValidatedCoco, image_dir: str | Pat
     if name in DatasetCatalog and MetadataCatalog.get(name).get("json_file") != str(save_to):
         raise DatasetError(f"dataset name {name!r} is taken. Fix: choose another name for {validated.json_file}.")
     validated.save(save_to)
-    register_cleaned(name, image_dir, save_to, validated.dataset)
-
-
-def _read(json_file: Path) -> tuple[dict[str, Any], bool]:
-    """Return the contents of a json, and whether any program can read it: it has no byte order mark and only ASCII."""
-    if found := recognize_file(json_file):
-        raise DatasetError(f"{json_file} {found}")
-    try:
-        content = json_file.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{json_file} cannot be read ({error.strerror or error}).") from error
-    size = len(content)
-    if not content[:1000].strip() and not content.strip():
-        raise DatasetError(f"{json_file} is empty ({size} bytes).")
-    try:
-        text = content.decode("utf-8-sig")
-        del content  # a large file is in memory once
-        data = json.loads(text)
-        portable = text.isascii() and len(text) == size
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{json_file} is not UTF-8 text (byte {error.start} of {size}). Fix: save it as UTF-8."
-        ) from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and (found := recognize_json_lines(error.doc, error.pos)):
-            raise DatasetError(f"{json_file} {found}") from error
-        at = f"line {error.lineno}, column {error.colno} of {size} bytes"
-        raise DatasetError(f"{json_file} is not valid JSON or is truncated ({error.msg} at {at}).") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested lists
-        raise DatasetError(f"{json_file} cannot be parsed ({error}).") from error
-    if found := recognize_json(data):
-        raise DatasetError(f"{json_file} {found}")
-    if not isinstance(data, dict):
-        raise DatasetError(
-            f"{json_file} contains {show(data)}: expected an object with 'images', 'annotations' and 'categories'."
-        )
-    return data, portable
-
-
-def _list(data: dict[str, Any], key: str, json_file: Path, required: bool) -> list[Any]:
-    value = data.get(key)
-    if value is None and not required:
-        return []
-    if not isinstance(value, list) or (required and not value):
-        found = f"{key}={show(value)} is invalid" if key in data else f"{key!r} is missing"
-        raise DatasetError(f"{json_file}: {found}: expected a list. Fix: export the file as COCO instances json.")
-    return value
+    register_cleaned(name, save_to, validated.dataset, validated.image_dir)

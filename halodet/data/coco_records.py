@@ -55,34 +55,39 @@ def to_records(dataset: dict[str, Any], image_root: str | os.PathLike[str]) -> l
 
 
 def register_cleaned(
-    name: str, image_dir: str | Path, json_file: str | Path, dataset: dict[str, Any] | None = None
+    name: str,
+    json_file: str | Path,
+    dataset: dict[str, Any] | None = None,
+    image_dir: str | Path | None = None,
 ) -> None:
     """Register a validated json; its annotations are not validated again.
 
     Args:
         name: name for ``cfg.DATASETS``.
-        image_dir: folder that file names are relative to.
         json_file: the json.
         dataset: what the json contains; the first load takes it from here, later ones and other processes from the
             file.
+        image_dir: folder that file names are relative to; given by the process that has written the json, from which
+            the others read it.
     """
+    sidecar = Path(json_file).with_suffix(".info.json")  # what other processes need before they read the annotations
+    if dataset:
+        write_json(sidecar, {"image_dir": os.path.abspath(image_dir), "categories": dataset["categories"]})
+    info = json.loads(sidecar.read_text(encoding="utf-8"))
+    image_root, categories = info["image_dir"] if image_dir is None else str(image_dir), info["categories"]
     held = [dataset] if dataset else []
 
     def load() -> list[dict[str, Any]]:
         if held:
-            return to_records(held.pop(), image_dir)
-        return load_coco_json(str(json_file), str(image_dir), name)
+            return to_records(held.pop(), image_root)
+        return load_coco_json(str(json_file), image_root, name)
 
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     DatasetCatalog.register(name, load)
     metadata = MetadataCatalog.get(name)
-    metadata.set(json_file=str(json_file), image_root=str(image_dir), evaluator_type="coco", validated=True)
-    sidecar = _categories_file(json_file)
-    if dataset:
-        write_json(sidecar, dataset["categories"])
-    categories = json.loads(sidecar.read_text(encoding="utf-8"))
+    metadata.set(json_file=str(json_file), image_root=image_root, evaluator_type="coco", validated=True)
     metadata.set(
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={category["id"]: index for index, category in enumerate(categories)},
@@ -105,8 +110,3 @@ def keypoint_metadata(categories: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
     pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
     return {"keypoint_names": names, "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
-
-
-def _categories_file(json_file: str | Path) -> Path:
-    """Return the file with the categories of a cleaned json, which a process reads without the annotations."""
-    return Path(json_file).with_suffix(".categories.json")

@@ -334,4 +334,6 @@ def _count_by_image(annotations: list[Any], condition: Callable[[dict[str, Any]]
 
 
 def _where(kind: str, entry: Any, index: int) -> str:
+    if isinstance(entry, dict) and "_source" in entry:  # the place in a YOLO or VOC file
+        return str(entry["_source"])
     return f"{kind} {show(entry['id'])}" if isinstance(entry, dict) and "id" in entry else f"{kind} at index {index}"

@@ -134,7 +134,6 @@ def write_html_report(
     path: str | Path,
     checked: ValidatedCoco,
     issues: Sequence[Issue],
-    image_dir: str | Path,
     *,
     images_usable: int | None,
     remark: str = "",
@@ -147,14 +146,13 @@ def write_html_report(
         path: file to write.
         checked: the validated dataset.
         issues: its issues, and those of reading its images.
-        image_dir: folder that the json's file names are relative to.
         images_usable: number of images that can be trained on; None if reading them was interrupted.
         remark: sentence at the top, such as what was not checked.
 
     Raises:
         OSError: the file cannot be written.
     """
-    page = _Page(checked, issues, Path(image_dir)).render(images_usable, remark)
+    page = _Page(checked, issues).render(images_usable, remark)
     atomic_write(path, lambda file: Path(file).write_text(page, encoding="utf-8"))
 
 
@@ -183,8 +181,8 @@ class _Kind:
 class _Page:
     """The HTML page of one dataset."""
 
-    def __init__(self, checked: ValidatedCoco, issues: Sequence[Issue], image_dir: Path) -> None:
-        self.checked, self.issues, self.image_dir = checked, issues, image_dir
+    def __init__(self, checked: ValidatedCoco, issues: Sequence[Issue]) -> None:
+        self.checked, self.issues, self.image_dir = checked, issues, checked.image_dir
         self.images = {image["id"]: image for image in checked.dataset["images"]}
         self.annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for annotation in checked.dataset["annotations"]:

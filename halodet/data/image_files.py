@@ -49,7 +49,7 @@ class ImageFiles:
         """
         for found in self._spellings(name):
             try:
-                return found, *_read_size(os.path.join(self.folder, found))
+                return found, *read_image_size(os.path.join(self.folder, found))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 continue
             except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
@@ -75,7 +75,7 @@ class ImageFiles:
         return {unicodedata.normalize("NFC", name): name for name in os.listdir(self.folder)}
 
 
-def _read_size(path: str) -> tuple[int, int, int]:
+def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int, int]:
     """Return width and height after EXIF rotation, as Detectron2 reads them, and the orientation, from the header."""
     with Image.open(path) as image:
         width, height = image.size

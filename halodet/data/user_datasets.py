@@ -14,6 +14,7 @@ from halodet.config.lazy import flatten
 from halodet.data.build import check_records, wrap_dataset_errors
 from halodet.data.coco import ValidatedCoco, match_categories, register_validated, restore_parent, validate_coco
 from halodet.data.coco_records import register_cleaned
+from halodet.data.yolo_voc import is_yolo_or_voc
 from halodet.errors import ConfigError, DatasetError
 
 from detectron2.config import CfgNode
@@ -122,10 +123,10 @@ def validate_user_data(
 
     Args:
         output_dir: output folder of the run.
-        train_json: COCO json to train on; an evaluation needs none.
-        train_images: folder that its file names are relative to.
-        val_json: COCO json to evaluate on.
-        val_images: folder that its file names are relative to.
+        train_json: COCO json, YOLO data.yaml or folder of VOC xml files to train on; an evaluation needs none.
+        train_images: folder that its file names are relative to; not required for YOLO and VOC.
+        val_json: COCO json, YOLO data.yaml or folder of VOC xml files to evaluate on.
+        val_images: folder that its file names are relative to; not required for YOLO and VOC.
         need_masks: skip annotations without a valid mask.
         crowds_as_objects: treat annotations with iscrowd=1 as single objects.
         classes: classes ``{"id": int, "name": str}`` of the weights to evaluate, with which those of the json files are
@@ -137,12 +138,13 @@ def validate_user_data(
     """
     validated: dict[str, ValidatedCoco] = {}
     for split, json_file, images in (("train", train_json, train_images), ("val", val_json, val_images)):
-        if bool(json_file) != bool(images):
+        if bool(json_file) != bool(images) and not (json_file and is_yolo_or_voc(json_file)):
             raise ConfigError(f"--{split}-json and --{split}-images must be given together.")
         if json_file:
             validated[split] = validate_coco(
                 json_file,
                 images,
+                split=split,
                 need_masks=need_masks,
                 require_annotations=split == "train",
                 evaluation=split == "val",
@@ -160,9 +162,8 @@ def validate_user_data(
     for line in (note for checked in validated.values() for note in checked.notes):
         logger.info("%s", line)
     names = {split: name for split, name in zip(("train", "val"), USER_DATASETS, strict=True) if split in validated}
-    for split, images in (("train", train_images), ("val", val_images)):
-        if split in validated:
-            register_validated(names[split], validated[split], images, _cleaned_json(output_dir, names[split]))
+    for split, checked in validated.items():
+        register_validated(names[split], checked, _cleaned_json(output_dir, names[split]))
     if "val" not in validated:
         logger.warning("No --val-json given: the model will not be evaluated.")
     train = validated["train"].dataset["annotations"] if "train" in validated else ()
@@ -258,17 +259,16 @@ def _count_keypoints(data: UserData, key: str, sigmas: Sequence[float] | None) -
     return count
 
 
-def register_user_data_again(output_dir: str, names: Iterable[str], *images: str | None) -> None:
+def register_user_data_again(output_dir: str, names: Iterable[str]) -> None:
     """Register the files written by :func:`validate_user_data` in another process.
 
     Args:
         output_dir: output folder of the run.
         names: names of the datasets of the config.
-        images: ``train_images`` and ``val_images``.
     """
-    for name, folder in zip(USER_DATASETS, images, strict=True):
+    for name in USER_DATASETS:
         if name in names and name not in DatasetCatalog.list():
-            register_cleaned(name, folder, _cleaned_json(output_dir, name))
+            register_cleaned(name, _cleaned_json(output_dir, name))
 
 
 def user_data_files(output_dir: str, names: Iterable[str]) -> list[Path]:

@@ -102,7 +102,7 @@ def run_lazy_config(args: argparse.Namespace) -> dict[str, Any] | None:
     if data:
         names = list(data.names.values())
         check_shared(user_data_files(output_dir, names))
-        register_user_data_again(output_dir, names, args.train_images, args.val_images)
+        register_user_data_again(output_dir, names)
         set_lazy_user_data(cfg, data)
     cfg.train.update(run_and_broadcast_errors(prepare, comm.is_main_process())[0])
     if not comm.is_main_process():

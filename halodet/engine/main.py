@@ -59,10 +59,13 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         help="time limit of the rendezvous and of each collective operation (default: %(default)g)",
     )
     add_project_arguments(parser)
-    data = parser.add_argument_group("COCO-format data of your own, instead of the config's datasets")
-    data.add_argument("--train-json", metavar="FILE", help="COCO json to train on; its classes become the model's")
+    data = parser.add_argument_group(
+        "data of your own, instead of the config's datasets",
+        "a COCO json with its image folder, a YOLO data.yaml, or a folder of Pascal VOC xml files",
+    )
+    data.add_argument("--train-json", metavar="FILE", help="data to train on; its classes become the model's")
     data.add_argument("--train-images", metavar="DIR", help="folder of the images of --train-json")
-    data.add_argument("--val-json", metavar="FILE", help="COCO json to evaluate on")
+    data.add_argument("--val-json", metavar="FILE", help="data to evaluate on")
     data.add_argument("--val-images", metavar="DIR", help="folder of the images of --val-json")
     data.add_argument(
         "--crowds-as-objects", action="store_true", help="treat annotations with iscrowd=1 as single objects"
@@ -226,7 +229,7 @@ def train_or_evaluate(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedChec
         tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
         check_shared([*user_data_files(cfg.OUTPUT_DIR, names), *([tag] if args.resume else [])])
-        register_user_data_again(cfg.OUTPUT_DIR, names, args.train_images, args.val_images)
+        register_user_data_again(cfg.OUTPUT_DIR, names)
         run_and_broadcast_errors(partial(check_machine, cfg, args), not comm.is_main_process())
     start_run(cfg, args, cfg.OUTPUT_DIR, cfg.SEED)
     if args.eval_only:

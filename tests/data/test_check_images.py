@@ -42,7 +42,7 @@ def test_truncated_file_is_found(shapes):
     truncate(folder / names[4])
     checked = validate_coco(json_file, folder)
     assert checked.issues == []  # its header is intact
-    issues = check_images(checked, folder, processes=1)
+    issues = check_images(checked, processes=1)
     assert [issue.where for issue in issues] == ["image 1", "image 4"]
     assert all(
         str(folder / name) in str(issue) and "truncated" in issue.reason
@@ -54,7 +54,7 @@ def test_changed_image_size_is_found(shapes):
     json_file, folder, names = shapes
     checked = validate_coco(json_file, folder)
     Image.new("RGB", (7, 5)).save(folder / names[2])
-    (issue,) = check_images(checked, folder, processes=1)
+    (issue,) = check_images(checked, processes=1)
     assert issue.where == "image 2" and "7 x 5 pixels" in issue.reason
 
 
@@ -212,7 +212,7 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes(shapes, monkeypatch, capfd):
 
     monkeypatch.setattr(module, "tqdm", InterruptingBar)
     with pytest.raises(CheckInterrupted) as error:
-        check_images(checked, folder, processes=2)
+        check_images(checked, processes=2)
     assert 5 <= error.value.num_read < 1000 and [issue.where for issue in error.value.issues] == ["image 0"]
     assert not multiprocessing.active_children() and "Traceback" not in capfd.readouterr().err
 
@@ -239,8 +239,6 @@ def test_unreadable_real_files_are_found(tmp_path):
     json_file.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "thing"}]}))
     checked = validate_coco(json_file, BAD_IMAGES)
     issues = [
-        issue
-        for issue in (*checked.issues, *check_images(checked, BAD_IMAGES, processes=1))
-        if issue.where.startswith("image ")
+        issue for issue in (*checked.issues, *check_images(checked, processes=1)) if issue.where.startswith("image ")
     ]
     assert sorted(int(issue.where.split()[1]) for issue in issues) == bad

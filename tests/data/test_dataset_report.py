@@ -87,7 +87,7 @@ class Page(HTMLParser):
 def write(tmp_path, checked, folder, issues=None, **more):
     path = tmp_path / "report.html"
     issues = checked.issues if issues is None else issues
-    write_html_report(path, checked, issues, folder, images_usable=count_usable_images(checked, issues), **more)
+    write_html_report(path, checked, issues, images_usable=count_usable_images(checked, issues), **more)
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"<script|<link|<iframe|https?:|url\(|@import", text)
     return Page(text), text
@@ -218,7 +218,7 @@ def test_issues_are_grouped_by_kind(tmp_path):
 def empty(tmp_path, images=(), annotations=(), names=("cat",)):
     categories = [{"id": n, "name": name} for n, name in enumerate(names, start=1)]
     dataset = {"images": list(images), "annotations": list(annotations), "categories": categories}
-    return ValidatedCoco(tmp_path / "a.json", dataset, [])
+    return ValidatedCoco(tmp_path / "a.json", tmp_path, dataset, [])
 
 
 def test_dropped_annotations_are_shown_with_their_image(shapes, tmp_path):

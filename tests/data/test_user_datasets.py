@@ -66,7 +66,7 @@ def test_another_process_registers_what_the_first_one_wrote(config, shapes):
     for name in ("user_train", "user_val"):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    register_user_data_again(cfg.OUTPUT_DIR, ["user_train", "user_val"], shapes[1], shapes[1])
+    register_user_data_again(cfg.OUTPUT_DIR, ["user_train", "user_val"])
     assert DatasetCatalog.get("user_val") == expected
 
 

@@ -223,7 +223,7 @@ def test_keypoints_of_user_data_train_save_and_resume(scenes, tool, tmp_path, ca
     log = "".join(capsys.readouterr())
     assert "Evaluation results for keypoints" in log and "keypoints=[1, 2]" in log
     cleaned = tmp_path / "out/data/user_train.json"
-    register_cleaned("cleaned_keypoints", images, cleaned)
+    register_cleaned("cleaned_keypoints", cleaned)
     metadata = MetadataCatalog.get("cleaned_keypoints")
     assert metadata.keypoint_names == ["left_top", "right_top", "middle"]
     assert metadata.keypoint_flip_map == [("left_top", "right_top")]

@@ -130,7 +130,7 @@ def check(seed, folder):
     checked = validate_coco(file, folder, evaluation=True)
     assert len(checked.dataset["annotations"]) == len(data["annotations"]) - explained(checked)
     assert len(checked.dataset["images"]) == 5
-    register_validated(NAME, checked, folder, folder / "clean.json")
+    register_validated(NAME, checked, folder / "clean.json")
     try:
         DatasetCatalog.get(NAME)
         truth = COCO(str(folder / "clean.json"))
