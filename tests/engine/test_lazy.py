@@ -245,4 +245,5 @@ def test_two_ranks_train_and_a_batch_that_they_cannot_share_is_a_mistake(config,
 def test_the_evaluator_counts_all_detections_of_the_model(config, keys, expected, tmp_path):
     cfg = load_lazy_config(f"lazy/{config}.py", [*keys, f"train.output_dir={tmp_path}"])
     cfg.dataloader.test.dataset.names = VAL
+    register_tiny_shapes()
     assert max(build_evaluator(cfg, "ema")._max_dets_per_image or [100]) == expected
