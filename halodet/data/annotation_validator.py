@@ -128,7 +128,8 @@ class AnnotationValidator:
         if given is None and mask:  # whether it is a valid one is checked below
             given = mask_box(checks.clean_mask(mask, width, height), width, height)
             self.log.count(where, "have no bbox", "computed from the mask")
-        box = _clean_box(given, width, height, note)
+        clipped: list[tuple[str, str]] = []
+        box = _clean_box(given, width, height, lambda *issue: clipped.append(issue))
         valid = {"id": entry.get("id"), "image_id": image["id"], "category_id": entry["category_id"], "bbox": box}
         if self.need_masks or mask is not None:
             try:
@@ -140,7 +141,12 @@ class AnnotationValidator:
                 self.log.report(where, str(error), action)
         whole = isinstance(mask, dict) or len(valid.get("segmentation", ())) == len(mask or ())
         if "segmentation" in valid and whole and not iscrowd:
-            box = valid["bbox"] = self._agreeing_box(where, given, box, valid["segmentation"], width, height)
+            agreeing = self._agreeing_box(where, given, box, valid["segmentation"], width, height)
+            if agreeing is not box:
+                box = valid["bbox"] = agreeing
+                clipped.clear()
+        for issue in clipped:
+            note(*issue)
         if not is_number(area) or area <= 0 or changes:
             computed = "computed from the mask or box"
             if area is None:

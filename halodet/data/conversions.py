@@ -97,8 +97,14 @@ def convert_references(entries: list[Any], name: str, new: dict[str, int], repor
             count += 1
             entry[name] = target
     if count:
-        reason = f"{count} of {len(entries)} have a {name} that is no integer, the first is {first!r:.80}"
+        reason = (
+            f"{count} of {len(entries)} have {_article(name)} {name} that is no integer, the first is {first!r:.80}"
+        )
         report(reason, "renumbered" if new else "converted")
+
+
+def _article(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"
 
 
 def convert_annotation(entry: dict[str, Any], count: Count) -> dict[str, Any]:
@@ -108,7 +114,7 @@ def convert_annotation(entry: dict[str, Any], count: Count) -> dict[str, Any]:
         flag = to_flag(entry.get(key))
         if type(entry.get(key)) is not int and flag in (0, 1):
             entry[key] = flag
-            count(f"have {key} that is no integer", "converted")
+            count(f"have an {key} that is no integer", "converted")
     for key in ("bbox", "keypoints"):
         if isinstance(entry.get(key), list):
             entry[key] = _numbers(entry[key], count)
