@@ -133,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{options.json}: {usable} images, {annotations} annotations and {classes} classes usable, {len(issues)} issues"
     )
-    return 2 if not usable else 1 if issues else 0
+    trainable = usable and not all(annotation["iscrowd"] for annotation in checked.dataset["annotations"])
+    return 2 if not trainable else 1 if issues else 0
 
 
 if __name__ == "__main__":

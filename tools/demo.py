@@ -10,10 +10,8 @@ Exit code: 0 if every image was drawn, 1 if some failed, 2 for invalid arguments
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from halodet.config import load_config
@@ -22,18 +20,16 @@ from halodet.config.projects import AddConfig, add_project_arguments, import_pro
 from halodet.errors import HalodetError
 from halodet.inference import Predictor
 from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, draw_images, find_images
+from halodet.utils.warning_filters import ignore_detectron2_warnings
 
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
-
-# Warnings about Detectron2's own calls, which would break the progress bar.
-warnings.filterwarnings("ignore", message="torch.meshgrid")
-logging.getLogger("torch.fx").setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     args = _parser().parse_args(argv)
+    ignore_detectron2_warnings()  # they would break the progress bar
     try:
         files = find_images(args.input, args.output)
         projects = import_projects(args.imports)

@@ -32,6 +32,7 @@ from halodet.engine.trainer import Trainer
 from halodet.errors import ConfigError, HalodetError
 from halodet.solver.lr_scaling import scale_to_batch
 from halodet.utils.io import check_writable
+from halodet.utils.warning_filters import ignore_detectron2_warnings
 
 import torch
 import torch.distributed as dist
@@ -139,6 +140,7 @@ def check_num_gpus(args: argparse.Namespace) -> None:
 
 def run_rank(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) -> int:
     """Call ``run`` in this rank, and log an expected error; return the exit code."""
+    ignore_detectron2_warnings()
     setup_logger(distributed_rank=comm.get_rank(), name="halodet")
     logging.getLogger("halodet").addHandler(logging.NullHandler())  # other ranks are silent until they have a log file
     try:
