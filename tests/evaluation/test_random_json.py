@@ -47,7 +47,39 @@ FAULTS = {
     "no iscrowd": lambda a: a.pop("iscrowd"),
     "unknown class": lambda a: a.update(category_id=4),
     "text id": lambda a: a.update(id=str(a["id"])),
+    "uuid": lambda a: a.update(id=f"a-{a['id']}"),
+    "text box": lambda a: a.update(bbox=[str(value) for value in a["bbox"]]),
+    "text flag": lambda a: a.update(iscrowd=str(a["iscrowd"])),
+    "flat mask": lambda a: isinstance(a["segmentation"], list) and a.update(segmentation=a["segmentation"][0]),
+    "points": lambda a: (
+        isinstance(a["segmentation"], list)
+        and a.update(segmentation=[np.reshape(a["segmentation"][0], (-1, 2)).tolist()])
+    ),
+    "list of RLE": lambda a: isinstance(a["segmentation"], dict) and a.update(segmentation=[a["segmentation"]]),
 }
+
+
+def text_ids(data):
+    for kind, key in (("images", "image_id"), ("categories", "category_id")):
+        for entry in data[kind]:
+            entry["id"] = f"{kind} {entry['id']}"
+        for annotation in data["annotations"]:
+            annotation[key] = f"{kind} {annotation[key]}"
+
+
+def float_ids(data):
+    for kind, key in (("images", "image_id"), ("categories", "category_id")):
+        for entry in [*data[kind], *data["annotations"]]:
+            name = key if key in entry else "id"
+            entry[name] = float(entry[name])
+
+
+def no_sizes(data):
+    for image in data["images"][2:]:  # the file of the second one may be missing
+        image.update(width=None, height=0)
+
+
+FORMS = (text_ids, float_ids, no_sizes, lambda data: data.update(categories=2 * data["categories"]))
 
 
 def make_json(rng, folder):
@@ -70,6 +102,8 @@ def make_json(rng, folder):
         (folder / "2.png").unlink()
     elif fault < 0.4:
         Image.fromarray(noise(HEIGHT, WIDTH + 1)).save(folder / "2.png")
+    if rng.random() < 0.5:
+        FORMS[rng.integers(len(FORMS))](data)
     return data
 
 
@@ -117,7 +151,7 @@ def detect(rng, truth, perfect):
 def explained(checked):
     """Number of annotations that the issues say are left out."""
     single = sum(issue.where.startswith("annotation ") and issue.action == "skipped" for issue in checked.issues)
-    repeated = [issue.reason for issue in checked.issues if "repeat an earlier" in issue.reason]
+    repeated = [issue.reason for issue in checked.issues if "repeat an earlier annotation" in issue.reason]
     return single + sum(int(re.match(r"\d+", reason)[0]) for reason in repeated)
 
 
