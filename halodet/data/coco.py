@@ -220,9 +220,12 @@ def match_categories(checked: ValidatedCoco, categories: Sequence[Mapping[str, A
         )
     by_name = {category["name"]: category["id"] for category in categories}
     ids = {category["id"]: by_name[category["name"]] for category in checked.dataset["categories"]}
+    own = {category["name"]: category for category in checked.dataset["categories"]}
     dataset = {
         **checked.dataset,
-        "categories": [dict(category) for category in categories],
+        "categories": [
+            {**own.get(entry["name"], {}), "id": entry["id"], "name": entry["name"]} for entry in categories
+        ],
         "annotations": [
             {**annotation, "category_id": ids[annotation["category_id"]]}
             for annotation in checked.dataset["annotations"]

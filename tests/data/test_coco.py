@@ -553,12 +553,16 @@ def test_classes_are_matched_by_name(check):
     checked = check(same_order)
     assert match_categories(checked, train, "train.json") is checked, "its own ids stay in the predictions"
 
-    other_order = changed("categories", value=[{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}])
+    other_order = changed(
+        "categories", value=[{"id": 1, "name": "dog", "keypoints": ["nose"]}, {"id": 2, "name": "cat"}]
+    )
     for annotation in other_order["annotations"]:
         annotation["category_id"] = {7: 2, 90: 1}[annotation["category_id"]]
     matched = match_categories(check(other_order), train, "train.json")
     assert matched.class_names == ["cat", "dog"] and any("train.json" in note for note in matched.notes)
+    assert [category["id"] for category in matched.dataset["categories"]] == [7, 90]
     assert [a["category_id"] for a in matched.dataset["annotations"]] == [90, 7, 7]
+    assert matched.keypoint_names == ["nose"]
 
     subset = changed("categories", value=[{"id": 5, "name": "dog"}])
     subset["annotations"] = [{**good()["annotations"][0], "category_id": 5}]
