@@ -13,6 +13,7 @@ from halodet.data.bad_images import SKIPPED_KEY, SkipTrackingLoader
 from halodet.data.dataset_mapper import RobustDatasetMapper
 from halodet.data.resumable_loader import ResumableTrainLoader, ignore_stop_signals
 from halodet.errors import DatasetError
+from halodet.utils.gc_pause import paused_gc
 
 from detectron2 import data
 from detectron2.config import CfgNode
@@ -50,6 +51,7 @@ def build_train_dataset(cfg: CfgNode) -> tuple[DatasetFromList, RobustDatasetMap
     return dataset, RobustDatasetMapper(cfg, is_train=True, others=dataset)
 
 
+@paused_gc()
 def load_train_dataset(
     names: str | Sequence[str],
     *,
