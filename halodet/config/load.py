@@ -12,8 +12,10 @@ from typing import Any
 from halodet.backbones.build import TIMM_BACKBONES
 from halodet.backbones.timm_backbone import apply_pretrained_preprocessing
 from halodet.config.defaults import add_halodet_config, config_dir
+from halodet.config.keys import leaf_values
 from halodet.config.projects import AddConfig
 from halodet.config.validate import one_line, validate
+from halodet.config.value_types import check_types
 from halodet.errors import ConfigError
 
 import yaml
@@ -94,12 +96,13 @@ def load_config(
         if key.startswith("MODEL.HALONET.MIXER_OPTIONS.") and key.count(".") == 4:
             mixer, option = key.split(".")[3:]  # yacs requires that an overridden key exists
             cfg.MODEL.HALONET.MIXER_OPTIONS.setdefault(mixer, CfgNode()).setdefault(option, None)
-        if key.rpartition(".")[0] in _keys(cfg):  # which yacs does not check
+        if key.rpartition(".")[0] in leaf_values(cfg):  # which yacs does not check
             raise ConfigError(_unknown_key(cfg, key))
     try:
         cfg.merge_from_list(list(opts))
     except _MERGE_ERRORS as error:
         raise ConfigError(f"An override is invalid: {_merge_error(cfg, error)}") from error
+    check_types(cfg)
     if cfg.MODEL.BACKBONE.NAME in TIMM_BACKBONES:
         try:
             apply_pretrained_preprocessing(cfg)
@@ -177,23 +180,16 @@ def _merge_error(cfg: CfgNode, error: Exception) -> str:
         return message
     expected, found, example, value, key = mismatch.groups()
     if expected.endswith("CfgNode"):
-        return (
-            f"{key}={value} is invalid: expected keys such as {next(k for k in _keys(cfg) if k.startswith(f'{key}.'))}."
-        )
+        known = next(name for name in leaf_values(cfg) if name.startswith(f"{key}."))
+        return f"{key}={value} is invalid: expected keys such as {known}."
     return f"{key}={value} is invalid: expected type {expected} (such as {example}), got {found}."
 
 
 def _unknown_key(cfg: CfgNode, key: str) -> str:
-    known = {name.casefold(): name for name in _keys(cfg)}
+    known = {name.casefold(): name for name in leaf_values(cfg)}
     above, _, last = key.rpartition(".")
     renamed = f"{above}.{_RENAMED_KEYS.get(last)}"
     if renamed in known.values():
         return f"{key} is an unknown config key: it was renamed. Fix: use {renamed}."
     near = [known[name] for name in difflib.get_close_matches(key.casefold(), known, n=3, cutoff=0.5)]
     return f"{key} is an unknown config key" + (f"; similar: {', '.join(near)}." if near else ".")
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    """Return the full names of all config values."""
-    nested = (_keys(v, f"{prefix}{k}.") if isinstance(v, CfgNode) else [f"{prefix}{k}"] for k, v in cfg.items())
-    return [key for keys in nested for key in keys]

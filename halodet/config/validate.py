@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
-from functools import reduce
-from operator import getitem
-from typing import Any
 
 from halodet.attention.triton_ops import triton_unavailable_reason
+from halodet.config.intervals import check_intervals
+from halodet.config.keys import get_value, invalid
+from halodet.config.value_types import check_types
 from halodet.errors import ConfigError
 from halodet.solver.build import OPTIMIZERS
 from halodet.solver.lr_scaling import scale_to_batch
@@ -20,45 +20,47 @@ from detectron2.solver import build_lr_scheduler
 
 logger = logging.getLogger(__name__)
 
-_INTERVALS = {
-    "[0, inf)": (
-        "DATALOADER.NUM_WORKERS", "DATALOADER.REPEAT_THRESHOLD", "INPUT.MIN_SIZE_TEST", "SOLVER.STEPS",
-        "SOLVER.BASE_LR", "SOLVER.BASE_LR_END", "SOLVER.GAMMA", "SOLVER.MOMENTUM", "SOLVER.BIAS_LR_FACTOR",
-        "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.WEIGHT_DECAY_REL_POS",
-        "SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_FACTOR", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
-        "SOLVER.CHECKPOINT_MAX_TO_KEEP", "SOLVER.NON_FINITE_MAX_STEPS", "TEST.EVAL_PERIOD", "TEST.VIS_PERIOD",
-        "TEST.VIS_IMAGES",
-    ),
-    "[1, inf)": (
-        "INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST", "INPUT.LSJ.SIZE", "SOLVER.IMS_PER_BATCH",
-        "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.GRAD_ACCUM_STEPS", "MODEL.ROI_HEADS.NUM_CLASSES",
-        "MODEL.RETINANET.NUM_CLASSES",
-    ),
-    "[-1, inf)": ("TEST.DETECTIONS_PER_IMAGE",),  # -1: all
-    "[-inf, 2147483648)": ("SEED",),  # numpy accepts seeds below 2**32, and each rank adds to it
-    "(0, inf)": ("INPUT.LSJ.MIN_SCALE", "INPUT.LSJ.MAX_SCALE", "SOLVER.BACKBONE_LR_MULTIPLIER"),
-    "[0, 1]": ("DATALOADER.MAX_BAD_IMAGES", "MODEL.WEIGHTS_MIN_LOADED"),
-    "(0, 1]": ("INPUT.COPY_PASTE.PROBABILITY", "SOLVER.LR_LAYER_DECAY"),
-    "[0, 1)": ("MODEL.EMA.DECAY",),
-}  # fmt: skip
 _CHOICES = {
     "SOLVER.AMP.PRECISION": ("bf16", "fp16"),
     "SOLVER.NON_FINITE_POLICY": ("stop", "skip"),
     "SOLVER.OPTIMIZER_NAME": OPTIMIZERS,
 }
+_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+_POOLERS = ("ROIAlignV2", "ROIAlign", "ROIPool", "")  # "" in PointRend
 # Keys of Detectron2, for which a project may have further values.
 _DETECTRON2_CHOICES = {
     "DATALOADER.SAMPLER_TRAIN": (
-        "TrainingSampler", "RepeatFactorTrainingSampler", "WeightedTrainingSampler", "WeightedCategoryTrainingSampler",
+        "TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler", "WeightedTrainingSampler",
+        "WeightedCategoryTrainingSampler",
     ),
     "INPUT.FORMAT": ("BGR", "RGB"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.FPN.NORM": _NORMS,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.RETINANET.NORM": _NORMS,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": (*_POOLERS, "ROIAlignRotated"),
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.SEM_SEG_HEAD.NORM": _NORMS,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }  # fmt: skip
+# Keys that samplers of Detectron2 read and that its config does not have; a project adds them.
+_SAMPLER_KEYS = {
+    "RandomSubsetTrainingSampler": ("DATALOADER", "RANDOM_SUBSET_RATIO"),
+    "WeightedTrainingSampler": ("DATASETS", "TRAIN_REPEAT_FACTOR"),
+    "WeightedCategoryTrainingSampler": ("DATASETS", "TRAIN_REPEAT_FACTOR"),
+}
 _TRAINING = (
     "DATALOADER.", "INPUT.COPY_PASTE.", "INPUT.CROP.", "INPUT.LSJ.", "INPUT.MASK_FORMAT", "INPUT.MAX_SIZE_TRAIN",
     "INPUT.MIN_SIZE_TRAIN", "INPUT.RANDOM_FLIP", "MODEL.EMA.", "SEED", "SOLVER.",
@@ -77,24 +79,25 @@ def validate(cfg: CfgNode, *, train: bool = True, extended: bool = False) -> Non
         ConfigError: a value is invalid; names the key, the value found and the value expected.
     """
     unused = () if train else _TRAINING
-    for interval, keys in _INTERVALS.items():
-        for key in (key for key in keys if not key.startswith(unused)):
-            value = _value(cfg, key)
-            numbers = value if isinstance(value, (tuple, list)) else [] if value is None else [value]
-            if not all(_inside(number, interval) for number in numbers):
-                raise _invalid(key, value, f"a number in {interval}")
+    check_types(cfg)
+    check_intervals(cfg, unused)
     for key, choices in (_CHOICES if extended else {**_DETECTRON2_CHOICES, **_CHOICES}).items():
-        if _value(cfg, key) not in choices and not key.startswith(unused):
-            raise _invalid(key, _value(cfg, key), f"one of {', '.join(choices)}")
+        if get_value(cfg, key) not in choices and not key.startswith(unused):
+            raise invalid(key, get_value(cfg, key), f"one of {', '.join(choice or repr(choice) for choice in choices)}")
     device = _validate_device(cfg)
     _validate_compiled_operators(cfg)
+    _validate_detector(cfg, extended)
+    if 0 < cfg.INPUT.MIN_SIZE_TEST < 33:  # see config/intervals.py
+        raise invalid("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, "0 for no resizing, or a number in [33, inf)")
     if not train:
         return
-    lsj, paste, amp = cfg.INPUT.LSJ, cfg.INPUT.COPY_PASTE, cfg.SOLVER.AMP
-    repeats = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+    lsj, paste, amp, solver = cfg.INPUT.LSJ, cfg.INPUT.COPY_PASTE, cfg.SOLVER.AMP, cfg.SOLVER
+    repeats = cfg.DATALOADER.SAMPLER_TRAIN.startswith(("RepeatFactor", "WeightedCategory"))
     no_compiler = device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "gcc", "clang++")))
     no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    for invalid, key, expected in (
+    reference = solver.REFERENCE_WORLD_SIZE
+    cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    for wrong, key, expected in (
         (not cfg.INPUT.MIN_SIZE_TRAIN, "INPUT.MIN_SIZE_TRAIN", "at least one size"),
         (repeats and not cfg.DATALOADER.REPEAT_THRESHOLD, "DATALOADER.REPEAT_THRESHOLD", "more than 0, such as 0.001"),
         (lsj.MIN_SCALE > lsj.MAX_SCALE, "INPUT.LSJ.MIN_SCALE", f"at most INPUT.LSJ.MAX_SCALE={lsj.MAX_SCALE}"),
@@ -103,13 +106,67 @@ def validate(cfg: CfgNode, *, train: bool = True, extended: bool = False) -> Non
         (paste.ENABLED and cfg.MODEL.KEYPOINT_ON, "MODEL.KEYPOINT_ON", "False with INPUT.COPY_PASTE.ENABLED"),
         (amp.ENABLED and amp.PRECISION == "fp16" and device.type == "cpu", "SOLVER.AMP.PRECISION", "bf16 on the CPU"),
         (amp.ENABLED and amp.PRECISION == "bf16" and no_bf16, "SOLVER.AMP.PRECISION", "fp16 on this GPU"),
+        (solver.NESTEROV and not solver.MOMENTUM, "SOLVER.MOMENTUM", "more than 0 with SOLVER.NESTEROV"),
+        (cosine and solver.BASE_LR_END > solver.BASE_LR, "SOLVER.BASE_LR_END", f"at most BASE_LR={solver.BASE_LR}"),
+        (reference and solver.IMS_PER_BATCH % reference, "SOLVER.REFERENCE_WORLD_SIZE", "a divisor of IMS_PER_BATCH"),
+        (list(solver.STEPS) != sorted(solver.STEPS), "SOLVER.STEPS", "increasing iterations"),
         (cfg.MODEL.COMPILE and no_compiler, "MODEL.COMPILE", "False without a C++ compiler (g++) on the PATH"),
         (cfg.WANDB.ENABLED and not _installed("wandb"), "WANDB.ENABLED", "False without wandb (pip install wandb)"),
     ):
-        if invalid:
-            raise _invalid(key, _value(cfg, key), expected)
+        if wrong:
+            raise invalid(key, get_value(cfg, key), expected)
+    if not extended:
+        _validate_input(cfg)
     if cfg.SOLVER.LR_SCHEDULER_NAME in _DETECTRON2_CHOICES["SOLVER.LR_SCHEDULER_NAME"]:
         _validate_schedule(cfg)
+
+
+def _validate_detector(cfg: CfgNode, extended: bool) -> None:
+    """Check the lengths of sequences, which Detectron2 asserts without a message or finds in the first iteration."""
+    model = cfg.MODEL
+    for node in ("RPN", "ROI_HEADS", "RETINANET"):
+        thresholds, labels = model[node].IOU_THRESHOLDS, model[node].IOU_LABELS
+        if not thresholds or list(thresholds) != sorted(thresholds):
+            raise invalid(f"MODEL.{node}.IOU_THRESHOLDS", thresholds, "increasing numbers")
+        if len(labels) != len(thresholds) + 1:
+            expected = f"{len(thresholds) + 1} labels, one more than IOU_THRESHOLDS"
+            raise invalid(f"MODEL.{node}.IOU_LABELS", labels, expected)
+    if extended:
+        return
+    rotated, cascade = model.ROI_HEADS.NAME == "RROIHeads", model.ROI_BOX_CASCADE_HEAD
+    if (model.ROI_BOX_HEAD.POOLER_TYPE == "ROIAlignRotated") != rotated:
+        expected = f"{'ROIAlignRotated' if rotated else 'ROIAlignV2'} with MODEL.ROI_HEADS.NAME={model.ROI_HEADS.NAME}"
+        raise invalid("MODEL.ROI_BOX_HEAD.POOLER_TYPE", model.ROI_BOX_HEAD.POOLER_TYPE, expected)
+    for key, length, meaning in (
+        ("MODEL.PIXEL_MEAN", 3, "channel of the image"),
+        ("MODEL.PIXEL_STD", 3, "channel of the image"),
+        ("MODEL.RETINANET.BBOX_REG_WEIGHTS", 4, "parameter of a box"),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", 5 if rotated else 4, "parameter of a box"),
+        ("MODEL.RPN.BBOX_REG_WEIGHTS", 5 if model.PROPOSAL_GENERATOR.NAME == "RRPN" else 4, "parameter of a box"),
+        ("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", len(cascade.IOUS), "entry of IOUS"),
+    ):
+        if len(get_value(cfg, key)) != length:
+            raise invalid(key, get_value(cfg, key), f"{length} values, one for each {meaning}")
+    if any(len(weights) != 4 for weights in cascade.BBOX_REG_WEIGHTS):
+        raise invalid("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", cascade.BBOX_REG_WEIGHTS, "tuples of 4 numbers")
+
+
+def _validate_input(cfg: CfgNode) -> None:
+    """Check what Detectron2's samplers and augmentations read."""
+    sampler, sizes, crop = cfg.DATALOADER.SAMPLER_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.CROP
+    node, key = _SAMPLER_KEYS.get(sampler, ("DATALOADER", "SAMPLER_TRAIN"))
+    if key not in cfg[node]:
+        raise invalid("DATALOADER.SAMPLER_TRAIN", sampler, f"TrainingSampler, as the config has no {node}.{key}")
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        raise invalid("INPUT.MIN_SIZE_TRAIN", sizes, "a minimum and a maximum with INPUT.MIN_SIZE_TRAIN_SAMPLING=range")
+    if crop.TYPE.startswith("relative"):
+        valid, expected = all(0 < size <= 1 for size in crop.SIZE), "numbers in (0, 1]"
+    else:
+        valid, expected = all(isinstance(size, int) and size > 0 for size in crop.SIZE), "integers above 0"
+    if crop.TYPE == "absolute_range":
+        valid, expected = valid and list(crop.SIZE) == sorted(crop.SIZE), f"{expected}, a minimum and a maximum"
+    if crop.ENABLED and not (valid and len(crop.SIZE) == 2):
+        raise invalid("INPUT.CROP.SIZE", crop.SIZE, f"2 {expected} with INPUT.CROP.TYPE={crop.TYPE}")
 
 
 def one_line(error: BaseException) -> str:
@@ -126,13 +183,18 @@ def _validate_device(cfg: CfgNode) -> torch.device:
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
-        raise _invalid("MODEL.DEVICE", cfg.MODEL.DEVICE, "cpu, cuda or cuda:N") from error
+        raise invalid("MODEL.DEVICE", cfg.MODEL.DEVICE, "cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=device).cpu()
+        except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+            raise invalid("MODEL.DEVICE", cfg.MODEL.DEVICE, "a device of this machine, such as cpu") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise _invalid("MODEL.DEVICE", cfg.MODEL.DEVICE, f"an index below {torch.cuda.device_count()}")
+        raise invalid("MODEL.DEVICE", cfg.MODEL.DEVICE, f"an index below {torch.cuda.device_count()}")
     for key in ("MODEL.HALONET.BACKEND", "MODEL.HALODET_TIMM.BACKEND"):
-        reason = triton_unavailable_reason(device) if _value(cfg, key) == "triton" else None
+        reason = triton_unavailable_reason(device) if get_value(cfg, key) == "triton" else None
         if reason:
-            raise _invalid(key, "triton", f"auto ({reason})")
+            raise invalid(key, "triton", f"auto ({reason})")
     return device
 
 
@@ -147,7 +209,7 @@ def _validate_compiled_operators(cfg: CfgNode) -> None:
         try:
             from detectron2 import _C  # noqa: F401
         except ImportError as error:
-            raise _invalid(key, _value(cfg, key), "a detectron2 with compiled operators") from error
+            raise invalid(key, get_value(cfg, key), "a detectron2 with compiled operators") from error
 
 
 def _validate_schedule(cfg: CfgNode) -> None:
@@ -161,20 +223,6 @@ def _validate_schedule(cfg: CfgNode) -> None:
         raise ConfigError(f"The learning rate schedule of SOLVER is invalid: {one_line(error)}.") from error
 
 
-def _invalid(key: str, value: Any, expected: str) -> ConfigError:
-    return ConfigError(f"{key}={value} is invalid: expected {expected}.")
-
-
-def _inside(value: Any, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = isinstance(value, (int, float)) and (low <= value if interval[0] == "[" else low < value)
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
 def _installed(package: str) -> bool:
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None  # a folder "wandb" of runs is a package without files
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    return reduce(getitem, key.split("."), cfg)

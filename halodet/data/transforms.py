@@ -69,7 +69,11 @@ class FixedSizeCrop(T.FixedSizeCrop):
 
 
 class RandomCrop(T.RandomCrop):
-    """Detectron2's ``RandomCrop``, which crops polygons without shapely."""
+    """Detectron2's ``RandomCrop`` with a minimum output size of 1 pixel, which crops polygons without shapely."""
+
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = super().get_crop_size(image_size)
+        return max(height, 1), max(width, 1)
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         return _clip_polygons(super().get_transform(image))

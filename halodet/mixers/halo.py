@@ -96,10 +96,10 @@ class HaloMixer(Mixer):
     ) -> None:
         super().__init__()
         qk_channels = channels if qk_channels is None else qk_channels
-        if block_size < 1 or halo_size < 0:
+        if not isinstance(block_size, int) or not isinstance(halo_size, int) or block_size < 1 or halo_size < 0:
             raise ValueError(
                 f"block_size={block_size} with halo_size={halo_size} is invalid: expected a block of at least 1 pixel "
-                "and a halo of at least 0"
+                "and a halo of at least 0, both integers"
             )
         if border not in BORDERS:
             raise ValueError(f"border={border!r} is invalid: expected one of {', '.join(BORDERS)}")

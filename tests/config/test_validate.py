@@ -4,6 +4,8 @@ import re
 import sys
 
 from halodet.config import load_config, validate
+from halodet.config.intervals import _INTERVALS
+from halodet.config.keys import default_values
 from halodet.errors import ConfigError
 
 import pytest
@@ -43,6 +45,13 @@ def cfg():
         ("SOLVER.BACKBONE_LR_MULTIPLIER", "0.0"),
         ("SOLVER.LR_LAYER_DECAY", "1.5"),
         ("SOLVER.GRAD_ACCUM_STEPS", "0"),
+        ("SOLVER.GRAD_ACCUM_STEPS", "None"),
+        ("SOLVER.BASE_LR", "None"),
+        ("SOLVER.BASE_LR", "0.0"),
+        ("SOLVER.STEPS", "(20, 10)"),
+        ("SOLVER.WARMUP_METHOD", "cosine"),
+        ("SOLVER.REFERENCE_WORLD_SIZE", "3"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.0"),
         ("SOLVER.NON_FINITE_POLICY", "ignore"),
         ("SOLVER.NON_FINITE_POLICY", "rollback"),
         ("SOLVER.NON_FINITE_MAX_STEPS", "-1"),
@@ -51,15 +60,48 @@ def cfg():
         ("SOLVER.REFERENCE_IMS_PER_BATCH", "-1"),
         ("DATALOADER.NUM_WORKERS", "-1"),
         ("DATALOADER.SAMPLER_TRAIN", "Sampler"),
+        ("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
+        ("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"),
         ("DATALOADER.MAX_BAD_IMAGES", "1.5"),
         ("INPUT.MIN_SIZE_TRAIN", "()"),
         ("INPUT.MASK_FORMAT", "rle"),
         ("INPUT.FORMAT", "GRAY"),
+        ("INPUT.MIN_SIZE_TRAIN", "(64.0,)"),
+        ("INPUT.MAX_SIZE_TRAIN", "32"),
+        ("INPUT.MIN_SIZE_TEST", "32"),
         ("INPUT.LSJ.MIN_SCALE", "0.0"),
         ("INPUT.LSJ.MIN_SCALE", "3.0"),
         ("INPUT.LSJ.SIZE", "0"),
         ("INPUT.COPY_PASTE.PROBABILITY", "0.0"),
         ("MODEL.DEVICE", "gpu"),
+        ("MODEL.DEVICE", "meta"),
+        ("MODEL.DEVICE", "xpu"),
+        ("MODEL.DEVICE", "None"),
+        ("MODEL.TF32", "yes"),
+        ("MODEL.PIXEL_MEAN", "[100.0]"),
+        ("MODEL.PIXEL_STD", "[50.0, 50.0, 50.0, 50.0]"),
+        ("MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]"),
+        ("MODEL.FPN.NORM", "BNN"),
+        ("MODEL.FPN.OUT_CHANNELS", "0"),
+        ("MODEL.HALONET.BLOCK_SIZE", "8.0"),
+        ("MODEL.HALONET.BLOCK_SIZE", "0"),
+        ("MODEL.HALONET.HALO_SIZE", "1.5"),
+        ("MODEL.HALONET.HALO_SIZE", "True"),
+        ("MODEL.HALONET.DEPTHS", "(1.0, 1.0, 1.0, 1.0)"),
+        ("MODEL.HALONET.BASE_WIDTH", "wide"),
+        ("MODEL.HALONET.DROP_PATH_RATE", "1.5"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64]"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.5, 0.0]]"),
+        ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "0"),
+        ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "l1"),
+        ("MODEL.RPN.BBOX_REG_WEIGHTS", "(1.0, 1.0, 1.0)"),
+        ("MODEL.RPN.IOU_LABELS", "[0, 1]"),
+        ("MODEL.RPN.IOU_THRESHOLDS", "[0.7, 0.3]"),
+        ("MODEL.RPN.PRE_NMS_TOPK_TEST", "None"),
+        ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "0"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
+        ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 60.0, 0.7)"),
+        ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "-1"),
         ("MODEL.EMA.DECAY", "1.0"),
         ("MODEL.WEIGHTS_MIN_LOADED", "95.0"),
         ("TEST.EVAL_PERIOD", "-1"),
@@ -85,10 +127,78 @@ def test_a_value_out_of_range_names_its_key(cfg, key, value):
             "SOLVER.REFERENCE_IMS_PER_BATCH",
         ),
         (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "Cosine"),
+        (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", "1.0"], "SOLVER.BASE_LR_END=1.0"),
+        (["SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0.0"], "SOLVER.MOMENTUM=0.0"),
+        (["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.6)"], "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"),
     ],
 )
 def test_values_that_exclude_each_other(cfg, opts, key):
     assert key in rejected(cfg, *opts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "valid"),
+    [
+        ("relative", "[0.5, 1.0]", True),
+        ("relative", "[0.5, 1.5]", False),
+        ("relative", "[0.5]", False),
+        ("relative_range", "[1, 0.3]", True),
+        ("relative_range", "[0.0, 0.3]", False),
+        ("relative_range", "[300, 300]", False),
+        ("absolute", "[300, 200]", True),
+        ("absolute", "[300.0, 200.0]", False),
+        ("absolute", "[0.9, 0.9]", False),
+        ("absolute", "[0, 300]", False),
+        ("absolute_range", "[200, 300]", True),
+        ("absolute_range", "[300, 200]", False),
+        ("absolute_range", "[200, 300, 400]", False),
+    ],
+)
+def test_the_size_of_crops_depends_on_their_type(cfg, kind, size, valid):
+    opts = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", size]
+    if valid:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list(opts)
+        validate(cfg)
+    else:
+        assert re.search(rf"INPUT.CROP.SIZE=.* expected 2 .* INPUT.CROP.TYPE={kind}", rejected(cfg, *opts))
+
+
+def test_a_range_of_sizes_has_two_ends(cfg):
+    opts = ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN"]
+    for sizes in ("(640,)", "(800, 640)", "(640, 700, 800)"):
+        assert "INPUT.MIN_SIZE_TRAIN=" in rejected(cfg, *opts, sizes)
+    assert load_config("mask_rcnn_r50", [*CPU, *opts, "(640, 800)"]).INPUT.MIN_SIZE_TRAIN == (640, 800)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has the device mps")
+def test_a_device_that_this_machine_does_not_have(cfg):
+    with pytest.raises(ConfigError, match="^MODEL.DEVICE=mps is invalid: expected a device of this machine"):
+        load_config("mask_rcnn_r50", ["MODEL.DEVICE", "mps"])
+
+
+def test_a_project_may_have_further_values():
+    def add_sampler(cfg):
+        cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.5
+        cfg.MODEL.MY_SIZES = [-1, None]
+
+    subset = [*CPU, "DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"]
+    cfg = load_config("mask_rcnn_r50", subset, add_configs=[add_sampler])
+    validate(cfg)  # Detectron2's sampler reads the project's key
+    own = [*CPU, "DATALOADER.SAMPLER_TRAIN", "OwnSampler", "MODEL.PIXEL_MEAN", "[1.0]", "MODEL.FPN.NORM", "OwnNorm"]
+    assert load_config("mask_rcnn_r50", own, add_configs=[add_sampler]).DATALOADER.SAMPLER_TRAIN == "OwnSampler"
+    with pytest.raises(ConfigError, match="^MODEL.FPN.OUT_CHANNELS=None is invalid"):
+        load_config("mask_rcnn_r50", [*own, "MODEL.FPN.OUT_CHANNELS", "None"], add_configs=[add_sampler])
+
+
+def test_every_interval_is_of_a_key():
+    assert {key for keys in _INTERVALS.values() for key in keys} <= default_values().keys()
+
+
+def test_None_is_what_it_is_by_default(cfg):
+    for key in ("MODEL.HALONET.BLOCK_SIZE", "MODEL.TF32", "SOLVER.WEIGHT_DECAY_NORM"):
+        assert load_config("mask_rcnn_r50", [*CPU, key, "None"])
 
 
 def test_bf16_needs_no_gpu(cfg):
