@@ -22,6 +22,15 @@ from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
 
+# Labels that Detectron2's meta-architectures learn.
+_LABELS = {
+    "GeneralizedRCNN": ("annotations",),
+    "PanopticFPN": ("annotations", "sem_seg_file_name"),
+    "ProposalNetwork": ("annotations",),
+    "RetinaNet": ("annotations",),
+    "SemanticSegmentor": ("sem_seg_file_name",),
+}
+
 
 def build_train_loader(cfg: CfgNode) -> SkipTrackingLoader:
     """Build the endless loader of DATASETS.TRAIN with Detectron2's samplers (DATALOADER.SAMPLER_TRAIN).
@@ -48,6 +57,7 @@ def build_train_dataset(cfg: CfgNode) -> tuple[DatasetFromList, RobustDatasetMap
         mask_format=cfg.INPUT.MASK_FORMAT,
         copy_paste=cfg.INPUT.COPY_PASTE.ENABLED,
     )
+    _check_labels(cfg, dataset)
     return dataset, RobustDatasetMapper(cfg, is_train=True, others=dataset)
 
 
@@ -140,6 +150,17 @@ def check_records(name: str, records: Any) -> None:
         if not isinstance(record, dict) or not isinstance(record.get("file_name"), str | os.PathLike):
             found = f"without 'file_name': {sorted(record)}" if isinstance(record, dict) else f"{show(record)}"
             raise DatasetError(f"dataset {name!r}: entry {index} is {found}; expected a dict with 'file_name'")
+
+
+def _check_labels(cfg: CfgNode, records: Iterable[dict[str, Any]]) -> None:
+    """Check that all images have the labels that Detectron2's meta-architectures learn."""
+    for label in _LABELS.get(cfg.MODEL.META_ARCHITECTURE, ()):
+        missing = sum(label not in record for record in records)
+        if missing:
+            raise DatasetError(
+                f"DATASETS.TRAIN={cfg.DATASETS.TRAIN} is invalid: expected {label!r} in all records with "
+                f"MODEL.META_ARCHITECTURE={cfg.MODEL.META_ARCHITECTURE}, {missing} have none."
+            )
 
 
 def _check_masks(names: str, records: Iterable[dict[str, Any]], *, need_mask: bool, copy_paste: bool) -> None:

@@ -17,6 +17,7 @@ from halodet.config.projects import AddConfig, add_project_arguments, import_pro
 from halodet.config.validate import validate
 from halodet.data.classes import check_classes, count_classes, save_classes, saved_classes
 from halodet.data.user_datasets import prepare_datasets, register_user_data, register_user_data_again, user_data_files
+from halodet.engine.check_detector import check_datasets
 from halodet.engine.distributed import (
     check_shared,
     create_exit_group,
@@ -38,6 +39,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
@@ -206,8 +208,10 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
         classes = trained_classes(cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, args) if args.eval_only else None
         cfg = register_user_data(cfg, *files, crowds_as_objects=args.crowds_as_objects, classes=classes)
     options = {"eval_only": args.eval_only, "resume": args.resume, "allow_pickle": args.allow_pickle}
-    loaded = check_weights(cfg, build_meta_model(cfg), **options)
+    model = build_meta_model(cfg)
+    loaded = check_weights(cfg, model, **options)
     prepare_datasets(cfg, train=not args.eval_only)
+    check_datasets(cfg, model, train=not args.eval_only)
     cfg.defrost()
     if args.eval_only:
         if args.resume and os.path.samefile(os.path.dirname(loaded.path), cfg.OUTPUT_DIR):
@@ -238,7 +242,11 @@ def train_or_evaluate(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedChec
         model = Trainer.build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS, allow_pickle=args.allow_pickle, preloaded=loaded)
         results = Trainer.test(cfg, model)
-        return {**results, **Trainer.test_with_tta(cfg, model)} if cfg.TEST.AUG.ENABLED else results
+        if cfg.TEST.AUG.ENABLED:
+            results = {**results, **Trainer.test_with_tta(cfg, model)}
+        if comm.is_main_process():
+            verify_results(cfg, results)  # with TEST.EXPECTED_RESULTS, as after training
+        return results
     trainer = Trainer(cfg, allow_pickle=args.allow_pickle)
     if comm.is_main_process():
         save_classes(cfg.DATASETS.TRAIN[0], cfg.OUTPUT_DIR)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from halodet.checkpoint import LoadedCheckpoint, ModelSpec, check_fit, latest_checkpoint, read_weights
 from halodet.config.validate import one_line
 from halodet.data.classes import dataset_classes
+from halodet.engine.check_detector import check_heads
+from halodet.engine.name_keys import CANNOT_BUILD, name_keys
 from halodet.errors import ConfigError
 from halodet.evaluation.tta import check_tta
 from halodet.solver.build import lr_factors
@@ -36,7 +39,11 @@ def build_meta_model(cfg: CfgNode) -> nn.Module:
         copy.MODEL.DEVICE = device
         return build_model(copy)
 
-    model = build_on_meta(build)
+    try:
+        model = build_on_meta(build)
+    except ConfigError as error:
+        raise name_keys(cfg, error) from error.__cause__
+    check_heads(cfg, model)
     try:
         lr_factors(model, cfg.SOLVER.BACKBONE_LR_MULTIPLIER, cfg.SOLVER.LR_LAYER_DECAY)
         check_tta(cfg, model)
@@ -62,7 +69,10 @@ def build_on_meta(build: Callable[[str], nn.Module]) -> nn.Module:
             return build("cpu")
         except Exception as error:
             kind = "" if isinstance(error, ValueError | KeyError) else f"{type(error).__name__}: "
-            raise ConfigError(f"Cannot build the model of this config: {kind}{one_line(error)}") from error
+            reason = one_line(error)
+            if not str(error):  # an assertion without a message
+                reason = f"{traceback.extract_tb(error.__traceback__)[-1].line}"
+            raise ConfigError(f"{CANNOT_BUILD}: {kind}{reason}") from error
 
 
 def check_weights(cfg: CfgNode, model: nn.Module, **options: bool) -> LoadedCheckpoint | None:

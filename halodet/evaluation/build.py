@@ -44,13 +44,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     Raises:
         DatasetError: the type is unknown, or its evaluator cannot be built for this dataset.
     """
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    evaluator_type = get_evaluator_type(dataset_name)
     output = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    if evaluator_type not in EVALUATOR_TYPES:
-        raise DatasetError(
-            f"dataset {dataset_name!r}: evaluator_type={evaluator_type!r} is unknown: expected one of "
-            f"{', '.join(EVALUATOR_TYPES)}. Fix: override Trainer.build_evaluator."
-        )
     evaluators: list[DatasetEvaluator] = []
     try:
         if evaluator_type in _ONE_FILE_EVALUATORS:
@@ -85,6 +80,21 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
             f"({type(error).__name__}: {error})."
         ) from error
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def get_evaluator_type(dataset_name: str) -> str:
+    """Return the ``evaluator_type`` of a registered dataset, ``"coco"`` if it has none.
+
+    Raises:
+        DatasetError: the type is unknown.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if evaluator_type not in EVALUATOR_TYPES:
+        raise DatasetError(
+            f"dataset {dataset_name!r}: evaluator_type={evaluator_type!r} is unknown: expected one of "
+            f"{', '.join(EVALUATOR_TYPES)}. Fix: override Trainer.build_evaluator."
+        )
+    return evaluator_type
 
 
 def _read_labels(path: str, dtype: Any) -> np.ndarray:

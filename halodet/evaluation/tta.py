@@ -9,7 +9,7 @@ from typing import Any
 from halodet.errors import ConfigError
 
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
+from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA, PanopticFPN
 from torch import nn
 
 
@@ -21,9 +21,10 @@ def check_tta(cfg: CfgNode, model: nn.Module) -> None:
     """
     if not cfg.TEST.AUG.ENABLED:
         return
-    if not isinstance(model, GeneralizedRCNN):
+    if not isinstance(model, GeneralizedRCNN) or isinstance(model, PanopticFPN):
         raise ConfigError(
-            f"TEST.AUG.ENABLED=True is not supported by {type(model).__name__}: expected an R-CNN. Fix: disable it."
+            f"TEST.AUG.ENABLED=True is invalid: expected False with {type(model).__name__}, as only GeneralizedRCNN "
+            "supports it."
         )
     if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
         raise ConfigError(

@@ -332,7 +332,7 @@ def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:
             raise ValueError(f"depths={variant.depths} is invalid: {stage} needs at least one block")
         per_block = (mixer,) * depth if isinstance(mixer, str) else tuple(mixer)
         if len(per_block) != depth:
-            raise ValueError(f"mixers of {stage} are invalid: expected {depth} names, got {per_block}")
+            raise ValueError(f"mixers={variant.mixers} is invalid: expected {depth} names for {stage}")
         mixers.append(per_block)
     return mixers
 

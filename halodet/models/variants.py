@@ -91,7 +91,7 @@ def get_variant(name: str, **overrides: Any) -> HaloNetVariant:
         ValueError: there is no such variant.
     """
     if name not in VARIANTS:
-        raise ValueError(f"HaloNet variant {name!r} is invalid: expected one of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant={name!r} is invalid: expected one of {', '.join(VARIANTS)}")
     return dataclasses.replace(VARIANTS[name], **{field: _to_tuple(value) for field, value in overrides.items()})
 
 

@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 
 SMALL = "quick/mask_rcnn_halo_small"
 CPU = ["MODEL.DEVICE", "cpu"]
+RPN = ["MODEL.RPN.IN_FEATURES", "['p4']"]
 HALO = [
     "MODEL.BACKBONE.NAME",
     "build_halonet_fpn_backbone",
@@ -43,15 +44,17 @@ def small(folder, weights=None, *opts):
         ([*HALO, "MODEL.HALONET.VARIANT", "H9"], "H9"),
         ([*HALO, "MODEL.HALONET.USE_ACT_CHECKPOINT", "['res6']"], "res6"),
         ([*HALO, "MODEL.HALONET.MIXERS", "halo"], "'halo'"),
-        ([*HALO, "MODEL.HALONET.NUM_HEADS", "(4, 8, 8, 0)"], "heads"),
-        ([*HALO, "MODEL.HALONET.BASE_WIDTH", "wide"], "wide|TypeError"),
+        ([*HALO, "MODEL.HALONET.NUM_HEADS", "(4, 8, 8, 3)"], "^MODEL.HALONET.NUM_HEADS=3 is invalid"),
         ([*HALO, "MODEL.HALONET.NORM", "BNN"], "BNN"),
         ([*HALO, "MODEL.HALONET.BORDER", "reflect"], "reflect"),
-        ([*HALO, "MODEL.HALONET.BLOCK_SIZE", "0"], "block_size"),
-        ([*HALO, "MODEL.HALONET.DROP_PATH_RATE", "1.5"], "1.5"),
+        ([*HALO, "MODEL.HALONET.VARIANT", "R50"], "^MODEL.HALONET.VARIANT='R50' is invalid"),
+        ([*HALO, "MODEL.HALONET.MIXERS", "('conv', 'conv', ('halo', 'halo'), 'halo')"], "^MODEL.HALONET.MIXERS="),
         ([*HALO, "MODEL.HALONET.BACKEND", "flash"], "flash"),
         (HALO, "'res4'"),
-        ([*HALO, "MODEL.META_ARCHITECTURE", "Foo"], "Foo"),
+        ([*HALO, "MODEL.META_ARCHITECTURE", "Foo"], "^MODEL.META_ARCHITECTURE='Foo' is invalid"),
+        ([*HALO, "MODEL.FPN.IN_FEATURES", "['res2', 'res4']"], "log2 contiguous. Fix: check the keys of MODEL.FPN"),
+        ([*HALO, "MODEL.RPN.IN_FEATURES", "['p9']"], "KeyError 'p9'. Fix: check the keys of MODEL.RPN"),
+        ([*HALO, *RPN, "MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3']"], "assert len.*MODEL.ROI_HEADS"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet", "TEST.AUG.ENABLED", "True"], "TEST.AUG|build"),
     ],
 )

@@ -186,7 +186,7 @@ def test_only_what_is_asked_for_is_built():
     ("changes", "options", "key"),
     [
         ({"mixers": ("conv",) * 3}, {}, "mixers"),
-        ({"mixers": ("conv", "conv", "halo", ("halo",) * 5)}, {}, "mixers of res5"),
+        ({"mixers": ("conv", "conv", "halo", ("halo",) * 5)}, {}, "expected 2 names for res5"),
         ({"mixers": ("conv", "conv", "lambda", "halo")}, {}, "'lambda'"),
         ({"depths": (1, 0, 1, 1)}, {}, "res3"),
         ({"bottleneck_ratio": 0.3}, {}, "bottleneck_ratio=0.3"),
