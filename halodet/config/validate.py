@@ -87,8 +87,6 @@ def validate(cfg: CfgNode, *, train: bool = True, extended: bool = False) -> Non
     device = _validate_device(cfg)
     _validate_compiled_operators(cfg)
     _validate_detector(cfg, extended)
-    if 0 < cfg.INPUT.MIN_SIZE_TEST < 33:  # see config/intervals.py
-        raise invalid("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, "0 for no resizing, or a number in [33, inf)")
     if not train:
         return
     lsj, paste, amp, solver = cfg.INPUT.LSJ, cfg.INPUT.COPY_PASTE, cfg.SOLVER.AMP, cfg.SOLVER

@@ -58,7 +58,7 @@ def check_types(cfg: CfgNode) -> None:
 
 def _is_like(value: Any, example: Any) -> bool:
     if isinstance(example, (list, tuple)):
-        return isinstance(value, (list, tuple)) and all(_is_like(item, example[0]) for item in value)
+        return isinstance(value, (list, tuple)) and all(_is_like(v, example[0]) and v not in ([], ()) for v in value)
     if isinstance(example, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(example)

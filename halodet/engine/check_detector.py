@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from halodet.config.keys import get_value, invalid
+from halodet.config.keys import flatten, get_value, invalid
 from halodet.data.classes import count_classes
 from halodet.evaluation.build import get_evaluator_type
 
@@ -41,7 +41,8 @@ def check_heads(cfg: CfgNode, model: nn.Module) -> None:
         model: its model, which may be on the meta device.
 
     Raises:
-        ConfigError: MASK_ON, KEYPOINT_ON or the proposal generator is not what the model supports.
+        ConfigError: MASK_ON, KEYPOINT_ON, the anchor or proposal generator or a size of images is not what the model
+            supports.
     """
     name, heads = type(model).__name__, getattr(model, "roi_heads", None)
     if type(model) in (RetinaNet, FCOS, SemanticSegmentor, ProposalNetwork):
@@ -55,11 +56,25 @@ def check_heads(cfg: CfgNode, model: nn.Module) -> None:
             raise invalid("MODEL.ANCHOR_GENERATOR.NAME", cfg.MODEL.ANCHOR_GENERATOR.NAME, expected)
     if isinstance(heads, Res5ROIHeads) and cfg.MODEL.KEYPOINT_ON:
         raise invalid("MODEL.KEYPOINT_ON", True, f"False with MODEL.ROI_HEADS.NAME={type(heads).__name__}")
+    _check_group_norm(cfg, model)
     if getattr(model, "proposal_generator", model) is None:
         if isinstance(model, PanopticFPN | ProposalNetwork):
             raise invalid("MODEL.PROPOSAL_GENERATOR.NAME", cfg.MODEL.PROPOSAL_GENERATOR.NAME, f"RPN with {name}")
         if not cfg.MODEL.LOAD_PROPOSALS:
             raise invalid("MODEL.LOAD_PROPOSALS", False, "True without a proposal generator")
+
+
+def _check_group_norm(cfg: CfgNode, model: nn.Module) -> None:
+    """Check that maps have more than one pixel where a group norm has one channel per group, else PyTorch raises."""
+    stride = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels:
+            on_p7 = isinstance(model, RetinaNet) and name.startswith("head.")
+            stride = max(stride, 128 if on_p7 else 32 if "fpn_" in name or name.startswith("sem_seg_head.") else 0)
+    for key in ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", *["TEST.AUG.MIN_SIZES"] * cfg.TEST.AUG.ENABLED):
+        if any(0 < size <= stride for size in flatten(get_value(cfg, key))):
+            expected = f"more than {stride} pixels with group norm of one channel per group"
+            raise invalid(key, get_value(cfg, key), expected)
 
 
 def check_datasets(cfg: CfgNode, model: nn.Module, *, train: bool = True) -> None:

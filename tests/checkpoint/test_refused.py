@@ -39,15 +39,15 @@ def refuse(model, state, words, *, exact=False, **entries):
         check_fit(ModelSpec.of(model), {"model": state, **entries}, "x.pth", min_loaded=0.95, exact=exact)
 
 
+def meta_model(config):
+    return build_meta_model(cached_config(config, "MODEL.DEVICE", "cpu"))
+
+
 @pytest.mark.parametrize("config", ["mask_rcnn_r50", "mask_rcnn_r50_se"])
 def test_a_deeper_resnet(config):
     with torch.device("meta"):
-        model = build_model(cached_config(config, "MODEL.DEVICE", "meta"))
-        refuse(
-            model,
-            resnet101().state_dict(),
-            r"255 .*\(res4\).*res4.6.conv1.*\(256, 1024, 1, 1\)|255 .*\(res4\)",
-        )
+        state = resnet101().state_dict()
+        refuse(meta_model(config), state, r"255 .*\(res4\).*res4.6.conv1.*\(256, 1024, 1, 1\)|255 .*\(res4\)")
 
 
 def test_a_deeper_halonet_even_where_all_of_the_model_is_filled():
@@ -73,9 +73,7 @@ def test_a_stem_of_another_kind():
     state = resnet50().state_dict()
     first = state.pop("conv1.weight")
     state |= {f"conv1.{i}.weight": first for i in (0, 3, 6)}
-    with torch.device("meta"):
-        model = build_model(cached_config("mask_rcnn_r50", "MODEL.DEVICE", "meta"))
-    refuse(model, state, "first convolution backbone.bottom_up.stem.conv1.weight")
+    refuse(meta_model("mask_rcnn_r50"), state, "first convolution backbone.bottom_up.stem.conv1.weight")
 
 
 def test_group_norms_are_no_folded_batch_norms():
