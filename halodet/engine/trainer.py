@@ -26,7 +26,7 @@ from halodet.engine.writers import IgnoreIOErrors, ProgressPrinter, WandbWriter
 from halodet.errors import HalodetError
 from halodet.evaluation.build import build_evaluator
 from halodet.evaluation.tta import evaluate_augmented
-from halodet.solver.build import build_optimizer
+from halodet.solver.build import build_lr_scheduler, build_optimizer
 from halodet.solver.lr_scaling import scale_to_batch
 
 import torch
@@ -185,6 +185,11 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer; see :func:`halodet.solver.build.build_optimizer`."""
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Build the schedule; see :func:`halodet.solver.build.build_lr_scheduler`."""
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> SkipTrackingLoader:

@@ -10,6 +10,7 @@ from typing import Any
 
 from halodet.mixers import Mixer
 
+import detectron2.solver
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping, reduce_param_groups
@@ -19,6 +20,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ("SGD", "AdamW")
+_END = 1 - 2e-6  # just below 1; fvcore adds 1e-6
 # prefixes of the bottom-up network's parameters, with an FPN and without
 _PREFIXES = ("backbone.bottom_up.", "backbone.")
 # HaloNet and Detectron2's ResNets: stem, res2.0, ...; timm's networks of blocks: stem, stages.0.0, ...
@@ -62,6 +64,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE == "full_model":
         return _clip_full_model(optimizer, solver.CLIP_GRADIENTS.CLIP_VALUE, solver.CLIP_GRADIENTS.NORM_TYPE)
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Build Detectron2's schedule SOLVER.LR_SCHEDULER_NAME.
+
+    The step after the last iteration is an IndexError of fvcore's WarmupStepWithFixedGammaLR. Here it has the learning
+    rate of the last iteration.
+    """
+    scheduler = detectron2.solver.build_lr_scheduler(cfg, optimizer)
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR":
+        schedule = scheduler._multiplier
+        scheduler._multiplier = lambda progress: schedule(min(progress, _END))
+    return scheduler
 
 
 def _clip_full_model(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float) -> torch.optim.Optimizer:

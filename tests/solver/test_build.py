@@ -7,11 +7,12 @@ from halodet.config.load import load_config
 from halodet.errors import ConfigError
 from halodet.mixers import Mixer
 from halodet.solver import build_optimizer
+from halodet.solver.build import build_lr_scheduler
 
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_lr_scheduler as detectron2_build_lr_scheduler
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from helpers import cached_config
 from torch import nn
@@ -291,3 +292,22 @@ def other_backbone(monkeypatch):
 
     monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "build_a_regnet", build_a_regnet)
     return "build_a_regnet"
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"])
+def test_a_schedule_is_defined_to_the_end_of_training(name, rescale):
+    opts = ["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", "(4,)", "SOLVER.WARMUP_ITERS", 2, "SOLVER.RESCALE_INTERVAL", rescale]
+    cfg = cached_config("mask_rcnn_r50", "MODEL.DEVICE", "cpu", "SOLVER.LR_SCHEDULER_NAME", name, *opts)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    theirs = detectron2_build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
+    for _ in range(7):
+        optimizer.step()
+        scheduler.step()
+        theirs.step()
+        assert scheduler.get_last_lr() == theirs.get_last_lr()
+    last = scheduler.get_last_lr()
+    scheduler.step()  # after the last iteration
+    if name == "WarmupStepWithFixedGammaLR":
+        assert scheduler.get_last_lr() == last
