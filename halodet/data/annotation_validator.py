@@ -129,7 +129,11 @@ class AnnotationValidator:
             given = mask_box(checks.clean_mask(mask, width, height), width, height)
             self.log.count(where, "have no bbox", "computed from the mask")
         clipped: list[tuple[str, str]] = []
-        box = _clean_box(given, width, height, lambda *issue: clipped.append(issue))
+        try:
+            box = _clean_box(given, width, height, lambda *issue: clipped.append(issue))
+        except InvalidAnnotation as error:
+            given = box = self._mask_box(mask, width, height, error)
+            self.log.report(where, str(error), "box taken from the mask")
         valid = {"id": entry.get("id"), "image_id": image["id"], "category_id": entry["category_id"], "bbox": box}
         if self.need_masks or mask is not None:
             try:
@@ -164,6 +168,14 @@ class AnnotationValidator:
             iscrowd = 1
             note(f"ignore={show(entry['ignore'])} is not supported by Detectron2", "kept as a crowd (iscrowd=1)")
         return {**valid, "area": area, "iscrowd": int(iscrowd or 0)}
+
+    @staticmethod
+    def _mask_box(mask: Any, width: int, height: int, error: InvalidAnnotation) -> list[float]:
+        """Return the box of the mask; raise the error of the annotation's own box if there is no valid mask."""
+        try:
+            return mask_box(checks.clean_mask(mask, width, height), width, height)
+        except InvalidAnnotation:
+            raise error from None
 
     def _agreeing_box(
         self,

@@ -135,7 +135,7 @@ def test_tool_lists_the_images_that_training_skips(shapes, tool, tmp_path):
     data = json.loads(json_file.read_text())
     box = {"category_id": 1, "iscrowd": 0, "bbox": [1, 1, 9, 9], "area": 81, "segmentation": [[1, 1, 10, 1, 10, 10]]}
     whole = [{**box, "image_id": n, "id": 100 + n} for n in (0, 1, 2)]
-    broken = [{**box, "image_id": n, "id": 200 + n, "bbox": [5, 5, 0, 3]} for n in (1, 3)]
+    broken = [{**box, "image_id": n, "id": 200 + n, "bbox": [5, 5, 0, 3], "segmentation": None} for n in (1, 3)]
     crowds = [{**box, "image_id": n, "id": 300 + n, "iscrowd": 1} for n in (3, 4)]
     data["annotations"] = whole + broken + crowds
     truncate(folder / names[2])

@@ -167,6 +167,13 @@ def test_boxes_without_any_mask_are_one_message(check):
     assert kept_ids(check(data, need_masks=False)) == [1, 2] and check(data, need_masks=False).issues == []
 
 
+@pytest.mark.parametrize("box", [[1, 2, 0, 4], [WIDTH, 0, 5, 5], [1, 2, 3], [1, NAN, 3, 4]])
+def test_an_invalid_box_is_that_of_the_mask_if_there_is_a_valid_one(check, box):
+    checked = check(objects((box, [SQUARE]), ([1, 2, 3, 4], None), (box, [[1, 2, 3]])), need_masks=False)
+    assert [a["bbox"] for a in checked.dataset["annotations"]] == [[10, 10, 20, 20], [1, 2, 3, 4]]
+    assert [issue.action for issue in checked.issues] == ["box taken from the mask", "skipped"]
+
+
 def test_boxes_of_rounded_masks_agree(check):
     tiny = [5.2, 5.2, 6.4, 5.2, 6.4, 6.4, 5.2, 6.4]
     assert check(objects(([5, 5, 2, 2], [tiny]), ([9, 9, 24, 24], [SQUARE]))).issues == []
@@ -262,15 +269,20 @@ SINGLE_ISSUES = {
     "unknown image": (("annotations", 0, "image_id"), 3, "annotation 11: image_id=3", [12, 13]),
     "text image id": (("annotations", 0, "image_id"), "one", "image_id='one'", [12, 13]),
     "bool category id": (("annotations", 0, "category_id"), True, "category_id=True", [12, 13]),
-    "box of three": (("annotations", 0, "bbox"), [1, 2, 3], r"bbox=\[1, 2, 3\]", [12, 13]),
+    "box of three": (("annotations", 0, "bbox"), [1, 2, 3], r"bbox=\[1, 2, 3\]", [11, 12, 13]),
     "box missing": (("annotations", 0, "bbox"), None, "1 of 3 have no bbox", [11, 12, 13]),
-    "box with NaN": (("annotations", 0, "bbox"), [1, NAN, 3, 4], "bbox=", [12, 13]),
-    "box with infinity": (("annotations", 0, "bbox"), [1, 2, INF, 4], "bbox=", [12, 13]),
-    "box with text": (("annotations", 0, "bbox"), [1, 2, "3 px", 4], "bbox=", [12, 13]),
-    "box with huge integer": (("annotations", 0, "bbox"), [1, 2, 10**400, 4], "bbox=", [12, 13]),
-    "box without width": (("annotations", 0, "bbox"), [1, 2, 0, 4], "bbox.*0 x 4", [12, 13]),
-    "box of negative height": (("annotations", 0, "bbox"), [1, 2, 3, -4], "bbox.*3 x -4", [12, 13]),
-    "box outside": (("annotations", 0, "bbox"), [WIDTH, 0, 5, 5], "bbox.* 60 x 40; skipped", [12, 13]),
+    "box with NaN": (("annotations", 0, "bbox"), [1, NAN, 3, 4], "bbox=", [11, 12, 13]),
+    "box with infinity": (("annotations", 0, "bbox"), [1, 2, INF, 4], "bbox=", [11, 12, 13]),
+    "box with text": (("annotations", 0, "bbox"), [1, 2, "3 px", 4], "bbox=", [11, 12, 13]),
+    "box with huge integer": (("annotations", 0, "bbox"), [1, 2, 10**400, 4], "bbox=", [11, 12, 13]),
+    "box without width": (
+        ("annotations", 0, "bbox"),
+        [1, 2, 0, 4],
+        "bbox.*0 x 4; box taken from the mask",
+        [11, 12, 13],
+    ),
+    "box of negative height": (("annotations", 0, "bbox"), [1, 2, 3, -4], "bbox.*3 x -4", [11, 12, 13]),
+    "box outside": (("annotations", 0, "bbox"), [WIDTH, 0, 5, 5], "bbox.* 60 x 40; box taken", [11, 12, 13]),
     "box partly outside": (("annotations", 0, "bbox"), [-5, 10, 35, 20], "; clipped", [11, 12, 13]),
     "mask missing": (("annotations", 0, "segmentation"), None, "segmentation is missing", [12, 13]),
     "mask empty": (("annotations", 0, "segmentation"), [], "segmentation is missing", [12, 13]),
@@ -511,7 +523,7 @@ def test_many_issues_are_fast(check):
     data = good()
     first = data["annotations"][0]
     for number in range(10_000):
-        data["annotations"].append({**first, "id": 11, "bbox": [-50, 0, 5, 5]})
+        data["annotations"].append({**first, "id": 11, "bbox": [-50, 0, 5, 5], "segmentation": [[1]]})
         data["annotations"].append({**first, "id": 11, "bbox": [10, 10, 20, 20 - number / 1e6 - 1e-6]})
     checked = check(data)
     assert len(checked.issues) == 20_000 and len(set(kept_ids(checked))) == 10_003

@@ -220,7 +220,7 @@ def test_empty_masks_are_no_masks(check):
 def test_what_has_no_single_meaning_is_not_converted(check):
     data = good()
     data["annotations"][0]["image_id"] = "first"
-    data["annotations"][1]["bbox"] = ["ten", 10, 20, 20]
+    data["annotations"][1].update(bbox=["ten", 10, 20, 20], segmentation=["ten", 10, 20, 20, 30, 30])
     data["annotations"][2]["iscrowd"] = "maybe"
     checked = check(data)
     assert checked.dataset["annotations"] == []
