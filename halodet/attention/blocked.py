@@ -45,66 +45,74 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
 class _HaloAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, layout = arguments
+        *tensors, ctx.layout = arguments
         ctx.save_for_backward(*tensors)
-        ctx.layout = layout
-        with _without_autocast(tensors[0].device):
-            work = _Work(*tensors, layout)
-            out = work.v.new_empty(*work.q.shape[:4], work.v.shape[4])
-            for tile in work:
-                weights, _, _ = work.weights(tile)
-                mixed = work.buffer("out", len(weights), tile.queries, out.shape[4])
-                torch.bmm(weights, work.windows(tile, work.v, work.extra_v, "values"), out=mixed)
-                part = work.queries_of(out, tile)
-                part.copy_(mixed.view(part.shape))
-        return _channels_third(out)
+        return attend(*tensors, ctx.layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layout: BlockLayout = ctx.layout
-        with _without_autocast(grad.device):
-            work = _Work(*ctx.saved_tensors, layout)
-            grad = _channels_last(grad.to(work.q.dtype))
-            grad_q = torch.empty_like(work.q, memory_format=torch.contiguous_format)
-            grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (work.k, work.v))
-            grad_extra_k, grad_extra_v = (
-                None if x is None else torch.empty_like(x) for x in (work.extra_k, work.extra_v)
-            )
-            # Sums over the whole map are accumulated in float32 at least.
-            exact = torch.promote_types(work.q.dtype, torch.float32)
-            grad_h, grad_w = (torch.zeros_like(x, dtype=exact) for x in (work.rel_h, work.rel_w))
-            for tile in work:
-                weights, queries, keys = work.weights(tile)
-                values = work.windows(tile, work.v, work.extra_v, "values")
-                grad_out = work.buffer("out", len(weights), tile.queries, grad.shape[4])
-                part = work.queries_of(grad, tile)
-                grad_out.view(part.shape).copy_(part)
-                window = work.buffer("window", *values.shape)
-                torch.bmm(weights.transpose(1, 2), grad_out, out=window)
-                work.add_windows(tile, window, grad_v, grad_extra_v)
-                scores = work.buffer("grad_scores", *weights.shape)
-                torch.bmm(grad_out, values.transpose(1, 2), out=scores)
-                torch.ops.aten._softmax_backward_data.out(scores, weights, -1, weights.dtype, grad_input=scores)
-                window = work.buffer("window", *keys.shape)
-                window.baddbmm_(scores.transpose(1, 2), queries, beta=0, alpha=layout.scale)
-                work.add_windows(tile, window, grad_k, grad_extra_k)
+        return *attend_backward(grad, *ctx.saved_tensors, ctx.layout), None
 
-                grad_positions = work.grad_positions(tile, scores)
-                rows_h, rows_w = work.table_rows(tile)
-                grad_table = grad_positions.t() @ queries.flatten(0, 1)
-                grad_h[rows_h] += grad_table[: rows_h.stop - rows_h.start]
-                grad_w[rows_w] += grad_table[rows_h.stop - rows_h.start :]
-                grad_queries = work.buffer("grad_queries", *queries.shape)
-                grad_queries.baddbmm_(scores, keys, beta=0, alpha=layout.scale)
-                grad_queries.view(-1, queries.shape[2]).addmm_(grad_positions, work.table(tile))
-                part = work.queries_of(grad_q, tile)
-                part.copy_(grad_queries.view(part.shape))
-        grad_k, grad_v = (
-            x[:, work.top : work.top + layout.height, work.left : work.left + layout.width] for x in (grad_k, grad_v)
-        )
-        maps = [_channels_third(x) for x in (grad_q, grad_k, grad_v)]
-        return *maps, grad_h.to(grad.dtype), grad_w.to(grad.dtype), grad_extra_k, grad_extra_v, None
+
+def attend(*arguments: Any) -> Tensor:
+    """Compute :func:`halo_attention_blocked` without autograd."""
+    *tensors, layout = arguments
+    with _without_autocast(tensors[0].device):
+        work = _Work(*tensors, layout)
+        out = work.v.new_empty(*work.q.shape[:4], work.v.shape[4])
+        for tile in work:
+            weights, _, _ = work.weights(tile)
+            mixed = work.buffer("out", len(weights), tile.queries, out.shape[4])
+            torch.bmm(weights, work.windows(tile, work.v, work.extra_v, "values"), out=mixed)
+            part = work.queries_of(out, tile)
+            part.copy_(mixed.view(part.shape))
+    return _channels_third(out)
+
+
+def attend_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the tensors that :func:`attend` takes; None for absent extra keys and values."""
+    *tensors, layout = arguments
+    with _without_autocast(grad.device):
+        work = _Work(*tensors, layout)
+        grad = _channels_last(grad.to(work.q.dtype))
+        grad_q = torch.empty_like(work.q, memory_format=torch.contiguous_format)
+        grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (work.k, work.v))
+        grad_extra_k, grad_extra_v = (None if x is None else torch.empty_like(x) for x in (work.extra_k, work.extra_v))
+        # Sums over the whole map are accumulated in float32 at least.
+        exact = torch.promote_types(work.q.dtype, torch.float32)
+        grad_h, grad_w = (torch.zeros_like(x, dtype=exact) for x in (work.rel_h, work.rel_w))
+        for tile in work:
+            weights, queries, keys = work.weights(tile)
+            values = work.windows(tile, work.v, work.extra_v, "values")
+            grad_out = work.buffer("out", len(weights), tile.queries, grad.shape[4])
+            part = work.queries_of(grad, tile)
+            grad_out.view(part.shape).copy_(part)
+            window = work.buffer("window", *values.shape)
+            torch.bmm(weights.transpose(1, 2), grad_out, out=window)
+            work.add_windows(tile, window, grad_v, grad_extra_v)
+            scores = work.buffer("grad_scores", *weights.shape)
+            torch.bmm(grad_out, values.transpose(1, 2), out=scores)
+            torch.ops.aten._softmax_backward_data.out(scores, weights, -1, weights.dtype, grad_input=scores)
+            window = work.buffer("window", *keys.shape)
+            window.baddbmm_(scores.transpose(1, 2), queries, beta=0, alpha=layout.scale)
+            work.add_windows(tile, window, grad_k, grad_extra_k)
+
+            grad_positions = work.grad_positions(tile, scores)
+            rows_h, rows_w = work.table_rows(tile)
+            grad_table = grad_positions.t() @ queries.flatten(0, 1)
+            grad_h[rows_h] += grad_table[: rows_h.stop - rows_h.start]
+            grad_w[rows_w] += grad_table[rows_h.stop - rows_h.start :]
+            grad_queries = work.buffer("grad_queries", *queries.shape)
+            grad_queries.baddbmm_(scores, keys, beta=0, alpha=layout.scale)
+            grad_queries.view(-1, queries.shape[2]).addmm_(grad_positions, work.table(tile))
+            part = work.queries_of(grad_q, tile)
+            part.copy_(grad_queries.view(part.shape))
+    grad_k, grad_v = (
+        x[:, work.top : work.top + layout.height, work.left : work.left + layout.width] for x in (grad_k, grad_v)
+    )
+    maps = [_channels_third(x) for x in (grad_q, grad_k, grad_v)]
+    return *maps, grad_h.to(grad.dtype), grad_w.to(grad.dtype), grad_extra_k, grad_extra_v
 
 
 class _Span(NamedTuple):

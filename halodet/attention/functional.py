@@ -98,12 +98,14 @@ def halo_attention(
     )
     if not torch.jit.is_tracing():
         _check_shapes(q, k, v, rel_h, rel_w, extra_k, extra_v, layout)
-    if backend == "auto":
+    fallback = backend == "auto"
+    if fallback:
         backend = _select_backend(q, v, layout)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is invalid: expected 'auto' or one of {sorted(BACKENDS)}")
     # Parameters stay float32 where autocast casts the maps to a half type.
-    return BACKENDS[backend](q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), extra_k, extra_v, layout)
+    options = {"fallback": fallback} if backend == "triton" else {}
+    return BACKENDS[backend](q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), extra_k, extra_v, layout, **options)
 
 
 def _select_backend(q: Tensor, v: Tensor, layout: BlockLayout) -> str:

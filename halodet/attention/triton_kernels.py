@@ -19,9 +19,14 @@ ending in ``_PADDED`` are powers of two, as Triton requires; elements beyond the
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 # Logits are in base 2, the exponential that the hardware implements.
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -31,24 +36,87 @@ MASKED = tl.constexpr(-1.0e30)
 EXTRA_TILE = tl.constexpr(16)  # extra keys per tile
 EXTRA_QUERIES = tl.constexpr(32)  # queries per tile of extra keys in backward_extra
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_SPILLED = 512  # bytes of registers per thread that a preferred tiling may spill to memory
 # Map sizes change from image to image; do not recompile for those that are 1 or a multiple of 16.
 DYNAMIC_SIZES = ["images", "height", "width", "query_height", "query_width", "rows", "columns", "heads"]
 
 
-def _autotune(configs: list[triton.Config], interpreted: triton.Config, reset_to_zero: list[str] | None = None):
-    """Autotune the tiling once for each block size, window and depth."""
+def _autotune(configs: list[triton.Config], interpreted: triton.Config):
+    """Choose the tiling once for each block size, window, depth and precision; the preferred ones come first.
 
-    def prune(configs: list[triton.Config], arguments: dict, **constants: int) -> list[triton.Config]:
-        # Tiles larger than a block's queries waste work, much smaller ones reread the window too often.
-        queries = max(16, triton.next_power_of_2({**arguments, **constants}["QUERIES"] ** 2))
-        return [c for c in configs if min(queries, 32) <= c.kwargs["BLOCK_M"] <= queries]
+    With ``TUNED`` the fastest on this GPU is measured, and the result is kept in Triton's cache; otherwise the first
+    that :func:`select_tilings` returns is used, which is the same in each process.
+    """
 
-    return triton.autotune(
-        [interpreted] if INTERPRETED else configs,
-        key=["D_QK", "D_V", "BLOCK", "QUERIES", "WINDOW_H", "WINDOW_W"],
-        reset_to_zero=reset_to_zero,
-        prune_configs_by=None if INTERPRETED else {"early_config_prune": prune},
-    )
+    def decorate(kernel):
+        def prune(configs: list[triton.Config], arguments: dict, **constants: Any) -> list[triton.Config]:
+            values = {**arguments, **constants}
+            limit = driver.active.utils.get_device_properties(values["q"].device.index)["max_shared_mem"]
+            values = {name: value for name, value in values.items() if name not in ("grid", "warmup")}
+            found = select_tilings(sized_tilings(configs, values["QUERIES"]), partial(_measure, kernel, values), limit)
+            return list(found if values["TUNED"] else islice(found, 1))
+
+        return triton.autotune(
+            [interpreted] if INTERPRETED else configs,
+            key=["D_QK", "D_V", "BLOCK", "QUERIES", "WINDOW_H", "WINDOW_W", "PRECISION", "MASK", "EXTRA", "TUNED"],
+            prune_configs_by=None if INTERPRETED else {"early_config_prune": prune},
+            cache_results=True,
+        )(kernel)
+
+    return decorate
+
+
+def sized_tilings(configs: Sequence[triton.Config], queries: int) -> list[triton.Config]:
+    """Return the tilings for blocks of ``queries`` x ``queries``.
+
+    Tiles larger than a block's queries waste work, much smaller ones read the window too often.
+    """
+    queries = max(16, triton.next_power_of_2(queries**2))
+    return [config for config in configs if min(queries, 32) <= config.kwargs["BLOCK_M"] <= queries]
+
+
+def select_tilings(
+    configs: Sequence[triton.Config], measure: Callable[[triton.Config], tuple[int, int]], limit: int
+) -> Iterator[triton.Config]:
+    """Yield the tilings that the GPU can run without spilling registers, or else the one that spills least.
+
+    Args:
+        configs: tilings, the preferred ones first.
+        measure: compiles a tiling and returns its shared memory and its spilled registers per thread, in bytes.
+        limit: shared memory that a block of threads may use, in bytes.
+
+    Raises:
+        RuntimeError: no tiling compiles and fits.
+    """
+    spilling: list[tuple[int, int]] = []
+    reasons: list[str] = []
+    good = 0
+    for index, config in enumerate(configs):
+        try:
+            shared, spilled = measure(config)
+        except Exception as error:  # the compiler raises nearly anything
+            reasons.append(" ".join(f"{type(error).__name__}: {error}".split()))
+            continue
+        if shared > limit:
+            reasons.append(f"it needs {shared} bytes of shared memory, the GPU has {limit}")
+        elif spilled > MAX_SPILLED:
+            spilling.append((spilled, index))
+        else:
+            good += 1
+            yield config
+    if not good and spilling:
+        yield configs[min(spilling)[1]]
+    elif not good:
+        raise RuntimeError(
+            f"no tiling of {len(configs)} compiles and fits: {reasons[0] if reasons else 'there is none'}"
+        )
+
+
+def _measure(kernel: Any, values: dict[str, Any], config: triton.Config) -> tuple[int, int]:
+    """Compile a tiling; see :func:`select_tilings`."""
+    compiled = kernel.warmup(grid=(1,), **values, **config.all_kwargs())
+    compiled._init_handles()
+    return compiled.metadata.shared, 4 * compiled.n_spills
 
 
 def _config(warps: int, stages: int = 2, **sizes: int) -> triton.Config:
@@ -192,8 +260,20 @@ def _rel_selector(r, c, H: tl.constexpr, PADDED: tl.constexpr, dtype: tl.constex
 def _scores(q, keys, rel_logits, r, c, counted, scale, H: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
     """Compute the logits (M, N) of queries and a tile of keys."""
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
-    scores = tl.dot(rel_logits, _rel_selector(r, c, H, PADDED, tl.float32), scores, input_precision=PRECISION)
+    if q.dtype == tl.float32:
+        scores = tl.dot(rel_logits, _rel_selector(r, c, H, PADDED, tl.float32), scores, input_precision=PRECISION)
+    else:
+        selector = _rel_selector(r, c, H, PADDED, tl.bfloat16)
+        high, low = _split(rel_logits)
+        scores = tl.dot(low, selector, tl.dot(high, selector, scores))
     return tl.where(counted[None, :], scores, MASKED)
+
+
+@triton.jit
+def _split(x):
+    """Split float32 numbers into two bfloat16 that add up to 16 bits of each: tensor cores truncate float32 to 10."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -227,7 +307,7 @@ def forward(
     D_QK: tl.constexpr, D_V: tl.constexpr, QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr, EXTRA: tl.constexpr,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, WINDOW_PADDED: tl.constexpr, SPAN: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, TUNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute output and log-sum-exp. One program: a tile of the queries of one block and head."""
@@ -286,7 +366,6 @@ def forward(
         _config(8, BLOCK_M=64, BLOCK_N=64),
     ],
     _config(4, BLOCK_M=32, BLOCK_N=64),
-    reset_to_zero=["grad_table"],
 )
 @triton.jit(do_not_specialize=DYNAMIC_SIZES)
 def backward_queries(
@@ -297,7 +376,7 @@ def backward_queries(
     D_QK: tl.constexpr, D_V: tl.constexpr, QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr, EXTRA: tl.constexpr,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, WINDOW_PADDED: tl.constexpr, SPAN: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, TUNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute query gradients, a partial table gradient per program, and ``delta`` (row sums of out * grad).
@@ -368,8 +447,10 @@ def backward_queries(
         grad_q_offset = (image * query_height * query_width * heads + head) * D_QK
         _store(grad_q + grad_q_offset, pixel * heads * D_QK, valid, grad_queries, D_QK, QK_PADDED)
 
-        # Accumulated in memory owned by this program: in registers it would spill across the loop above.
-        partial_sum = _load(grad_table, rows_of_table * D_QK, rows_of_table < ROWS_H + ROWS_W, D_QK, QK_PADDED)
+        # Accumulated in memory owned by this program, which its first tile initializes: in registers it would spill
+        # across the loop above.
+        accumulated = (rows_of_table < ROWS_H + ROWS_W) & (item >= tl.num_programs(0))
+        partial_sum = _load(grad_table, rows_of_table * D_QK, accumulated, D_QK, QK_PADDED)
         partial_sum = tl.dot(tl.trans(products), queries, partial_sum, input_precision=PRECISION)
         _store(grad_table, rows_of_table * D_QK, rows_of_table < ROWS_H + ROWS_W, partial_sum, D_QK, QK_PADDED)
         tl.debug_barrier()  # other threads load this for the next tile
@@ -415,7 +496,7 @@ def backward_keys(
     grad_image, grad_head, grad_y, grad_x,
     D_QK: tl.constexpr, D_V: tl.constexpr, QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PRECISION: tl.constexpr, TUNED: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, TILE_PADDED: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of keys and values.
@@ -448,7 +529,8 @@ def backward_keys(
     ROWS_H: tl.constexpr = WINDOW_H + QUERIES - 1
     ROWS_W: tl.constexpr = WINDOW_W + QUERIES - 1
     REACH_H: tl.constexpr = TILE_H + QUERIES - 1
-    selector = tl.trans(_rel_selector(n // TILE_W, n % TILE_W, TILE_H, TILE_PADDED, tl.float32))
+    position_dtype: tl.constexpr = tl.float32 if keys.dtype == tl.float32 else tl.bfloat16
+    selector = tl.trans(_rel_selector(n // TILE_W, n % TILE_W, TILE_H, TILE_PADDED, position_dtype))
     TILES: tl.constexpr = (QUERIES * QUERIES + BLOCK_M - 1) // BLOCK_M
     across = (end_column - column) * TILES
     q += image * q_image + head * q_head
@@ -480,7 +562,11 @@ def backward_keys(
             tl.gather(products, _rel_index(index, i[None, :], j[None, :], TILE_H, REACH_H, QUERIES, SPAN), 0) * LOG2E
         )
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.dot(selector, rel_logits, scores, input_precision=PRECISION)
+        if keys.dtype == tl.float32:
+            scores = tl.dot(selector, rel_logits, scores, input_precision=PRECISION)
+        else:
+            high, low = _split(rel_logits)
+            scores = tl.dot(selector, low, tl.dot(selector, high, scores))
         r += n // TILE_W
         c += n % TILE_W
         covered = inside & (r >= 0) & (r < WINDOW_H) & (c >= 0) & (c < WINDOW_W)

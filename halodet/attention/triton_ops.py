@@ -3,24 +3,36 @@
 Windows and scores never reach memory; the backward keeps the maps, the output and one number per query and head.
 
 The operators only launch kernels (no host copies, no synchronization), so CUDA graphs can capture them. The first call
-for each block size, window, depth and dtype autotunes: run it and its backward once before capturing a graph.
+for each block size, window, depth and dtype compiles and chooses a tiling: run it and its backward once before
+capturing a graph. With ``fallback``, the operators compute in plain PyTorch where the kernels cannot be compiled or
+launched.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+from halodet.attention.blocked import attend, attend_backward
 from halodet.attention.layout import BlockLayout
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MIN_TRITON = (3, 5)  # first version with tl.range(disable_licm=True)
 MAX_DEPTH = 128
+MAX_FLOAT32_DEPTH = 32
 MAX_ROWS = 256  # rows read from both position tables
 PROGRAMS = 1024  # maximum number of partial sums of the position table gradient
+TUNED_TILES = 1024  # tiles of 16 queries from which the tiling is measured; smaller maps take as long as their launch
+
+_failed: dict[tuple[Any, ...], str] = {}  # calls whose kernels cannot be compiled or launched, with the reason
+_launched: set[tuple[Any, ...]] = set()
 
 
 def halo_attention_triton(
@@ -32,22 +44,29 @@ def halo_attention_triton(
     extra_k: Tensor | None,
     extra_v: Tensor | None,
     layout: BlockLayout,
+    *,
+    fallback: bool = False,
 ) -> Tensor:
     """Compute halo attention on a GPU; tensors as in :func:`halodet.attention.halo_attention`. Differentiable once.
 
-    Deterministic. Accumulates in float32 and multiplies float32 as float32, unless PyTorch is allowed to use TF32.
+    Deterministic within a process. Under ``torch.use_deterministic_algorithms(True)`` the tiling is fixed by rule
+    instead of measured, so that all processes on GPUs of one kind compute the same bits. Accumulates in float32 and
+    multiplies float32 as float32, unless PyTorch is allowed to use TF32.
+
+    Args:
+        fallback: compute in plain PyTorch, with one warning, if the kernels cannot be compiled or launched.
 
     Raises:
         ValueError: see :func:`triton_unavailable_reason` and :func:`unsupported_reason`.
+        RuntimeError: the kernels cannot be compiled or launched, or the GPU has failed.
     """
     if reason := triton_unavailable_reason(q.device) or unsupported_reason(q, v, layout):
         raise ValueError(f"backend='triton' is not usable: {reason}. Fix: use backend='auto'.")
     # No query reads the first rows of a table.
-    table = torch.cat(
-        [x[window - layout.queries :] for x, window in ((rel_h, layout.window_height), (rel_w, layout.window_width))]
-    )
+    table = torch.cat([x[window - layout.queries :] for x, window in _windows(rel_h, rel_w, layout)])
     halo = [layout.top, layout.bottom, layout.left, layout.right]
-    return _forward(q, k, v, table, extra_k, extra_v, layout.block, halo, layout.stride, layout.mask, layout.scale)[0]
+    options = (layout.block, halo, layout.stride, layout.mask, layout.scale, fallback)
+    return _forward(q, k, v, table, extra_k, extra_v, *options)[0]
 
 
 # torch.compile evaluates this once instead of tracing it.
@@ -70,8 +89,13 @@ def _unavailable_reason(device: torch.device) -> str | None:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
         expected = ".".join(map(str, MIN_TRITON))
         return f"Triton {triton.__version__} is too old, expected {expected} or newer (included in PyTorch 2.9)"
-    if _kernels().INTERPRETED:
-        return None
+    try:
+        if _kernels().INTERPRETED:
+            return None
+    except Exception as error:  # Triton's decorators raise nearly anything on a broken installation
+        return f"Triton cannot be used ({_one_line(error)})"
+    if torch.version.hip is not None:
+        return "the kernels support NVIDIA GPUs only, not AMD's (ROCm)"
     if device.type != "cuda":
         return f"Triton needs a GPU, but the tensors are on {device}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -84,7 +108,8 @@ def _unavailable_reason(device: torch.device) -> str | None:
 def unsupported_reason(q: Tensor, v: Tensor, layout: BlockLayout) -> str | None:
     """Return why the Triton kernels do not support these tensors, or None if they do.
 
-    float64 is not supported, and tiles of more than 128 channels or 256 table rows would not fit into registers.
+    float64 is not supported, and tiles of more than 128 channels or 256 table rows would not fit into registers. Nor
+    would float32 at more than 32 channels, unless PyTorch is allowed to use TF32: three products replace each one.
     """
     if q.dtype == torch.float64:
         return "the Triton backend does not support float64"
@@ -93,6 +118,11 @@ def unsupported_reason(q: Tensor, v: Tensor, layout: BlockLayout) -> str | None:
         return f"the Triton backend supports at most {MAX_DEPTH} channels per head, got {depth}"
     if _table_rows(layout) > MAX_ROWS:
         return f"the Triton backend supports at most {MAX_ROWS} position table rows, got {_table_rows(layout)}"
+    if q.dtype == torch.float32 and depth > MAX_FLOAT32_DEPTH and _precision(q.dtype) != "tf32":
+        return (
+            f"the Triton backend supports at most {MAX_FLOAT32_DEPTH} channels per head in float32 without TF32, got "
+            f"{depth}"
+        )
     return None
 
 
@@ -113,13 +143,34 @@ def _attend(
     stride: int,
     mask: bool,
     scale: float,
+    fallback: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the base-2 log-sum-exp of every query (B, heads, H, W)."""
-    kernels, layout = _kernels(), BlockLayout(*k.shape[-2:], block, *halo, stride, mask, scale)
+    layout = BlockLayout(*k.shape[-2:], block, *halo, stride, mask, scale)
     _check_offsets(q, k, v)
-    q, k, v = (_channels_last(x) for x in (q, k, v))
-    table, extra_k, extra_v = (None if x is None else x.contiguous() for x in (table, extra_k, extra_v))
     out, lse = _attend_fake(q, k, v)
+    kind = _kind(q, v, layout, extra_k)
+    with _plain_if_impossible(kind, fallback) as possible:
+        if possible:
+            _launch_forward(*(_channels_last(x) for x in (q, k, v)), table, extra_k, extra_v, layout, out, lse)
+    if kind in _failed:
+        out.copy_(attend(q, k, v, *_tables(table, layout), extra_k, extra_v, layout))
+    return out, lse
+
+
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    layout: BlockLayout,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    kernels = _kernels()
+    table, extra_k, extra_v = (None if x is None else x.contiguous() for x in (table, extra_k, extra_v))
     with torch.cuda.device_of(q):
         kernels.forward[lambda tile: (_query_tiles(q, layout, tile["BLOCK_M"]),)](
             *(q, k, v, table, extra_k, extra_v, out, lse),
@@ -127,8 +178,8 @@ def _attend(
             **_strides(q=q, k=k, v=v),
             **_window(layout),
             **_whole_window(layout, extra_k),
+            TUNED=_is_tuned(q, layout),
         )
-    return out, lse
 
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -150,10 +201,45 @@ def _attend_backward(
     stride: int,
     mask: bool,
     scale: float,
+    fallback: bool,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the tensors that :func:`_attend` takes; empty ones for absent extra keys and values."""
-    kernels, layout = _kernels(), BlockLayout(*k.shape[-2:], block, *halo, stride, mask, scale)
+    layout = BlockLayout(*k.shape[-2:], block, *halo, stride, mask, scale)
     _check_offsets(grad)
+    forward = _kind(q, v, layout, extra_k)
+    kind = ("backward", *forward)
+    if forward in _failed:  # there is no log-sum-exp
+        _failed[kind] = _failed[forward]
+    grads: tuple[Tensor, ...] = ()
+    with _plain_if_impossible(kind, fallback) as possible:
+        if possible:
+            grads = _launch_backward(grad, out, lse, q, k, v, table, extra_k, extra_v, layout)
+    if kind not in _failed:
+        return grads
+    *maps, grad_h, grad_w, grad_extra_k, grad_extra_v = attend_backward(
+        grad, q, k, v, *_tables(table, layout), extra_k, extra_v, layout
+    )
+    copies = _attend_backward_fake(grad, out, lse, q, k, v, table, extra_k, extra_v)
+    rows = torch.cat([x[-_rows(window, layout) :] for x, window in _windows(grad_h, grad_w, layout)])
+    for copy, x in zip(copies, (*maps, rows, grad_extra_k, grad_extra_v), strict=True):
+        if x is not None:
+            copy.copy_(x)
+    return copies
+
+
+def _launch_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    layout: BlockLayout,
+) -> tuple[Tensor, ...]:
+    kernels = _kernels()
     grad, q, k, v = (_channels_last(x) for x in (grad, q, k, v))
     # A no-op unless the memory format was changed since the forward.
     out, lse = out.permute(0, 3, 4, 1, 2).contiguous(), lse.contiguous()
@@ -162,19 +248,27 @@ def _attend_backward(
         grad, out, lse, q, k, v, table, extra_k, extra_v
     )
     delta = torch.empty_like(lse)
-    grad_table = lse.new_zeros(min(PROGRAMS, _query_tiles(q, layout, 16)), *table.shape)
+    grad_table = lse.new_empty(min(PROGRAMS, _query_tiles(q, layout, 16)), *table.shape)
     sizes, window, strides = _sizes(q, v, layout), _window(layout), _strides(q=q, k=k, v=v, grad=grad)
+    tuned, programs = _is_tuned(q, layout), 0
+
+    def query_grid(tile: dict[str, int]) -> tuple[int]:
+        nonlocal programs
+        programs = min(PROGRAMS, _query_tiles(q, layout, tile["BLOCK_M"]))
+        return (programs,)
+
     with torch.cuda.device_of(q):
-        kernels.backward_queries[lambda tile: (min(PROGRAMS, _query_tiles(q, layout, tile["BLOCK_M"])),)](
+        kernels.backward_queries[query_grid](
             *(q, k, v, table, extra_k, extra_v, out, lse, grad, delta, grad_q, grad_table),
             **sizes,
             **strides,
             **window,
             **_whole_window(layout, extra_k),
+            TUNED=tuned,
         )
         kernels.backward_keys[
             lambda tile: (k.shape[0] * k.shape[1] * _key_tiles(layout, tile["TILE_H"], tile["TILE_W"]),)
-        ](*(q, k, v, table, lse, grad, delta, grad_k, grad_v), **sizes, **strides, **window)
+        ](*(q, k, v, table, lse, grad, delta, grad_k, grad_v), **sizes, **strides, **window, TUNED=tuned)
         if extra_k is not None:
             extra, blocks = extra_k.shape[4], extra_k.shape[:4].numel()
             kernels.backward_extra[(blocks * _ceil_div(extra, kernels.EXTRA_TILE.value),)](
@@ -183,7 +277,7 @@ def _attend_backward(
                 **_strides(q=q, grad=grad),
                 EXTRA=extra,
             )
-    return grad_q, grad_k, grad_v, grad_table.sum(0).to(q.dtype), grad_extra_k, grad_extra_v
+    return grad_q, grad_k, grad_v, grad_table[:programs].sum(0).to(q.dtype), grad_extra_k, grad_extra_v
 
 
 def _attend_backward_fake(
@@ -202,25 +296,102 @@ def _attend_backward_fake(
     return *maps, *(q.new_empty(0 if x is None else x.shape) for x in (table, extra_k, extra_v))
 
 
+def _kind(q: Tensor, v: Tensor, layout: BlockLayout, extra_k: Tensor | None) -> tuple[Any, ...]:
+    """Return what the compiled kernels of a call depend on."""
+    depths = q.shape[2], v.shape[2], _precision(q.dtype), 0 if extra_k is None else extra_k.shape[4]
+    window = layout.window_height, layout.window_width, layout.queries, layout.mask, _is_tuned(q, layout)
+    return q.device, q.dtype, *depths, layout.block, *window
+
+
+def _is_tuned(q: Tensor, layout: BlockLayout) -> bool:
+    """Return whether the tiling is measured: not by rule, and the map is large enough to measure."""
+    return not torch.are_deterministic_algorithms_enabled() and _query_tiles(q, layout, 16) >= TUNED_TILES
+
+
+@contextlib.contextmanager
+def _plain_if_impossible(kind: tuple[Any, ...], fallback: bool) -> Iterator[bool]:
+    """Run kernels; if they cannot be compiled or launched, add ``kind`` to ``_failed`` with one warning.
+
+    Yields whether to run them: with ``fallback``, not again if they have failed before.
+
+    Raises:
+        RuntimeError: without ``fallback``, or the GPU itself has failed, or a CUDA graph is captured too early.
+    """
+    device = next(part for part in kind if isinstance(part, torch.device))
+    if kind in _failed and fallback:
+        yield False
+        return
+    _failed.pop(kind, None)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing and kind not in _launched:
+        raise RuntimeError(
+            "halo attention is captured in a CUDA graph before its kernels are compiled. Fix: run its forward and "
+            "backward once, on maps of the same size, before the capture."
+        )
+    try:
+        yield True
+        _launched.add(kind)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compiler and driver raise nearly anything
+        reason = _one_line(error)
+        if device.type == "cuda" and not capturing:
+            try:
+                torch.cuda.synchronize(device)
+            except RuntimeError as lost:
+                raise RuntimeError(
+                    f"{device} has failed ({_one_line(lost)}) in the Triton kernels of halo attention ({reason}). Fix: "
+                    "restart the process; set backend='blocked' if it happens again."
+                ) from error
+        if not fallback or capturing:
+            raise RuntimeError(
+                f"backend='triton' is not usable: its kernels cannot be compiled or launched on {device} ({reason}). "
+                "Fix: use backend='auto' or 'blocked'."
+            ) from error
+        if reason not in _failed.values():
+            warnings.warn(f"{reason}; falling back to a slower halo attention backend", stacklevel=2)
+        _failed[kind] = reason
+
+
+def _tables(table: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    """Return the two position tables, with zeros for the first rows, which no query reads."""
+    parts = table.split([_rows(window, layout) for window in (layout.window_height, layout.window_width)])
+    return tuple(F.pad(x, (0, 0, window - layout.queries, 0)) for x, window in _windows(*parts, layout))
+
+
+def _windows(rel_h: Tensor, rel_w: Tensor, layout: BlockLayout) -> tuple[tuple[Tensor, int], ...]:
+    return (rel_h, layout.window_height), (rel_w, layout.window_width)
+
+
+def _rows(window: int, layout: BlockLayout) -> int:
+    """Return the number of rows of a position table that the queries read."""
+    return window + layout.queries - 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block, ctx.halo, ctx.stride, ctx.mask, ctx.scale = inputs
+    *tensors, ctx.block, ctx.halo, ctx.stride, ctx.mask, ctx.scale, ctx.fallback = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     out, lse, *tensors = ctx.saved_tensors
-    grads = _backward(grad, out, lse, *tensors, ctx.block, ctx.halo, ctx.stride, ctx.mask, ctx.scale)
-    return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *(None,) * 5
+    options = (ctx.block, ctx.halo, ctx.stride, ctx.mask, ctx.scale, ctx.fallback)
+    grads = _backward(grad, out, lse, *tensors, *options)
+    return *(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *(None,) * 6
 
 
 def _raise_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError("double backward is not supported by backend='triton'. Fix: use backend='unfold'.")
 
 
-_OPTIONS = "int block, int[] halo, int stride, bool mask, float scale"
+_OPTIONS = "int block, int[] halo, int stride, bool mask, float scale, bool fallback"
 _MAPS = "Tensor q, Tensor k, Tensor v, Tensor table, Tensor? extra_k, Tensor? extra_v"
 _forward = torch.library.custom_op(
     "halodet::halo_attention", _attend, mutates_args=(), schema=f"({_MAPS}, {_OPTIONS}) -> (Tensor, Tensor)"

@@ -6,7 +6,7 @@ import re
 import warnings
 
 from halodet.attention import functional as halo
-from halodet.attention import halo_attention
+from halodet.attention import halo_attention, triton_ops
 from halodet.attention.layout import BlockLayout
 from halodet.attention.triton_ops import halo_attention_triton, triton_unavailable_reason, unsupported_reason
 
@@ -224,7 +224,7 @@ def test_operators_pass_opcheck(extra):
     arguments = [None if x is None else x.float().requires_grad_() for x in make(layout, heads=2, extra=extra)]
     q, k, v, rel_h, rel_w, extra_k, extra_v = arguments
     table = torch.cat([rel_h, rel_w])[: 2 * (6 + 2 - 1)].detach().requires_grad_()
-    options = (4, [1] * 4, 2, True, 0.5)
+    options = (4, [1] * 4, 2, True, 0.5, False)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         torch.ops.halodet.halo_attention, (q, k, v, table, extra_k, extra_v, *options), test_utils=tests
@@ -284,11 +284,143 @@ def test_unsupported_tensors_raise():
         (narrow, {}, torch.float64, "float64"),
         (narrow, {"depth": 129}, torch.float32, "128 .*129"),
         (wide, {}, torch.float32, "256 .*262"),
+        (narrow, {"value_depth": 33}, torch.float32, "32 .*TF32, got 33"),
     ):
         arguments = [None if x is None else x.to(dtype) for x in make(layout, **options)]
         assert re.search(message, unsupported_reason(arguments[0], arguments[2], layout))
         with pytest.raises(ValueError, match=message):
             halo_attention_triton(*arguments, layout)
+
+
+@pytest.fixture
+def forget():
+    """Forget the calls that have failed."""
+    triton_ops._failed.clear()
+    yield
+    triton_ops._failed.clear()
+
+
+def broken(error):
+    def run(*args, **kwargs):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("broken_kernel", ["forward", "backward_queries", "backward_keys", "backward_extra"])
+@pytest.mark.parametrize("extra", [0, 2])
+def test_plain_pytorch_takes_over_from_kernels_that_cannot_run(broken_kernel, extra, forget, monkeypatch):
+    if broken_kernel == "backward_extra" and not extra:
+        pytest.skip("not launched without extra keys")
+    layout = make_layout(5, 7, 4, (1, 2, 3, 0), stride=2, mask=extra > 0)
+    arguments = make(layout, batch=2, heads=2, extra=extra)
+    exact = run(halo.halo_attention_blocked, arguments, layout, torch.float64)
+    from triton.runtime.errors import OutOfResources
+
+    kernel = getattr(triton_ops._kernels(), broken_kernel)
+    monkeypatch.setattr(type(kernel), "run", guarded(kernel, broken(OutOfResources(200, 100, "shared memory"))))
+    with pytest.raises(RuntimeError, match="shared memory.*backend='auto'"):
+        run(halo_attention_triton, arguments, layout)
+    attend = functools.partial(halo_attention_triton, fallback=True)
+    with pytest.warns(UserWarning, match="shared memory") as caught:
+        results = [run(attend, arguments, layout) for _ in range(3)]
+    assert len(caught) == 1
+    for result in results:
+        assert_near(result, exact)
+    compiled = torch.compile(functools.partial(attend, layout=layout), backend="aot_eager", fullgraph=True)
+    assert_near(run(lambda *x: compiled(*x[:-1]), arguments, layout), exact)
+
+
+def guarded(kernel, replacement):
+    """Return ``run`` of a kernel's class in which this one kernel has the replacement."""
+    original = type(kernel).run
+    return lambda self, *args, **kwargs: (replacement if self is kernel else partial_run(original, self))(
+        *args, **kwargs
+    )
+
+
+def partial_run(run, kernel):
+    return functools.partial(run, kernel)
+
+
+def test_memory_errors_and_failed_gpus_are_not_hidden(forget, monkeypatch):
+    layout, arguments, _ = plain()
+    arguments = [None if x is None else x.float() for x in arguments]
+    for error, expected in (
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        monkeypatch.setattr(triton_ops, "_launch_forward", broken(error))
+        with pytest.raises(expected):
+            halo_attention_triton(*arguments, layout, fallback=True)
+    assert not triton_ops._failed
+    kind = (torch.device("cuda", 0), "a kind of call")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken(RuntimeError("CUDA error: device-side assert")))
+    with pytest.raises(RuntimeError, match="cuda:0 has failed .*device-side assert.*illegal"):
+        with triton_ops._plain_if_impossible(kind, True):
+            raise RuntimeError("illegal address")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA graph.*once"):
+        with triton_ops._plain_if_impossible(kind, True):
+            pass
+
+
+@pytest.mark.parametrize("fault", ["ROCm", "no compiler"])
+def test_gpus_without_usable_kernels_are_named(fault, monkeypatch):
+    triton_ops._unavailable_reason.cache_clear()
+    device = torch.device("cuda", 0)
+    if fault == "ROCm":
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        monkeypatch.setattr(triton_ops._kernels(), "INTERPRETED", False)
+    else:
+        monkeypatch.setattr(triton_ops, "_kernels", broken(RuntimeError("Failed to find C compiler")))
+    try:
+        assert ("ROCm" if fault == "ROCm" else "C compiler") in triton_unavailable_reason(device)
+    finally:
+        triton_ops._unavailable_reason.cache_clear()
+
+
+def test_tilings_are_chosen_by_what_the_gpu_has():
+    kernels = triton_ops._kernels()
+    configs = [kernels._config(4, BLOCK_M=size, BLOCK_N=32) for size in (16, 32, 64, 128)]
+    needs = {16: (90_000, 0), 32: (120_000, 0), 64: (60_000, 4096), 128: None}
+
+    def measure(config):
+        need = needs[config.kwargs["BLOCK_M"]]
+        if need is None:
+            raise ValueError("cannot compile")
+        return need
+
+    def chosen(limit):
+        return [config.kwargs["BLOCK_M"] for config in kernels.select_tilings(configs, measure, limit)]
+
+    assert chosen(200_000) == [16, 32] and chosen(100_000) == [16]
+    assert chosen(80_000) == [64], "one that spills is better than none"
+    with pytest.raises(RuntimeError, match="90000 bytes .*50000"):
+        chosen(50_000)
+    assert [c.kwargs["BLOCK_M"] for c in kernels.sized_tilings(configs, 8)] == [32, 64]
+    assert [c.kwargs["BLOCK_M"] for c in kernels.sized_tilings(configs, 2)] == [16]
+
+
+def test_tilings_are_fixed_under_deterministic_algorithms(monkeypatch):
+    monkeypatch.setattr(triton_ops, "TUNED_TILES", 2)
+    q, layout = torch.empty(1, 1, 4, 16, 16), make_layout(16, 16, 8, 3)
+    assert triton_ops._is_tuned(q, layout) and not triton_ops._is_tuned(q, make_layout(4, 4, 4, 1))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not triton_ops._is_tuned(q, layout)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_largest_half_numbers_stay_finite(half_types):
+    layout = make_layout(5, 3, 4, 1, mask=True)
+    arguments = [None if x is None else x.clamp(-1, 1) * 30_000 for x in make(layout, depth=16)]
+    arguments[2] = arguments[2] / 30_000  # values: their gradients are those of the queries and keys
+    for dtype in (torch.float16, torch.bfloat16):
+        half = [None if x is None else x.to(dtype) for x in arguments]
+        assert halo_attention_triton(*half, layout).isfinite().all()
 
 
 def test_auto_backend_on_a_gpu(monkeypatch):
