@@ -36,6 +36,7 @@ MASKED = tl.constexpr(-1.0e30)
 EXTRA_TILE = tl.constexpr(16)  # extra keys per tile
 EXTRA_QUERIES = tl.constexpr(32)  # queries per tile of extra keys in backward_extra
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_MEASURED = 4  # tilings, of which the fastest is used
 MAX_SPILLED = 512  # bytes of registers per thread that a preferred tiling may spill to memory
 # Map sizes change from image to image; do not recompile for those that are 1 or a multiple of 16.
 DYNAMIC_SIZES = ["images", "height", "width", "query_height", "query_width", "rows", "columns", "heads"]
@@ -54,7 +55,7 @@ def _autotune(configs: list[triton.Config], interpreted: triton.Config):
             limit = driver.active.utils.get_device_properties(values["q"].device.index)["max_shared_mem"]
             values = {name: value for name, value in values.items() if name not in ("grid", "warmup")}
             found = select_tilings(sized_tilings(configs, values["QUERIES"]), partial(_measure, kernel, values), limit)
-            return list(found if values["TUNED"] else islice(found, 1))
+            return list(islice(found, MAX_MEASURED if values["TUNED"] else 1))
 
         return triton.autotune(
             [interpreted] if INTERPRETED else configs,
@@ -67,12 +68,9 @@ def _autotune(configs: list[triton.Config], interpreted: triton.Config):
 
 
 def sized_tilings(configs: Sequence[triton.Config], queries: int) -> list[triton.Config]:
-    """Return the tilings for blocks of ``queries`` x ``queries``.
-
-    Tiles larger than a block's queries waste work, much smaller ones read the window too often.
-    """
-    queries = max(16, triton.next_power_of_2(queries**2))
-    return [config for config in configs if min(queries, 32) <= config.kwargs["BLOCK_M"] <= queries]
+    """Return the tilings for blocks of ``queries`` x ``queries``: larger tiles would waste work."""
+    limit = max(16, triton.next_power_of_2(queries**2))
+    return [config for config in configs if config.kwargs["BLOCK_M"] <= limit]
 
 
 def select_tilings(
@@ -119,8 +117,9 @@ def _measure(kernel: Any, values: dict[str, Any], config: triton.Config) -> tupl
     return compiled.metadata.shared, 4 * compiled.n_spills
 
 
-def _config(warps: int, stages: int = 2, **sizes: int) -> triton.Config:
-    return triton.Config(sizes, num_warps=warps, num_stages=stages)
+def _config(warps: int, stages: int = 2, registers: int | None = None, **sizes: int) -> triton.Config:
+    """Return a tiling; fewer ``registers`` per thread let the GPU run more warps at the same time."""
+    return triton.Config(sizes, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 @triton.jit
@@ -289,13 +288,12 @@ def _online_softmax_step(scores, values, running_max, running_sum, accumulator, 
 
 @_autotune(
     [
-        _config(1, BLOCK_M=16, BLOCK_N=32),
-        _config(2, BLOCK_M=16, BLOCK_N=64),
-        _config(2, BLOCK_M=32, BLOCK_N=32),
-        _config(4, BLOCK_M=64, BLOCK_N=32),
         _config(4, stages=3, BLOCK_M=64, BLOCK_N=32),
-        _config(4, BLOCK_M=64, BLOCK_N=64),
-        _config(8, BLOCK_M=128, BLOCK_N=64),
+        _config(4, stages=3, BLOCK_M=64, BLOCK_N=64),
+        _config(4, stages=2, BLOCK_M=32, BLOCK_N=32),
+        _config(8, stages=3, BLOCK_M=128, BLOCK_N=64),
+        _config(2, stages=3, BLOCK_M=16, BLOCK_N=64),
+        _config(1, stages=2, BLOCK_M=16, BLOCK_N=32),
     ],
     _config(4, BLOCK_M=32, BLOCK_N=64),
 )
@@ -358,12 +356,13 @@ def forward(
 
 @_autotune(
     [
-        _config(1, BLOCK_M=16, BLOCK_N=32),
+        _config(4, registers=168, BLOCK_M=32, BLOCK_N=32),
+        _config(8, registers=128, BLOCK_M=64, BLOCK_N=32),
+        _config(4, stages=3, BLOCK_M=64, BLOCK_N=32),
+        _config(8, BLOCK_M=64, BLOCK_N=32),
+        _config(4, BLOCK_M=32, BLOCK_N=32),
         _config(2, BLOCK_M=16, BLOCK_N=64),
-        _config(2, BLOCK_M=32, BLOCK_N=32),
-        _config(4, BLOCK_M=64, BLOCK_N=32),
-        _config(4, BLOCK_M=64, BLOCK_N=64),
-        _config(8, BLOCK_M=64, BLOCK_N=64),
+        _config(4, BLOCK_M=16, BLOCK_N=32),
     ],
     _config(4, BLOCK_M=32, BLOCK_N=64),
 )
@@ -471,12 +470,12 @@ def _key_step(
 
 @_autotune(
     [
-        _config(1, TILE_H=4, TILE_W=4, BLOCK_M=16),
-        _config(2, TILE_H=4, TILE_W=8, BLOCK_M=16),
-        _config(1, TILE_H=4, TILE_W=4, BLOCK_M=32),
-        _config(2, TILE_H=4, TILE_W=8, BLOCK_M=32),
+        _config(8, registers=128, TILE_H=8, TILE_W=8, BLOCK_M=32),
         _config(4, TILE_H=8, TILE_W=8, BLOCK_M=32),
-        _config(4, TILE_H=8, TILE_W=8, BLOCK_M=64),
+        _config(2, TILE_H=4, TILE_W=8, BLOCK_M=32),
+        _config(4, TILE_H=4, TILE_W=8, BLOCK_M=32),
+        _config(2, TILE_H=4, TILE_W=8, BLOCK_M=16),
+        _config(1, TILE_H=4, TILE_W=4, BLOCK_M=16),
     ],
     _config(4, TILE_H=4, TILE_W=8, BLOCK_M=32),
 )
