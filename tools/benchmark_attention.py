@@ -6,7 +6,9 @@
 
 Every layer is timed with its projections, forward and forward+backward, all in turns in one process. Times are medians,
 ratios (time / time of halodet) medians over rounds. Layers that need a multiple of the block size get a padded map.
-Peak memory is that of one call beyond its input. Exit code 1 if a case failed with halodet.
+On a GPU the times are those of CUDA graph replays, which exclude what Python takes to launch kernels; a layer that
+cannot be captured is marked. Peak memory is that of one call, with its gradients, beyond weights and input. Exit code 1
+if a case failed with halodet.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from halodet.benchmark.measure import compare, geometric_mean, keep_freed_memory
 from halodet.benchmark.report import (
     add_common_arguments,
     describe_machine,
+    describe_timing,
     format_figures,
     int_tuple,
     positive_int,
@@ -77,7 +80,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     for mode in MODES:
         arguments = {n: (n, case, mode, args.border, args.backend, args.device, args.dtype) for n in args.names}
         builders = {name: partial(build_call, *values) for name, values in arguments.items()}
-        results[mode] = compare(builders, reference="halodet", rounds=args.rounds, device=args.device)
+        results[mode] = compare(builders, reference="halodet", rounds=args.rounds, device=args.device, use_graph=True)
         for name, figures in results[mode].items():
             if args.memory and "failed" not in figures:
                 figures |= peak_memory(build_call, *arguments[name], device=args.device)
@@ -104,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = make_cases(args.size, args.stride, args.batch, args.block)
     if args.map:
         cases = [Case(batch, *size, *block) for batch in args.batch for size in args.map for block in args.block]
-    title = f"{describe_machine(args.device)}, {args.dtype}, border={args.border!r}, median of {args.rounds} rounds"
+    timing = describe_timing(args.device, args.rounds, use_graph=True)
+    title = f"{describe_machine(args.device)}, {args.dtype}, border={args.border!r}, {timing}"
     print(title)
     results: dict[str, dict] = {}
     for i, case in enumerate(cases, 1):

@@ -13,8 +13,9 @@ Norms and frozen layers follow each model's own config and are listed in the tab
 (FrozenBN, stem and res2 frozen), mask_rcnn_r50 the same network trained from random weights (SyncBN).
 
 "forward" is inference; "training" is forward, backward and an SGD step with momentum and learning rate 0. All models
-run in turns in one process; times are medians, ratios medians over rounds. Peak memory is that of a training step
-beyond weights, momentum and inputs. Exit code 1 if the reference failed.
+run in turns in one process; times are medians, ratios medians over rounds. On a GPU a time is that between CUDA events
+and includes gaps while Python launches kernels. Peak memory is that of a training step, with its gradients, beyond
+weights, momentum and inputs. Exit code 1 if the reference failed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from halodet.benchmark.measure import compare, first_line, keep_freed_memory, pe
 from halodet.benchmark.report import (
     add_common_arguments,
     describe_machine,
+    describe_timing,
     format_figures,
     int_tuple,
     positive_int,
@@ -133,7 +135,8 @@ def make_table(results: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     keep_freed_memory()
-    title = f"{args.case}, random weights, {describe_machine(args.device)}, median of {args.rounds} rounds"
+    timing = describe_timing(args.device, args.rounds, use_graph=False)
+    title = f"{args.case}, random weights, {describe_machine(args.device)}, {timing}"
     print(title)
     results: dict[str, dict] = {}
     for kind in args.kind:

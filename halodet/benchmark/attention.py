@@ -83,11 +83,24 @@ class _PadToBlocks(nn.Module):
         return self.layer(x)[..., :height, :width]
 
 
-@cache
-def _flex_attention() -> Callable[..., Tensor]:
+def _fused_flex_attention(*arguments: Tensor, score_mod: Callable[..., Tensor]) -> Tensor:
+    # Dynamo runs what it does not compile, for example beyond its recompile limit, as plain Python.
+    if not torch.compiler.is_compiling():
+        raise RuntimeError("FlexAttention ran without torch.compile: its time would be that of the unfused computation")
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return flex_attention(*arguments, score_mod=score_mod)
+
+
+@cache
+def _flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(_fused_flex_attention, dynamic=False, fullgraph=True)
+
+
+def _reset_compiler() -> None:
+    """Drop all compiled functions: each setting is one more recompilation, and their number is limited."""
+    torch._dynamo.reset()
+    _flex_attention.cache_clear()
 
 
 class _Flex(HaloMixer):
@@ -111,7 +124,14 @@ class _Flex(HaloMixer):
         def add_position(score: Tensor, n: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + along_h[n, head, i, j // window] + along_w[n, head, i, j % window]
 
-        out = _flex_attention()(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=add_position)
+        try:
+            out = _flex_attention()(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=add_position)
+        except Exception as error:
+            if type(error).__module__ != "torch._dynamo.exc":
+                raise
+            # Dynamo's first line is general; the cause follows this label.
+            cause = str(error).rpartition("Developer debug context:")[2]
+            raise RuntimeError(f"FlexAttention was not compiled: {' '.join(cause.split())[:300]}") from error
         out = out.view(batch, rows, columns, heads, block, block, -1).permute(0, 3, 6, 1, 4, 2, 5)
         return out.reshape(batch, -1, rows * block, columns * block)[..., :height, :width]
 
@@ -142,6 +162,8 @@ def build_call(
     name: str, case: Case, mode: str, border: str, backend: str, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
     """Return a call that runs an implementation once; ``mode`` is one of :data:`MODES`."""
+    if name == "flex-attention":
+        _reset_compiler()
     generator = torch.Generator().manual_seed(0)
     layer = build_layer(name, case, border, backend).to(device, dtype)
     size = (case.batch, case.channels, case.height, case.width)
@@ -155,8 +177,9 @@ def _forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _train(layer: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    x.grad = None
-    layer.zero_grad()
     out = layer(x)
     out.backward(grad)
+    # Gradients that exist before a call would not count in its peak memory.
+    x.grad = None
+    layer.zero_grad()
     return out

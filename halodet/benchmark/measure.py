@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
+
+from halodet.benchmark.gpu_timing import make_timer
 
 import torch
 
@@ -36,6 +38,7 @@ def compare(
     rounds: int,
     device: torch.device,
     warmup: int = 2,
+    use_graph: bool = False,
     on_round: Callable[[int], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Time implementations in turns, so that other load on the machine affects all of them alike.
@@ -43,16 +46,20 @@ def compare(
     Args:
         builders: name -> function that returns the call to time.
         reference: name of the implementation that ratios are relative to.
-        rounds: number of timed calls of each implementation.
-        device: device to synchronize with.
+        rounds: number of timed calls of each implementation; on a GPU a round is the median of several calls.
+        device: device of the calls. On a CPU the wall time is measured, on a GPU the time between two CUDA events.
         warmup: number of untimed calls before (compilation, autotuning, allocation).
+        use_graph: on a GPU, time replays of a CUDA graph, which exclude the time that Python takes to launch kernels.
         on_round: called with the number of every finished round, 0 or less during warm-up.
 
     Returns:
         Name -> ``{"ms": median time, "ratio": median over rounds of time / time of the reference}``, the latter only
-        if the reference did not fail; or ``{"failed": first line of the error}``.
+        if the reference did not fail; or ``{"failed": first line of the error}``. On a GPU ``"timing"`` names what is
+        measured, and ``"not_captured"`` the reason if ``use_graph`` had no effect. Times that are not measured alike
+        have no ratio.
     """
-    calls: dict[str, Callable[[], object]] = {}
+    timers: dict[str, Callable[[], float]] = {}
+    notes: dict[str, dict[str, str]] = {name: {} for name in builders}
     failures: dict[str, str] = {}
     seconds: dict[str, list[float]] = {name: [] for name in builders}
     for i in range(1 - warmup, rounds + 1):
@@ -60,15 +67,11 @@ def compare(
             if name in failures:
                 continue
             try:
-                if name not in calls:
-                    calls[name] = build()
-                _synchronize(device)
-                start = time.perf_counter()
-                calls[name]()
-                _synchronize(device)
-                elapsed = time.perf_counter() - start
+                if name not in timers:
+                    timers[name], notes[name] = _make_timer(build(), device, use_graph)
+                elapsed = timers[name]()
             except Exception as error:  # other implementations may raise anything; a failure is a result
-                calls.pop(name, None)
+                timers.pop(name, None)
                 failures[name] = first_line(error)
                 continue
             if i > 0:
@@ -77,8 +80,12 @@ def compare(
             on_round(i)
     results: dict[str, dict[str, Any]] = {}
     for name, times in seconds.items():
-        results[name] = {"failed": failures[name]} if name in failures else {"ms": statistics.median(times) * 1e3}
-        if name not in failures and seconds.get(reference) and reference not in failures:
+        if name in failures:
+            results[name] = {"failed": failures[name]}
+            continue
+        results[name] = {"ms": statistics.median(times) * 1e3, **notes[name]}
+        alike = reference in notes and notes[name].get("timing") == notes[reference].get("timing")
+        if seconds.get(reference) and reference not in failures and alike:
             results[name]["ratio"] = median_ratio(times, seconds[reference])
     return results
 
@@ -98,9 +105,19 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _make_timer(
+    call: Callable[[], object], device: torch.device, use_graph: bool
+) -> tuple[Callable[[], float], dict[str, str]]:
+    if device.type != "cuda":
+        return lambda: _wall_seconds(call), {}
+    timer, timing, reason = make_timer(call, device, use_graph)
+    return timer, {"timing": timing, **({"not_captured": reason} if reason else {})}
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object, device: torch.device) -> dict[str, Any]:
@@ -116,20 +133,54 @@ def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object, 
     """
     try:
         if device.type == "cuda":
-            return {"peak_mib": _cuda_peak(build(*arguments), device) / 2**20}
+            return {"peak_mib": peak_of_second_call(build(*arguments), CudaAllocator(device)) / 2**20}
         return {"peak_mib": _process_peak(build, arguments) / 2**20} if sys.platform == "linux" else {}
     except Exception as error:  # as in compare()
         return {"failed": first_line(error)}
 
 
-def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
+class Allocator(Protocol):
+    """Statistics of a memory allocator in bytes."""
+
+    def allocated(self) -> int:
+        """Return the allocated memory."""
+
+    def reset_peak(self) -> None:
+        """Start a new maximum."""
+
+    def peak(self) -> int:
+        """Return the maximum of the allocated memory."""
+
+
+class CudaAllocator:
+    """PyTorch's allocator of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def allocated(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def peak_of_second_call(call: Callable[[], object], allocator: Allocator) -> int:
+    """Return the peak memory of the second call, in bytes, beyond what is allocated before it.
+
+    What the first call leaves allocated (caches, workspaces) does not count. Calls must therefore free their gradients,
+    as a training step does that sets them to None: gradients that exist before the call would not count either.
+    """
     call()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = allocator.allocated()
+    allocator.reset_peak()
     call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return allocator.peak() - before
 
 
 def _process_peak(build: Callable[..., Callable[[], object]], arguments: tuple[object, ...]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halodet.benchmark.chart import draw_ratios
+from halodet.benchmark.gpu_timing import EVENTS, GRAPH, REPETITIONS
 from halodet.utils.io import write_json
 
 import torch
@@ -78,11 +79,25 @@ def describe_machine(device: torch.device) -> str:
     return f"{name}, PyTorch {torch.__version__}, Python {platform.python_version()}"
 
 
+def describe_timing(device: torch.device, rounds: int, use_graph: bool) -> str:
+    """Return what :func:`~halodet.benchmark.measure.compare` measures, in one line."""
+    if device.type != "cuda":
+        return f"median of {rounds} rounds"
+    return (
+        f"median of {rounds} rounds of {REPETITIONS} calls, {GRAPH if use_graph else EVENTS}, L2 cache flushed before "
+        f"each call"
+    )
+
+
 def format_figures(figures: dict[str, Any]) -> str:
     """Format time, ratio and memory of one implementation for a table cell."""
     if "failed" in figures:
         return "failed"
-    time = f"{figures['ms']:.1f} ms" if "ms" in figures else ""
+    # Attention on small maps takes microseconds on a GPU.
+    digits = 3 if figures.get("ms", 1.0) < 1 else 1
+    time = f"{figures['ms']:.{digits}f} ms" if "ms" in figures else ""
+    if "not_captured" in figures:
+        time += " [with launch overhead]"
     ratio = f" ({figures['ratio']:.2f}×)" if "ratio" in figures else ""
     memory = f"{figures['peak_mib']:.0f} MiB" if "peak_mib" in figures else ""
     return ", ".join(filter(None, (time + ratio, memory)))
