@@ -130,7 +130,7 @@ class _Flex(HaloMixer):
             if type(error).__module__ != "torch._dynamo.exc":
                 raise
             # Dynamo's first line is general; the cause follows this label.
-            cause = str(error).rpartition("Developer debug context:")[2]
+            cause = str(error).rpartition("Developer debug context:")[2].partition("For more details")[0]
             raise RuntimeError(f"FlexAttention was not compiled: {' '.join(cause.split())[:300]}") from error
         out = out.view(batch, rows, columns, heads, block, block, -1).permute(0, 3, 6, 1, 4, 2, 5)
         return out.reshape(batch, -1, rows * block, columns * block)[..., :height, :width]

@@ -16,8 +16,9 @@ _WARMUP = 3  # calls before the capture: autotuning, compilation, allocation
 
 @functools.cache
 def _cache_sized_buffer(device: torch.device) -> torch.Tensor:
+    # Overwriting it also takes as long as the launch of a graph, so that the GPU does not wait for the call.
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    return torch.empty(max(2 * size, 64 << 20), dtype=torch.int8, device=device)
+    return torch.empty(max(2 * size, 256 << 20), dtype=torch.int8, device=device)
 
 
 def flush_l2(device: torch.device) -> None:

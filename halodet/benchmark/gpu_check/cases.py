@@ -79,16 +79,21 @@ class AttentionCase:
         ]
 
 
+# For dry runs
+SMALL = AttentionCase(2, 1, "float32", depth=4, heads=1, batch=1, height=3, width=3)
+
+
 def attend(
     backend: Callable[..., Tensor], inputs: list[Tensor | None], layout: BlockLayout, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the output and all gradients of a backend, computed in ``dtype``."""
     leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
     out = backend(*leaves, layout)
-    # Fixed weights whose sum over a window does not vanish.
+    rounded = next(x.dtype for x in inputs if x is not None)
+    # Fixed weights whose sum over a window does not vanish, equal in all dtypes.
     weight = torch.arange(out.numel(), device=out.device).view(out.shape).mul(0.7).cos()
     named = {name: x for name, x in zip(INPUTS, leaves, strict=True) if x is not None}
-    grads = torch.autograd.grad(out, list(named.values()), weight.to(inputs[0].dtype).to(dtype))
+    grads = torch.autograd.grad(out, list(named.values()), weight.to(rounded).to(dtype))
     return {"out": out.detach(), **{f"grad_{name}": grad for name, grad in zip(named, grads, strict=True)}}
 
 
@@ -110,7 +115,7 @@ def poisoned_outputs() -> Iterator[None]:
     """Fill newly allocated tensors with NaN: elements that a kernel does not write show."""
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Run the items of one step in this process and write the report after every item.
+"""Run the items of one step in this process and write the report before every item.
 
     python -m halodet.benchmark.gpu_check.child STEP --output FOLDER --seconds SECONDS [--dry-run]
 
@@ -87,8 +87,8 @@ def run_items(step: str, items: Items, context: Context) -> int:
         write(name)
         records[name], usable = run_item(call, context)
         print(f"{records[name]['status']}: {name} {records[name].get('failed', '')}", flush=True)
-        write(None)
         if not usable:
+            write(None)
             return RESTART
     write(None, finished=True)
     return int(any(record["status"] == "failed" for record in records.values()))

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 from halodet.benchmark.gpu_check.child import Items
@@ -72,13 +72,13 @@ def _results(workers: list[Worker], tasks: list[Task], context: Context) -> Iter
         if waiting:
             worker.give(waiting.pop())
     while any(worker.task for worker in workers):
-        busy: dict[Connection, int] = {worker.connection: i for i, worker in enumerate(workers) if worker.task}
+        busy: dict[Any, int] = {worker.connection: i for i, worker in enumerate(workers) if worker.task}
         ready = wait(list(busy), timeout=max(0.0, context.time_left()))
         if not ready:
             break
         for connection in ready:
             index = busy[connection]
-            task = workers[index].task
+            task: Any = workers[index].task
             try:
                 yield task, workers[index].connection.recv()
             except (EOFError, OSError):

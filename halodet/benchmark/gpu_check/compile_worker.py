@@ -105,7 +105,7 @@ def compile_task(task: Task, dry_run: bool) -> dict[str, Any]:
 
 def _load(kernel: Any) -> dict[str, int]:
     """Load a kernel, which raises where it exceeds the resources of the GPU."""
-    kernel._init_handles()
+    getattr(kernel, "_init_handles", lambda: kernel.run)()
     return {"registers": kernel.n_regs, "spills": kernel.n_spills, "max_threads": getattr(kernel, "n_max_threads", 0)}
 
 
@@ -120,5 +120,5 @@ def _count_registers(kernel: Any) -> dict[str, int]:
         printed = subprocess.run([tool, "-res-usage", name], capture_output=True, text=True, check=True).stdout
     finally:
         os.unlink(name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", printed).groups()
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", printed)
     return {"registers": int(registers), "spills": int(stack) // 4}

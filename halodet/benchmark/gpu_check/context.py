@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from halodet.benchmark.gpu_timing import event_seconds
+from halodet.benchmark.gpu_timing import make_timer
 
 import torch
 
@@ -51,11 +51,12 @@ class Context:
         if not self.dry_run:
             torch.cuda.synchronize()
 
-    def seconds(self, call: Callable[[], object], repetitions: int = 20) -> float:
-        """Return the median GPU time of a call in seconds; in a dry run the wall time of one call."""
+    def seconds(self, call: Callable[[], object]) -> tuple[float, str]:
+        """Return the median GPU time of a call in seconds, and what is measured; in a dry run the wall time."""
         if not self.dry_run:
-            return event_seconds(call, self.device, repetitions)
-        self.replace("CUDA events: wall time of one call")
+            timer, timing, _ = make_timer(call, self.device, use_graph=True)
+            return timer(), timing
+        self.replace("CUDA graph replay: wall time of one call")
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, "wall time"

@@ -69,7 +69,7 @@ def compute_expected(case: AttentionCase, inputs: list[Tensor | None]) -> tuple[
 
 
 def check(case: AttentionCase, inputs: list[Tensor | None], tilings: dict[str, Any], name: str, expected: Any) -> dict:
-    """Run with these tilings; return the error of each tensor relative to its limit, and the worst of kernel ``name``."""
+    """Return the error of each tensor with these tilings, relative to its limit, and the worst of kernel ``name``."""
     with matmul_precision(case.type == "tf32"), poisoned_outputs(), pinned(tilings) as launched:
         actual = attend(halo_attention_triton, inputs, case.layout(), case.dtype)
     missing = [kernel for kernel in tilings if not launched[kernel]]

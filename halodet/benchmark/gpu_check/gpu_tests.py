@@ -43,6 +43,8 @@ def read_pytest_log(log: Path) -> dict[str, Any]:
     """Return the counts of pytest's last line and the names of failed tests."""
     text = log.read_text(encoding="utf-8", errors="replace")
     print(text)
-    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", text.rpartition("\n=")[2])}
+    counts = {
+        kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", text.strip().rpartition("\n")[2])
+    }
     failures = re.findall(r"^(?:FAILED|ERROR) (.+)$", text, re.MULTILINE)
     return {"worst": len(failures), "counts": counts, "errors": failures[:10]}

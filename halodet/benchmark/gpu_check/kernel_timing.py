@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 from halodet.attention.triton_ops import halo_attention_triton
-from halodet.benchmark.gpu_check.cases import AttentionCase, attend
+from halodet.benchmark.gpu_check.cases import SMALL, AttentionCase, attend
 from halodet.benchmark.gpu_check.child import Items
 from halodet.benchmark.gpu_check.context import Context
 from halodet.benchmark.gpu_check.tilings import Launch, describe, record_launches
 
 SIZES = {8: (100, 168, 16), 16: (50, 84, 32), 32: (25, 42, 64)}  # stride -> height, width, channels per head
-SMALL = AttentionCase(2, 1, "float32", depth=4, heads=1, batch=1)
 
 
 def timing_cases() -> list[AttentionCase]:
@@ -36,4 +35,5 @@ def items(context: Context) -> Items:
 def measure(launch: Launch, tiling: Any, context: Context) -> dict[str, Any]:
     """Return the median time of a launch in milliseconds."""
     launch.run(tiling)  # compiles, if the step "compilation" did not
-    return {"worst": round(context.seconds(partial(launch.run, tiling)) * 1e3, 4)}
+    seconds, timing = context.seconds(partial(launch.run, tiling))
+    return {"worst": round(seconds * 1e3, 4), "timing": timing}

@@ -55,7 +55,8 @@ def run_step(step: Step, output: Path, dry_run: bool, limit: float) -> dict[str,
     log = output / f"{step.name}.log"
     for old in (log, report_path(output, step.name)):
         old.unlink(missing_ok=True)
-    start, codes, done = time.monotonic(), [], -1
+    start, done = time.monotonic(), -1
+    codes: list[int | None] = []
     while len(codes) < MAX_STARTS:
         left = limit - (time.monotonic() - start)
         command = [sys.executable, "-m", f"{__package__}.child", step.name, "--output", str(output)]

@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from halodet.attention.triton_ops import halo_attention_triton
-from halodet.benchmark.gpu_check.cases import AttentionCase, attend
+from halodet.benchmark.gpu_check.cases import SMALL, AttentionCase, attend
 from halodet.benchmark.gpu_check.child import Items
 from halodet.benchmark.gpu_check.context import Context, Skipped
+from halodet.benchmark.gpu_check.runner import run_command
 from halodet.benchmark.gpu_check.tilings import limit_tilings
 
 import torch
@@ -46,19 +46,17 @@ def check(tool: str, context: Context, remaining: int) -> dict[str, Any]:
         command = [program, "--tool", tool, "--error-exitcode", str(ERROR_CODE), *command]
     # PyTorch's cache of memory blocks would hide accesses beyond the end of a tensor.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=context.time_left() / remaining,
-        env=environment,
-    )
-    print(run.stdout)
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", run.stdout)
-    figures: dict[str, Any] = {"worst": int(summary[-1]) if summary else 0, "exit_code": run.returncode}
-    if run.returncode or figures["worst"]:
-        lines = run.stdout.strip().splitlines() or ["no output"]
+    log = context.output / f"{tool}.log"
+    log.unlink(missing_ok=True)
+    code = run_command(command, log, max(1.0, context.time_left() / remaining), environment)
+    printed = log.read_text(encoding="utf-8", errors="replace")
+    print(printed)
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
+    figures: dict[str, Any] = {"worst": int(summary[-1]) if summary else 0, "exit_code": code}
+    if code is None:
+        figures["failed"] = "timed out"
+    elif code or figures["worst"]:
+        lines = printed.strip().splitlines() or ["no output"]
         figures["failed"] = next((line for line in lines if "Invalid" in line or "hazard" in line), lines[-1])
     return figures
 
@@ -66,7 +64,7 @@ def check(tool: str, context: Context, remaining: int) -> dict[str, Any]:
 def main(device: str = "cuda") -> None:
     """Run forward and backward once with the first tilings."""
     limit_tilings(1)
-    case = AttentionCase(2, 1, "float32", depth=4, heads=1, batch=1) if device == "cpu" else CASE
+    case = SMALL if device == "cpu" else CASE
     inputs = [None if x is None else x.to(device) for x in case.make_inputs(torch.device("cpu"))]
     attend(halo_attention_triton, inputs, case.layout(), case.dtype)
     if device != "cpu":

@@ -36,7 +36,8 @@ def format_summary(result: dict[str, Any]) -> str:
     more = [f"... and {len(failures) - MAX_FAILURES} more"] if len(failures) > MAX_FAILURES else []
     table = tabulate(rows, ["step", "status", "seconds", "items", "worst"], tablefmt="github", disable_numparse=True)
     parts = [describe_environment(result), table]
-    for title, lines in (("Failures", failures[:MAX_FAILURES] + more), ("Replaced in this dry run", stand_ins)):
+    lists = {"Failures and errors": failures[:MAX_FAILURES] + more, "Replaced in this dry run": stand_ins}
+    for title, lines in lists.items():
         if lines:
             parts.append("\n".join([f"{title}:", *(f"- {line}" for line in lines)]))
     return "\n\n".join(parts) + "\n"
@@ -44,5 +45,6 @@ def format_summary(result: dict[str, Any]) -> str:
 
 def describe_environment(result: dict[str, Any]) -> str:
     """Return what the step "versions" found, in one line."""
-    items = next((record["items"] for record in result["steps"] if record["name"] == "versions"), {})
+    found = [record["items"] for record in result["steps"] if record["name"] == "versions"]
+    items = found[0] if found else {}
     return ", ".join(f"{name} {item['value']}" for name, item in items.items() if "value" in item)

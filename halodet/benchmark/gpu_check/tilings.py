@@ -82,8 +82,8 @@ class _Recorder:
 
 def record_launches(call: Callable[[], object], execute: bool = False) -> list[Launch]:
     """Return the launches of a call; without ``execute`` the kernels do not run and results are undefined."""
-    module, launches = kernels_module(), []
-    kernels = find_kernels()
+    module, kernels = kernels_module(), find_kernels()
+    launches: list[Launch] = []
     try:
         for name, kernel in kernels.items():
             setattr(module, name, _Recorder(name, kernel, launches, execute))
@@ -118,7 +118,8 @@ def describe(tiling: Any) -> str:
 @contextmanager
 def pinned(tilings: Mapping[str, Any]) -> Iterator[Counter[str]]:
     """Run each kernel named with one tiling only; yields the number of its launches that did not raise."""
-    kernels, counts = find_tiled_kernels(), Counter()
+    kernels = find_tiled_kernels()
+    counts: Counter[str] = Counter()
     before = {name: (kernels[name].configs, dict(kernels[name].cache)) for name in tilings}
     for name, tiling in tilings.items():
         kernel = kernels[name]

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from functools import partial
 from typing import Any
 
 from halodet.attention.triton_ops import triton_unavailable_reason
@@ -31,7 +32,7 @@ PROPERTIES = (
 def items(context: Context) -> Items:
     yield "Python", lambda: {"value": platform.python_version()}
     for name in PACKAGES:
-        yield name, lambda name=name: {"value": _version(name)}
+        yield name, partial(_find_version, name)
     yield "CUDA", lambda: {"value": str(torch.version.cuda)}
     yield "driver", lambda: {"value": _driver()}
     yield "C compiler", lambda: {"value": _compiler()}
@@ -39,11 +40,11 @@ def items(context: Context) -> Items:
     yield "Triton backend", lambda: _check_backend(context)
 
 
-def _version(name: str) -> str:
+def _find_version(name: str) -> dict[str, Any]:
     try:
-        return importlib.metadata.version(name)
+        return {"value": importlib.metadata.version(name)}
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return {"value": "not installed"}
 
 
 def _driver() -> str:
