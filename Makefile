@@ -38,7 +38,7 @@ docs: $(READY)  ## build the documentation into site/
 doctor: $(READY)  ## print versions, devices and missing dependencies with their fix
 	@$(BIN)/python -m halodet.utils.collect_env
 
-gpu-check: $(READY)  ## test the kernels, benchmark and train briefly on an NVIDIA GPU (under 8 minutes)
+gpu-check: $(READY)  ## check the kernels, benchmark and train briefly on an NVIDIA GPU (8 minutes)
 	@$(BIN)/python tools/gpu_check.py
 
 install: $(READY)  ## only make the environment

@@ -61,7 +61,7 @@ def test_commands_name_existing_configs_tools_flags_and_targets(name):
     for path in re.findall(r"`((?:halodet|docs|tests|configs)/[\w/.-]+)`", text):
         assert "NAME" in path or (ROOT / path).exists(), path
     sources = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tools/*.py"))
-    sources += "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("halodet/*/*.py"))
+    sources += "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("halodet/*/**/*.py"))
     for flag in re.findall(r"tools/(?!timm_train)[^\n]*? (--[a-z][\w-]+)", text):
         known = ("--config-file", "--resume", "--eval-only", "--num-gpus")  # Detectron2's
         assert flag in known or f'"{flag}"' in sources, flag

@@ -28,7 +28,8 @@ from halodet.benchmark.attention import (
     is_installed,
     make_cases,
 )
-from halodet.benchmark.measure import compare, geometric_mean, keep_freed_memory, peak_memory
+from halodet.benchmark.measure import compare, geometric_mean, keep_freed_memory
+from halodet.benchmark.peak_memory import peak_memory
 from halodet.benchmark.report import (
     add_common_arguments,
     describe_machine,

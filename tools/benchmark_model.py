@@ -28,7 +28,8 @@ from functools import partial
 from typing import Any
 
 from halodet.benchmark import models
-from halodet.benchmark.measure import compare, first_line, keep_freed_memory, peak_memory
+from halodet.benchmark.measure import compare, first_line, keep_freed_memory
+from halodet.benchmark.peak_memory import peak_memory
 from halodet.benchmark.report import (
     add_common_arguments,
     describe_machine,

@@ -232,7 +232,7 @@ def build_call(model: nn.Module, kind: str, mode: str, case: Case) -> Callable[[
 
 
 def build_model_call(name: str, kind: str, mode: str, case: Case) -> Callable[[], object]:
-    """Build a model and its call; picklable arguments only, see :func:`~halodet.benchmark.measure.peak_memory`."""
+    """Build a model and its call; picklable arguments only, see :func:`~halodet.benchmark.peak_memory.peak_memory`."""
     return build_call(build_model(name, kind, case), kind, mode, case)
 
 

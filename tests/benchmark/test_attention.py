@@ -6,7 +6,8 @@ import weakref
 
 from halodet.benchmark import attention
 from halodet.benchmark.attention import Case, build_call, build_layer, is_installed, make_cases
-from halodet.benchmark.measure import compare, peak_of_second_call
+from halodet.benchmark.measure import compare
+from halodet.benchmark.peak_memory import peak_of_second_call
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from halodet.benchmark.gpu_check import cases, child, correctness, main, runner, tilings
+from halodet.benchmark.gpu_check import cases, child, compile_worker, correctness, main, runner, tilings
 from halodet.benchmark.gpu_check.context import Context, Skipped
 from halodet.benchmark.gpu_check.steps import STEPS, TIME_LIMIT, find_step
 from halodet.benchmark.gpu_check.summary import format_summary
@@ -138,6 +138,26 @@ def test_pinned_tilings_are_those_that_run():
         assert {name: kernels[name].best_config for name in chosen} == chosen
     assert {name: kernel.configs for name, kernel in kernels.items()} == before
     assert not any("run" in vars(kernel) for kernel in kernels.values())
+
+
+def test_tilings_that_do_not_fit_are_skipped(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    launch = tilings.Launch("forward", None, None, (), {})
+
+    def too_large(self, tiling):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(tilings.Launch, "tilings", lambda self: ["large"])
+    monkeypatch.setattr(tilings.Launch, "compile", too_large)
+    monkeypatch.setattr(tilings.kernels_module(), "INTERPRETED", False)
+    monkeypatch.setattr(compile_worker, "find_launches", lambda case, dry_run: [launch])
+    result = compile_worker.compile_task(compile_worker.Task(CASE, 0, 0, "forward"), dry_run=True)
+    assert result["status"] == "skipped" and "232448" in result["reason"]
+    assert not launch.fits("large")
+    monkeypatch.setattr(tilings, "record_launches", lambda call: [launch])
+    with pytest.raises(RuntimeError, match="no tiling of forward fits"):
+        tilings.tilings_by_kernel(None)
 
 
 def make_context(output, seconds=100):

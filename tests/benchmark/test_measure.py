@@ -1,6 +1,8 @@
 """Interleaved timing, failures and peak memory."""
 
 from halodet.benchmark import measure
+from halodet.benchmark.peak_memory import peak_memory
+from halodet.benchmark.report import format_figures
 
 import pytest
 import torch
@@ -39,6 +41,20 @@ def test_ratio_and_mean():
     assert measure.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
 
 
+def test_times_of_different_kinds_have_no_ratio(monkeypatch):
+    """As on a GPU, where one call cannot be captured in a graph."""
+    notes = {
+        "a": {"timing": "graph"},
+        "b": {"timing": "events", "not_captured": "synchronizes"},
+        "c": {"timing": "graph"},
+    }
+    monkeypatch.setattr(measure, "_make_timer", lambda call, device, use_graph: (lambda: 1.0, notes[call]))
+    builders = {name: lambda name=name: name for name in notes}
+    results = measure.compare(builders, reference="a", rounds=1, device=CPU, use_graph=True)
+    assert results["a"]["ratio"] == results["c"]["ratio"] == 1 and "ratio" not in results["b"]
+    assert "launch overhead" in format_figures(results["b"]) and "launch overhead" not in format_figures(results["c"])
+
+
 def allocate(mebibytes):
     return lambda: torch.ones(mebibytes << 18)
 
@@ -48,8 +64,8 @@ def fail():
 
 
 def test_peak_memory_of_a_call():
-    result = measure.peak_memory(allocate, 64, device=CPU)
+    result = peak_memory(allocate, 64, device=CPU)
     if not result:
         pytest.skip("this system does not report the peak memory of a process")
     assert 60 < result["peak_mib"] < 90
-    assert "ended with exit code 1" in measure.peak_memory(fail, device=CPU)["failed"]
+    assert "ended with exit code 1" in peak_memory(fail, device=CPU)["failed"]

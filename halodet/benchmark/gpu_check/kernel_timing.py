@@ -8,7 +8,7 @@ from typing import Any
 from halodet.attention.triton_ops import halo_attention_triton
 from halodet.benchmark.gpu_check.cases import SMALL, AttentionCase, attend
 from halodet.benchmark.gpu_check.child import Items
-from halodet.benchmark.gpu_check.context import Context
+from halodet.benchmark.gpu_check.context import Context, Skipped
 from halodet.benchmark.gpu_check.tilings import Launch, describe, record_launches
 
 SIZES = {8: (100, 168, 16), 16: (50, 84, 32), 32: (25, 42, 64)}  # stride -> height, width, channels per head
@@ -34,6 +34,8 @@ def items(context: Context) -> Items:
 
 def measure(launch: Launch, tiling: Any, context: Context) -> dict[str, Any]:
     """Return the median time of a launch in milliseconds."""
+    if not launch.fits(tiling):
+        raise Skipped("does not fit on this GPU")
     launch.run(tiling)  # compiles, if the step "compilation" did not
     seconds, timing = context.seconds(partial(launch.run, tiling))
     return {"worst": round(seconds * 1e3, 4), "timing": timing}

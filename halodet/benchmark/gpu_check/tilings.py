@@ -56,11 +56,30 @@ class Launch(NamedTuple):
         with pinned({} if tiling is None else {self.name: tiling}):
             self.kernel[self.grid](*self.arguments, **self.constants)
 
+    def fits(self, tiling: Any) -> bool:
+        """Return whether the GPU has the resources for a tiling; the autotuner drops those that do not fit."""
+        from triton.runtime.errors import OutOfResources
+
+        if getattr(kernels_module(), "INTERPRETED", False):
+            return True
+        try:
+            load(self.compile(tiling))
+        except OutOfResources:
+            return False
+        except Exception:
+            return True  # other errors are those of the item that runs it
+        return True
+
     def compile(self, tiling: Any) -> Any:
         """Compile the kernel for these arguments without a launch."""
         if tiling is None:
             return self.kernel.warmup(*self.arguments, grid=(1,), **self.constants)
         return self.kernel.fn.warmup(*self.arguments, grid=(1,), **self.constants, **tiling.all_kwargs())
+
+
+def load(kernel: Any) -> None:
+    """Load a compiled kernel; raises Triton's OutOfResources where it exceeds those of the GPU."""
+    getattr(kernel, "_init_handles", lambda: kernel.run)()
 
 
 class _Recorder:
@@ -95,9 +114,14 @@ def record_launches(call: Callable[[], object], execute: bool = False) -> list[L
 
 
 def tilings_by_kernel(call: Callable[[], object]) -> dict[str, list[Any]]:
-    """Return the tilings of each autotuned kernel that a call launches."""
-    found = {launch.name: launch.tilings() for launch in record_launches(call)}
-    return {name: tilings for name, tilings in found.items() if tilings != [None]}
+    """Return the tilings of each autotuned kernel that a call launches, without those that do not fit on the GPU."""
+    found = {}
+    for launch in record_launches(call):
+        if launch.tilings() != [None]:
+            found[launch.name] = [tiling for tiling in launch.tilings() if launch.fits(tiling)]
+            if not found[launch.name]:
+                raise RuntimeError(f"no tiling of {launch.name} fits on this GPU")
+    return found
 
 
 def combine_tilings(call: Callable[[], object]) -> list[dict[str, Any]]:
