@@ -1,5 +1,6 @@
 """The GPU check: wrong kernels, crashes and timeouts are recorded, and what follows runs."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -8,7 +9,19 @@ import subprocess
 import sys
 import time
 
-from halodet.benchmark.gpu_check import cases, child, compile_worker, correctness, main, runner, tilings
+from halodet.benchmark.gpu_check import (
+    cases,
+    child,
+    compile_worker,
+    correctness,
+    equal_bits,
+    execution,
+    kernel_timing,
+    main,
+    runner,
+    sanitizer,
+    tilings,
+)
 from halodet.benchmark.gpu_check.context import Context, Skipped
 from halodet.benchmark.gpu_check.steps import STEPS, TIME_LIMIT, find_step
 from halodet.benchmark.gpu_check.summary import format_summary
@@ -52,6 +65,15 @@ def test_budgets_and_modules():
     assert len({step.name for step in STEPS}) == len(STEPS)
     for step in STEPS:
         assert callable(importlib.import_module(f"halodet.benchmark.gpu_check.{step.module}").items)
+
+
+def test_later_steps_run_kernels_that_are_compiled_and_checked():
+    def constants(case):
+        return dataclasses.replace(case, batch=1, heads=1, height=0, width=0)
+
+    checked = set(map(constants, cases.correctness_cases(dry_run=False)))
+    later = [*equal_bits.CASES, execution.NORMAL, execution.LARGE, sanitizer.CASE, *kernel_timing.timing_cases()]
+    assert set(map(constants, later)) <= checked
 
 
 def test_unused_time_goes_to_later_steps():
