@@ -36,6 +36,8 @@ MASKED = tl.constexpr(-1.0e30)
 EXTRA_TILE = tl.constexpr(16)  # extra keys per tile
 EXTRA_QUERIES = tl.constexpr(32)  # queries per tile of extra keys in backward_extra
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Position logits of half types are split into bfloat16, which the interpreter cannot multiply.
+SPLIT = tl.constexpr(not INTERPRETED)
 MAX_MEASURED = 4  # tilings, of which the fastest is used
 MAX_SPILLED = 512  # bytes of registers per thread that a preferred tiling may spill to memory
 # Map sizes change from image to image; do not recompile for those that are 1 or a multiple of 16.
@@ -259,7 +261,7 @@ def _rel_selector(r, c, H: tl.constexpr, PADDED: tl.constexpr, dtype: tl.constex
 def _scores(q, keys, rel_logits, r, c, counted, scale, H: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
     """Compute the logits (M, N) of queries and a tile of keys."""
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
-    if q.dtype == tl.float32:
+    if q.dtype == tl.float32 or not SPLIT:
         scores = tl.dot(rel_logits, _rel_selector(r, c, H, PADDED, tl.float32), scores, input_precision=PRECISION)
     else:
         selector = _rel_selector(r, c, H, PADDED, tl.bfloat16)
@@ -528,7 +530,7 @@ def backward_keys(
     ROWS_H: tl.constexpr = WINDOW_H + QUERIES - 1
     ROWS_W: tl.constexpr = WINDOW_W + QUERIES - 1
     REACH_H: tl.constexpr = TILE_H + QUERIES - 1
-    position_dtype: tl.constexpr = tl.float32 if keys.dtype == tl.float32 else tl.bfloat16
+    position_dtype: tl.constexpr = tl.float32 if keys.dtype == tl.float32 or not SPLIT else tl.bfloat16
     selector = tl.trans(_rel_selector(n // TILE_W, n % TILE_W, TILE_H, TILE_PADDED, position_dtype))
     TILES: tl.constexpr = (QUERIES * QUERIES + BLOCK_M - 1) // BLOCK_M
     across = (end_column - column) * TILES
@@ -561,7 +563,7 @@ def backward_keys(
             tl.gather(products, _rel_index(index, i[None, :], j[None, :], TILE_H, REACH_H, QUERIES, SPAN), 0) * LOG2E
         )
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
-        if keys.dtype == tl.float32:
+        if position_dtype == tl.float32:
             scores = tl.dot(selector, rel_logits, scores, input_precision=PRECISION)
         else:
             high, low = _split(rel_logits)

@@ -157,6 +157,7 @@ def half_types(monkeypatch):
         lambda self, a, b, *rest: dot(self, to_single(self, a), to_single(self, b), *rest),
     )
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_twice)
+    monkeypatch.setattr(triton_ops._kernels(), "SPLIT", tl.constexpr(True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -39,15 +39,17 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
     def tilings(self) -> list[Any]:
-        """Return the tilings that the autotuner would try, or [None] if the kernel is not autotuned.
+        """Return the tilings that the autotuner may choose, or [None] if the kernel is not autotuned.
 
         The interpreter knows one tiling; a second one is added for dry runs.
         """
         if not hasattr(self.kernel, "prune_configs"):
             return [None]
-        self.kernel.nargs = dict(zip(self.kernel.arg_names, self.arguments, strict=False))
-        found = list(self.kernel.prune_configs(dict(self.constants)))
-        if getattr(kernels_module(), "INTERPRETED", False) and len(found) == 1 and found[0].kwargs.get("BLOCK_M") == 32:
+        module = kernels_module()
+        if not module.INTERPRETED:
+            return module.sized_tilings(self.kernel.configs, self.constants["QUERIES"])
+        found = list(self.kernel.configs)
+        if len(found) == 1 and found[0].kwargs.get("BLOCK_M") == 32:
             found.append(type(found[0])({**found[0].kwargs, "BLOCK_M": 16}, num_warps=found[0].num_warps))
         return found
 
@@ -171,11 +173,5 @@ def _counted(name: str, run: Callable[..., Any], counts: Counter[str]) -> Callab
 
 
 def limit_tilings(count: int = 1) -> None:
-    """Let the autotuners try the first ``count`` tilings only: fewer kernels to compile."""
-    for kernel in find_tiled_kernels().values():
-        prune = getattr(kernel, "early_config_prune", None)
-
-        def first(configs: list[Any], *arguments: Any, prune: Any = prune, **options: Any) -> list[Any]:
-            return (prune(configs, *arguments, **options) if prune else configs)[:count]
-
-        kernel.early_config_prune = first
+    """Let the autotuners measure ``count`` tilings at most: fewer kernels to compile."""
+    kernels_module().MAX_MEASURED = count
