@@ -39,7 +39,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Position logits of half types are split into bfloat16, which the interpreter cannot multiply.
 SPLIT = tl.constexpr(not INTERPRETED)
 MAX_MEASURED = 4  # tilings, of which the fastest is used
-MAX_SPILLED = 512  # bytes of registers per thread that a preferred tiling may spill to memory
+# Bytes of registers per thread that a preferred tiling, and any tiling, may spill. The driver reserves this memory for
+# all threads that a GPU can run, outside PyTorch's allocator: 2 KiB are half a gigabyte on a large GPU.
+MAX_SPILLED, MAX_SPILLED_EVER = 512, 2048
 # Map sizes change from image to image; do not recompile for those that are 1 or a multiple of 16.
 DYNAMIC_SIZES = ["images", "height", "width", "query_height", "query_width", "rows", "columns", "heads"]
 
@@ -99,6 +101,8 @@ def select_tilings(
             continue
         if shared > limit:
             reasons.append(f"it needs {shared} bytes of shared memory, the GPU has {limit}")
+        elif spilled > MAX_SPILLED_EVER:
+            reasons.append(f"it spills {spilled} bytes of registers per thread")
         elif spilled > MAX_SPILLED:
             spilling.append((spilled, index))
         else:

@@ -58,7 +58,7 @@ table = torch.zeros(42, 16, dtype=torch.bfloat16)
 kernels = triton_ops._kernels()
 results = {}
 for name, limit, spilled, tiles in (
-    ("rule", 232448, 0, 1000), ("measured", 232448, 0, 1), ("small", 14000, 0, 1000), ("spilling", 232448, 5000, 1000),
+    ("rule", 232448, 0, 1000), ("measured", 232448, 0, 1), ("small", 14000, 0, 1000), ("spilling", 232448, 200, 1000),
     ("none", 3000, 0, 1000),
 ):
     triton_ops.TUNED_TILES, measured = tiles, 0

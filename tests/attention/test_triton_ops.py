@@ -385,7 +385,7 @@ def test_gpus_without_usable_kernels_are_named(fault, monkeypatch):
 def test_tilings_are_chosen_by_what_the_gpu_has():
     kernels = triton_ops._kernels()
     configs = [kernels._config(4, BLOCK_M=size, BLOCK_N=32) for size in (16, 32, 64, 128)]
-    needs = {16: (90_000, 0), 32: (120_000, 0), 64: (60_000, 4096), 128: None}
+    needs = {16: (90_000, 0), 32: (120_000, 0), 64: (60_000, 1024), 128: None}
 
     def measure(config):
         need = needs[config.kwargs["BLOCK_M"]]
@@ -398,6 +398,13 @@ def test_tilings_are_chosen_by_what_the_gpu_has():
 
     assert chosen(200_000) == [16, 32] and chosen(100_000) == [16]
     assert chosen(80_000) == [64], "one that spills is better than none"
+    needs[64] = 60_000, 4096
+    with pytest.raises(RuntimeError, match="90000 bytes .*80000"):
+        chosen(80_000)
+    needs[16] = needs[32] = needs[64]
+    with pytest.raises(RuntimeError, match="spills 4096 bytes"):
+        chosen(80_000)
+    needs[16] = 90_000, 0
     with pytest.raises(RuntimeError, match="90000 bytes .*50000"):
         chosen(50_000)
     assert [c.kwargs["BLOCK_M"] for c in kernels.sized_tilings(configs, 8)] == [16, 32, 64]

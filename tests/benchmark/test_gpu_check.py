@@ -286,18 +286,8 @@ def test_report_after_a_kill_has_the_earlier_steps(tmp_path):
     assert step["items"]["torch"]["value"] in torch.__version__
 
 
-def test_quick_steps_of_the_dry_run(in_process, tmp_path):
-    names = ["versions", "equal-bits", "memory", "execution", "kernel-timing"]
-    assert main.main(["--dry-run", "--step", *names, "--output", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert result["dry_run"] and [step["name"] for step in result["steps"]] == names
-    replaced = {text for step in result["steps"] for text in step["stand_ins"]}
-    assert "CUDA graph: a plain call" in replaced and any("mem_get_info" in text for text in replaced)
-
-
 @pytest.mark.slow
 def test_dry_run_of_all_steps(tmp_path):
-    start = time.monotonic()
     command = [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}  # implies --dry-run
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -305,6 +295,7 @@ def test_dry_run_of_all_steps(tmp_path):
     result = json.loads((tmp_path / "gpu_check.json").read_text())
     assert [step["name"] for step in result["steps"]] == [step.name for step in STEPS]
     assert {step["status"] for step in result["steps"]} == {"passed"}
-    assert time.monotonic() - start < 400  # beside other processes
+    replaced = {text for step in result["steps"] for text in step["stand_ins"]}
+    assert "CUDA graph: a plain call" in replaced and any("mem_get_info" in text for text in replaced)
     compiled = next(step for step in result["steps"] if step["name"] == "compilation")["items"]
     assert any(item.get("registers", 0) > 0 and item["shared_bytes"] > 0 for item in compiled.values())
