@@ -6,7 +6,23 @@ subclass :class:`Mixer` and decorate the class with :func:`register_mixer`; noth
 
 from halodet.mixers.botnet import BoTNetMixer
 from halodet.mixers.conv import ConvMixer
+from halodet.mixers.elsa import ElsaMixer
+from halodet.mixers.external import ExternalAttention, ExternalMixer
 from halodet.mixers.halo import HaloMixer
+from halodet.mixers.key_only import KeyOnlyMixer
 from halodet.mixers.registry import MIXERS, Mixer, MixerSpec, build_mixer, register_mixer
 
-__all__ = ["MIXERS", "BoTNetMixer", "ConvMixer", "HaloMixer", "Mixer", "MixerSpec", "build_mixer", "register_mixer"]
+__all__ = [
+    "MIXERS",
+    "BoTNetMixer",
+    "ConvMixer",
+    "ElsaMixer",
+    "ExternalAttention",
+    "ExternalMixer",
+    "HaloMixer",
+    "KeyOnlyMixer",
+    "Mixer",
+    "MixerSpec",
+    "build_mixer",
+    "register_mixer",
+]

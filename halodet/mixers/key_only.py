@@ -1,0 +1,122 @@
+"""Attention whose weights depend on the keys only, over a neighbourhood and over the whole map."""
+
+from halodet.mixers.halo import average_2x2, check_heads
+from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCOPES, GATES = ("both", "local", "global"), ("none", "value", "sigmoid")
+_RANGE = 80.0  # of the logits of a map in one neighbourhood average; exp(-80) is a float32
+
+
+@register_mixer("key_only")
+class KeyOnlyMixer(Mixer):
+    """Key-only attention: a pixel's weight is the same for all queries. Memory is linear in the number of pixels.
+
+    After the abstract of Li and Liu, arXiv 2207.00188; the details are halodet's own, as the paper's are not public
+    code. A learned vector per head turns each key into one logit. The values are averaged with these weights over a
+    square neighbourhood of each pixel, and over the whole map; a learned share per head mixes the two.
+
+    Args:
+        channels: number of input channels.
+        value_channels: number of output channels.
+        stride: 1 or 2; with 2 the output of stride 1 is averaged over 2x2 pixels.
+        num_heads: number of heads; divides both numbers of channels.
+        kernel_size: side of the neighbourhood in pixels, odd.
+        scope: ``"both"``, ``"local"`` (the neighbourhood only) or ``"global"`` (the map only).
+        gate: what each output pixel is multiplied with: ``"none"``, its own ``"value"``, or the ``"sigmoid"`` of a
+            projection of the input.
+
+    Raises:
+        ValueError: the heads do not divide the channels, ``kernel_size`` is even, or ``scope`` or ``gate`` is unknown.
+    """
+
+    is_attention = True
+
+    def __init__(
+        self,
+        channels: int,
+        value_channels: int,
+        *,
+        stride: int = 1,
+        num_heads: int = 8,
+        kernel_size: int = 7,
+        scope: str = "both",
+        gate: str = "none",
+    ) -> None:
+        super().__init__()
+        check_heads(num_heads, channels, value_channels)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} is invalid: expected an odd number of pixels")
+        for name, value, known in (("scope", scope, SCOPES), ("gate", gate, GATES)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is invalid: expected one of {', '.join(known)}")
+        self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
+        self.kernel_size, self.scope, self.gate = kernel_size, scope, gate
+        self.kv = nn.Conv2d(channels, channels + value_channels, 1, bias=False)
+        self.saliency = nn.Parameter(torch.empty(num_heads, channels // num_heads))
+        self.saliency_bias = nn.Parameter(torch.empty(num_heads))
+        self.share = nn.Parameter(torch.empty(num_heads)) if scope == "both" else None
+        self.gate_proj = nn.Conv2d(channels, value_channels, 1) if gate == "sigmoid" else None
+        self.reset_parameters()
+
+    @classmethod
+    def from_spec(cls, spec: MixerSpec) -> "KeyOnlyMixer":
+        options = spec.read_options(kernel_size=7, scope="both", gate="none")
+        return cls(spec.channels, spec.value_channels, stride=spec.stride, num_heads=spec.num_heads, **options)
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.kv.weight, std=self.kv.in_channels**-0.5)
+        nn.init.normal_(self.saliency, std=self.saliency.shape[1] ** -0.5)
+        nn.init.zeros_(self.saliency_bias)
+        if self.share is not None:
+            nn.init.zeros_(self.share)
+        if self.gate_proj is not None:
+            self.gate_proj.reset_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        return {"saliency", "saliency_bias"} | ({"share"} if self.share is not None else set())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride))."""
+        batch, _, height, width = x.shape
+        keys, values = self.kv(x).split((self.kv.in_channels, self.out_channels), 1)
+        exact = torch.promote_types(values.dtype, torch.float32)
+        keys = keys.reshape(batch, self.num_heads, -1, height, width).to(exact)
+        vector = self.saliency.to(exact) * self.saliency.shape[1] ** -0.5
+        logits = torch.einsum("bhdyx,hd->bhyx", keys, vector) + self.saliency_bias.to(exact).view(-1, 1, 1)
+        heads = values.reshape(batch, self.num_heads, -1, height, width).to(exact)
+        parts = {}
+        if self.scope != "global":
+            parts["local"] = self._average_locally(logits, heads)
+        if self.scope != "local":
+            weights = logits.flatten(2).softmax(-1)
+            parts["global"] = torch.einsum("bhn,bhdn->bhd", weights, heads.flatten(3))[..., None, None].expand_as(heads)
+        if self.share is None:
+            (out,) = parts.values()
+        else:
+            share = self.share.to(exact).sigmoid().view(-1, 1, 1, 1)
+            out = share * parts["local"] + (1 - share) * parts["global"]
+        out = out.to(values.dtype).reshape(batch, -1, height, width)
+        if self.gate == "value":
+            out = out * values
+        elif self.gate_proj is not None:
+            out = out * self.gate_proj(x).sigmoid()
+        return average_2x2(out) if self.stride == 2 else out
+
+    def _average_locally(self, logits: Tensor, values: Tensor) -> Tensor:
+        """Average values (B, heads, d, H, W) over the neighbourhood of each pixel with weights exp(logits).
+
+        Logits of more than 80 below the largest one of the map count as 80 below it.
+        """
+        size, padding = self.kernel_size, self.kernel_size // 2
+        highest = logits.flatten(2).amax(-1)[..., None, None].detach()
+        weights = (logits - highest).clamp(min=-_RANGE).exp().unsqueeze(2)
+        summed = F.avg_pool2d(torch.cat([weights * values, weights], 2).flatten(1, 2), size, 1, padding)
+        summed = summed.view(*values.shape[:2], -1, *values.shape[3:])
+        return summed[:, :, :-1] / summed[:, :, -1:]
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, kernel={self.kernel_size}, scope={self.scope!r}, gate={self.gate!r}"
