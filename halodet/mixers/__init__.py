@@ -10,6 +10,7 @@ from halodet.mixers.elsa import ElsaMixer
 from halodet.mixers.external import ExternalAttention, ExternalMixer
 from halodet.mixers.halo import HaloMixer
 from halodet.mixers.key_only import KeyOnlyMixer
+from halodet.mixers.neighborhood import NeighborhoodMixer
 from halodet.mixers.registry import MIXERS, Mixer, MixerSpec, build_mixer, register_mixer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "KeyOnlyMixer",
     "Mixer",
     "MixerSpec",
+    "NeighborhoodMixer",
     "build_mixer",
     "register_mixer",
 ]
