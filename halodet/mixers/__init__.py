@@ -4,6 +4,7 @@ A mixer maps (B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W /
 subclass :class:`Mixer` and decorate the class with :func:`register_mixer`; nothing else has to be changed.
 """
 
+from halodet.mixers.blockwise import BlockwiseMixer
 from halodet.mixers.botnet import BoTNetMixer
 from halodet.mixers.conv import ConvMixer
 from halodet.mixers.elsa import ElsaMixer
@@ -15,6 +16,7 @@ from halodet.mixers.registry import MIXERS, Mixer, MixerSpec, build_mixer, regis
 
 __all__ = [
     "MIXERS",
+    "BlockwiseMixer",
     "BoTNetMixer",
     "ConvMixer",
     "ElsaMixer",
