@@ -11,6 +11,7 @@ from halodet.mixers.elsa import ElsaMixer
 from halodet.mixers.external import ExternalAttention, ExternalMixer
 from halodet.mixers.halo import HaloMixer
 from halodet.mixers.key_only import KeyOnlyMixer
+from halodet.mixers.lambda_layer import LambdaMixer
 from halodet.mixers.neighborhood import NeighborhoodMixer
 from halodet.mixers.registry import MIXERS, Mixer, MixerSpec, build_mixer, register_mixer
 
@@ -24,6 +25,7 @@ __all__ = [
     "ExternalMixer",
     "HaloMixer",
     "KeyOnlyMixer",
+    "LambdaMixer",
     "Mixer",
     "MixerSpec",
     "NeighborhoodMixer",

@@ -43,8 +43,8 @@ def test_mixers_mix_neighbours(name):
 
 
 def test_unknown_mixer_lists_the_mixers():
-    with pytest.raises(ValueError, match="'lambda'.*conv.*halo"):
-        build_mixer("lambda", spec())
+    with pytest.raises(ValueError, match="'lambad'.*conv.*halo"):
+        build_mixer("lambad", spec())
 
 
 def test_heads_must_divide_the_channels():
