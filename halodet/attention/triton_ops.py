@@ -155,6 +155,7 @@ def _attend(
             _launch_forward(*(_channels_last(x) for x in (q, k, v)), table, extra_k, extra_v, layout, out, lse)
     if kind in _failed:
         out.copy_(attend(q, k, v, *_tables(table, layout), extra_k, extra_v, layout))
+        lse.fill_(torch.nan)  # of no use to the kernels of the backward, if they run after all
     return out, lse
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from halodet.data import annotations as checks
@@ -49,6 +50,11 @@ class AnnotationValidator:
     box_format: BoxFormat | None = field(default=None, init=False)
     fractions: bool = field(default=False, init=False)
 
+    @cached_property
+    def keypoint_names(self) -> list[str]:
+        """Keypoints of the first category that has them: Detectron2 reads as many of every object."""
+        return next((category["keypoints"] for category in self.categories.values() if "keypoints" in category), [])
+
     def find_formats(self, entries: Sequence[Any]) -> None:
         """Find how boxes and masks are written, from a sample of the annotations."""
         sample = []
@@ -86,15 +92,16 @@ class AnnotationValidator:
             raise InvalidAnnotation(f"category_id={entry['category_id']} is not among the categories")
         image = self.images[entry["image_id"]]
         entry = convert_annotation(entry, lambda reason, action: self.log.count(where, reason, action))
-        entry = self._to_pixels(entry, where, image["width"], image["height"])
         turned = self.turned.get(image["id"])
+        size = (turned.width, turned.height) if turned else (image["width"], image["height"])
+        entry = self._to_pixels(entry, where, *size)
         if turned:
             entry = turn_annotation(entry, turned.orientation, turned.width, turned.height)
             if isinstance(entry["segmentation"], dict):
                 rle = checks.clean_mask(entry["segmentation"], turned.width, turned.height)
                 entry["segmentation"] = turn_rle(rle, turned.orientation)
         valid = self._shape(entry, where, image)
-        names = self.categories[entry["category_id"]].get("keypoints", ())
+        names = self.categories[entry["category_id"]].get("keypoints") or self.keypoint_names
         return {**valid, **self._keypoints(entry, where, len(names))} if names else valid
 
     def _to_pixels(self, entry: dict[str, Any], where: str, width: int, height: int) -> dict[str, Any]:
@@ -107,7 +114,8 @@ class AnnotationValidator:
             numbers = [polygon for polygon in mask if isinstance(polygon, list) and all(map(is_number, polygon))]
             entry["segmentation"] = [_scale(polygon, width, height) for polygon in numbers]
             self.log.count(where, "have a mask in fractions of the image", "converted")
-        if self.fractions and isinstance(points, list) and len(points) % 3 == 0 and all(map(is_number, points)):
+        fractions = self.fractions or (self.box_format is not None and "fractions" in self.box_format.name)
+        if fractions and isinstance(points, list) and len(points) % 3 == 0 and all(map(is_number, points)):
             triples = zip(points[::3], points[1::3], points[2::3], strict=True)
             entry["keypoints"] = [number for x, y, seen in triples for number in (x * width, y * height, seen)]
         return entry

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from halodet.data.annotations import TOLERANCE, box_iou
+from halodet.data.annotations import box_iou
+from halodet.errors import DatasetError
 
 AGREE = 0.5  # IoU of a box with its mask's, below which one of them is wrong
 _SHARE = 0.9  # of the boxes with masks that another format must explain
 _MIN_WRONG = 0.1  # share of boxes that are wrong as they are, from which on the whole file has another format
 _MIN_BOXES = 4  # without masks
+_NEARLY = 0.95  # share of boxes inside their images, without masks
+_ROUNDING = 0.01  # of a side of the image, by which a box may leave it
+_MIN_CORNERS, _MIN_FAR, _FAR = 10, 0.25, 0.1  # boxes, share of those that leave the image by this share of its side
 _SMALLEST = 4  # pixels; images in which boxes of up to one pixel are fractions
 Box = Sequence[float]
 
@@ -68,19 +72,45 @@ def find_box_format(sample: Sequence[tuple[Box, Box | None, int, int]]) -> BoxFo
 
         best = max(BOX_FORMATS, key=explained)
         return best if explained(best) >= _SHARE * len(masked) else None
-    if len(sample) < _MIN_BOXES:
-        return None
-    if all(max(box) <= 1 and min(box) >= 0 and min(w, h) > _SMALLEST for box, _, w, h in sample):
-        corners = all(box[2] > box[0] and box[3] > box[1] for box, *_ in sample)
-        overflow = sum(box[0] + box[2] > 1 or box[1] + box[3] > 1 for box, *_ in sample)
-        if not overflow:
-            return BOX_FORMATS[1]
-        return BOX_FORMATS[4] if corners else BOX_FORMATS[3]
-    xyxy = BOX_FORMATS[0]
-    overflow = sum(box[0] + box[2] > w + TOLERANCE or box[1] + box[3] > h + TOLERANCE for box, _, w, h in sample)
-    inside = all(0 < box[2] - box[0] and 0 < box[3] - box[1] and box[2] <= w + TOLERANCE and box[3] <= h + TOLERANCE
-                 and min(box) >= -TOLERANCE for box, _, w, h in sample)  # fmt: skip
-    return xyxy if inside and overflow >= len(sample) / 4 else None
+    return _find_without_masks(sample) if len(sample) >= _MIN_BOXES else None
+
+
+def _find_without_masks(sample: Sequence[tuple[Box, Box | None, int, int]]) -> BoxFormat | None:
+    """Return the only format in which nearly all boxes are inside their images; None for COCO's or without evidence.
+
+    Raises:
+        DatasetError: boxes are fractions of the image, in more than one possible format.
+    """
+    boxes = [(box, width, height) for box, _, width, height in sample]
+
+    def share_inside(form: BoxFormat | None, tolerance: float) -> float:
+        inside = 0
+        for box, width, height in boxes:
+            x, y, w, h = form.to_coco(box, width, height) if form else box
+            sides = ((x, w, width), (y, h, height))
+            inside += all(
+                extent > 0 and start >= -tolerance * side and start + extent <= (1 + tolerance) * side
+                for start, extent, side in sides
+            )
+        return inside / len(boxes)
+
+    if all(min(box) >= 0 and max(box) <= 1 and min(width, height) > _SMALLEST for box, width, height in boxes):
+        possible = [
+            form for form in BOX_FORMATS if "fractions" in form.name and share_inside(form, _ROUNDING) > _NEARLY
+        ]
+        if len(possible) == 1:
+            return possible[0]
+        names = " or ".join(form.name for form in possible) or "none that is known"
+        raise DatasetError(
+            f"bbox={list(boxes[0][0])} is invalid: all boxes are fractions of the image, no mask shows their format "
+            f"({names}). Fix: write x, y, width and height in pixels."
+        )
+    # Boxes of large objects are corners of some box too. Exporters that do not clip leave the image by a little only.
+    corners = BOX_FORMATS[0]
+    far = 1 - share_inside(None, _FAR)
+    if len(boxes) >= _MIN_CORNERS and far >= _MIN_FAR and share_inside(corners, _ROUNDING) == 1:
+        return corners
+    return None
 
 
 def are_fractions(sample: Sequence[tuple[Box, Box | None, int, int]]) -> bool:

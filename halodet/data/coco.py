@@ -20,6 +20,7 @@ from halodet.data.coco_records import keypoint_names, register_cleaned
 from halodet.data.coco_validator import CocoValidator
 from halodet.data.conversions import is_empty, to_flag
 from halodet.data.issues import Issue
+from halodet.data.yolo_voc import is_yolo_or_voc
 from halodet.errors import DatasetError
 from halodet.utils.gc_pause import paused_gc
 from halodet.utils.io import atomic_write, write_json
@@ -140,7 +141,10 @@ def validate_coco(
             + " Fix: give the folder that the file names are relative to." * (validator.num_missing > 0)
         )
     first = len(validator.issues)
-    annotations = validator.annotations(annotation_entries, images, skipped, categories, need_masks, evaluation)
+    known_format = is_yolo_or_voc(json_file)
+    annotations = validator.annotations(
+        annotation_entries, images, skipped, categories, need_masks, evaluation, known_format
+    )
     if require_annotations and all(annotation["iscrowd"] for annotation in annotations):
         raise DatasetError(
             f"{json_file}: none of its {len(annotation_entries)} annotations can be trained on "
@@ -165,7 +169,9 @@ def validate_coco(
             dataset |= {key: data[key]} if key in data else {}
         except ValueError:
             validator.report(key, "contains NaN or infinity, which are not JSON", "dropped")
-    unchanged = portable and "info" in data and not (validator.issues or parent or crowds_as_objects)
+    unchanged = (
+        portable and "info" in data and not (validator.issues or validator.rewritten or parent or crowds_as_objects)
+    )
     return ValidatedCoco(json_file, image_dir, dataset, validator.issues, validator.notes, parent, unchanged)
 
 

@@ -38,11 +38,13 @@ class CocoValidator(IssueLog):
 
     Attributes:
         num_missing: number of images without a file.
+        rewritten: whether the valid form of an annotation differs from what another program reads.
     """
 
     def __init__(self, json_file: Path) -> None:
         super().__init__(json_file)
         self.num_missing = 0
+        self.rewritten = False
         self._turned: dict[int, Turned] = {}
         self._merged: dict[int, int] = {}  # id of an image -> of an earlier one that has the same file
 
@@ -101,13 +103,14 @@ class CocoValidator(IssueLog):
         valid: dict[int, dict[str, Any]] = {}
         unusable: dict[int, tuple[str, str]] = {}
         skipped: list[tuple[str, str, int | None]] = []
-        files, by_file = ImageFiles(image_dir), dict[str, int]()
+        files, by_file = ImageFiles(image_dir, (_name_of(entry) for entry in entries)), dict[str, int]()
+        names = _names_by_id(entries)
         for index, entry in enumerate(self._progress(entries, "images", len(entries) >= _SHOW_IMAGES)):
             try:
-                image = self._image(entry, index, files, valid)
+                image = self._image(entry, index, files, valid, names)
                 first = by_file.setdefault(image["file_name"], image["id"])
-                if first == image["id"]:
-                    valid[first] = image
+                if first == image["id"] or self._turned.get(first) != self._turned.get(image["id"]):
+                    valid[image["id"]] = image
                 else:
                     self.count(_where("image", entry, index), "have the file of an earlier image", "merged with it")
                     self._merged[image["id"]] = first
@@ -132,25 +135,29 @@ class CocoValidator(IssueLog):
                 entry["image_id"] = self._merged.get(entry["image_id"], entry["image_id"])
         return valid, {image_id for _, _, image_id in skipped if image_id is not None} - valid.keys(), set(unusable)
 
-    def _image(self, entry: Any, index: int, files: ImageFiles, valid: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    def _image(
+        self,
+        entry: Any,
+        index: int,
+        files: ImageFiles,
+        valid: Mapping[int, dict[str, Any]],
+        names: Mapping[int, list[str]],
+    ) -> dict[str, Any]:
         def count(reason: str, action: str) -> None:
             self.count(_where("image", entry, index), reason, action)
 
         require_ids(entry, "id")
-        image_id, name, width, height = (entry.get(key) for key in ("id", "file_name", "width", "height"))
-        url = entry.get("coco_url")
-        if name is None and isinstance(url, str):  # LVIS
-            name = "/".join(url.split("/")[-2:])
+        image_id, width, height = (entry.get(key) for key in ("id", "width", "height"))
+        name = _name_of(entry)
+        if name is not None and entry.get("file_name") is None:
             count("have no file_name", "taken from coco_url")
         if not isinstance(name, str) or not name:
             raise InvalidAnnotation(f"file_name={show(name)} is invalid: expected a string")
         if image_id in valid and valid[image_id]["file_name"] == name:
             count("repeat an earlier image", "dropped")
             return valid[image_id]
-        if image_id in valid:
-            raise InvalidAnnotation(
-                f"{show(name)} has the id of an earlier image, {show(valid[image_id]['file_name'])}"
-            )
+        if len(names.get(image_id, ())) > 1:  # whose are the annotations?
+            raise InvalidAnnotation(f"{show(name)} has the id of another image: {show(names[image_id])}")
         if not (is_int(width) and is_int(height)) and None not in (to_int(width or 0), to_int(height or 0)):
             if width and height:
                 count("have a width or height that is no integer", "converted")
@@ -170,7 +177,7 @@ class CocoValidator(IssueLog):
         image["file_name"] = found
         if not known:
             count("have no width or height", "read from the image")
-        elif (real_width, real_height) == (height, width) and orientation != 1:
+        elif (real_width, real_height) == (height, width) != (width, height) and orientation != 1:
             reason = f"have the size before rotation by EXIF (orientation {orientation})"
             count(reason, "annotations turned with the image")
             self._turned[image_id] = Turned(orientation, width, height)
@@ -187,14 +194,16 @@ class CocoValidator(IssueLog):
         categories: dict[int, Any],
         need_masks: bool,
         keep_maskless: bool,
+        known_format: bool = False,
     ) -> list[dict[str, Any]]:
         """Return the valid annotations, with unique ids; those that need no change are the entries themselves."""
         check = AnnotationValidator(self, images, categories, self._turned, need_masks, keep_maskless)
-        check.find_formats(entries)
+        if not known_format:
+            check.find_formats(entries)
         sizes: dict[int, tuple[int, int]] = {}
         if not check.box_format and not check.fractions:
             sizes = {key: (image["width"], image["height"]) for key, image in images.items() if key not in self._turned}
-        plain_categories = {key for key, category in categories.items() if "keypoints" not in category}
+        plain_categories = set() if check.keypoint_names else set(categories)
         valid: list[dict[str, Any]] = []
         chunks, shown = range(0, len(entries), _CHUNK), len(entries) >= _SHOW_ANNOTATIONS
         for start in self._progress(chunks, "annotations", shown, unit_scale=_CHUNK):
@@ -202,6 +211,7 @@ class CocoValidator(IssueLog):
             plain = find_plain(chunk, sizes, plain_categories, need_masks=need_masks)
             for index, (entry, is_plain) in enumerate(zip(chunk, plain, strict=True), start=start):
                 if is_plain:
+                    self.rewritten |= "ignore" in entry and entry["ignore"] != 0
                     valid.append(_only_needed(entry))
                     continue
                 where = _where("annotation", entry, index)
@@ -210,6 +220,7 @@ class CocoValidator(IssueLog):
                     self.image_id = entry["image_id"]
                     if entry["image_id"] not in skipped:  # reported with its image
                         valid.append(check.validate(entry, where))
+                        self.rewritten |= _differs(entry, valid[-1])
                 except InvalidAnnotation as error:
                     self.report(where, str(error), "skipped")
                 self.image_id = None
@@ -231,6 +242,8 @@ class CocoValidator(IssueLog):
         kept = []
         for annotation in annotations:
             key = hash((annotation["image_id"], annotation["category_id"], *annotation["bbox"]))
+            if key in seen and not _same(annotation, seen[key]):
+                key = hash((key, repr(annotation.get("segmentation")), annotation["iscrowd"]))
             while key in seen and not _same(annotation, seen[key]):
                 key += 1
             if key in seen:
@@ -310,6 +323,34 @@ class CocoValidator(IssueLog):
     def _progress(self, items: Any, kind: str, shown: bool, **options: Any) -> tqdm:
         unit = kind.removesuffix("s")
         return tqdm(items, desc=f"checking {kind} of {self.file}", unit=unit, disable=not shown, **options)
+
+
+def _name_of(entry: Any) -> Any:
+    """Return the file name of an image; LVIS has its last folder and name in the URL."""
+    if not isinstance(entry, dict):
+        return None
+    name, url = entry.get("file_name"), entry.get("coco_url")
+    return "/".join(url.split("/")[-2:]) if name is None and isinstance(url, str) else name
+
+
+def _names_by_id(entries: list[Any]) -> dict[int, list[str]]:
+    """Return the different file names of each id."""
+    names: dict[int, list[str]] = {}
+    for entry in entries:
+        name = _name_of(entry)
+        if isinstance(name, str) and name and is_int(entry.get("id")):
+            found = names.setdefault(entry["id"], [name])
+            if name not in found:
+                found.append(name)
+    return names
+
+
+def _differs(entry: dict[str, Any], valid: dict[str, Any]) -> bool:
+    """Return whether another program would read an entry differently from its valid form."""
+    if any(key not in entry or entry[key] != value for key, value in valid.items()):
+        return True
+    dropped = entry.get("segmentation") and "segmentation" not in valid
+    return bool(dropped) or ("ignore" in entry and entry["ignore"] != 0)
 
 
 def _only_needed(entry: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def convert_ids(entries: list[Any], report: Count) -> dict[str, int]:
         report: called with the conversion, if there was one.
     """
     others = [entry for entry in entries if isinstance(entry, dict) and not is_int(entry.get("id"))]
-    keys = [id_key(entry.get("id")) for entry in others]
+    keys = _distinct_keys([entry.get("id") for entry in others])
     known = [entry["id"] for entry in entries if isinstance(entry, dict) and is_int(entry.get("id"))]
     start = max([0, *known, *(key for key in keys if isinstance(key, int))]) + 1
     texts = dict.fromkeys(key for key in keys if isinstance(key, str))
@@ -74,6 +74,20 @@ def convert_ids(entries: list[Any], report: Count) -> dict[str, int]:
     for entry, key in converted:
         entry["id"] = key if isinstance(key, int) else new[key]
     return new
+
+
+def _distinct_keys(values: list[Any]) -> list[int | str | None]:
+    """Return the keys of ids; texts that differ, such as ``"1"`` and ``"01"``, stay texts if they are one number."""
+    keys = [id_key(value) for value in values]
+    texts: dict[int, set[str]] = {}
+    for key, value in zip(keys, values, strict=True):
+        if isinstance(key, int) and isinstance(value, str):
+            texts.setdefault(key, set()).add(value.strip())
+    several = {key for key, found in texts.items() if len(found) > 1}
+    return [
+        value.strip() if key in several and isinstance(value, str) else key
+        for key, value in zip(keys, values, strict=True)
+    ]
 
 
 def convert_references(entries: list[Any], name: str, new: dict[str, int], report: Count) -> None:
@@ -90,7 +104,8 @@ def convert_references(entries: list[Any], name: str, new: dict[str, int], repor
         value = entry.get(name) if isinstance(entry, dict) else None
         if value is None or type(value) is int and abs(value) < 2**53:
             continue
-        key = id_key(value)
+        text = value.strip() if isinstance(value, str) else None
+        key = text if text in new else id_key(value)
         target = key if isinstance(key, int) else new.get(key) if key is not None else None
         if target is not None:
             first = value if not count else first
@@ -210,7 +225,9 @@ def turn_annotation(entry: dict[str, Any], orientation: int, width: int, height:
         (x1, y1), (x2, y2) = turn(*box[:2]), turn(box[0] + box[2], box[1] + box[3])
         entry["bbox"] = [min(x1, x2), min(y1, y2), abs(x1 - x2), abs(y1 - y2)]
     if isinstance(keypoints, list) and len(keypoints) % 3 == 0 and all(map(is_number, keypoints)):
-        turned = turn_flat(keypoints, 3)
+        # Keypoints are indices of pixels, whose centers are half a pixel further.
+        centers = [number + 0.5 * (index % 3 < 2) for index, number in enumerate(keypoints)]
+        turned = [number - 0.5 * (index % 3 < 2) for index, number in enumerate(turn_flat(centers, 3))]
         entry["keypoints"] = [
             v for i in range(0, len(keypoints), 3) for v in (turned if keypoints[i + 2] else keypoints)[i : i + 3]
         ]

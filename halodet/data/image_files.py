@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from halodet.data.annotations import show
 
@@ -33,10 +35,12 @@ class ImageFiles:
 
     Args:
         folder: folder that file names are relative to.
+        names: all file names of the json.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Iterable[Any]) -> None:
         self.folder = folder
+        self._given = names
 
     def measure(self, name: str) -> tuple[str, int, int, int]:
         """Return the name of a file in the folder, its width and height after EXIF rotation, and its EXIF orientation.
@@ -67,8 +71,18 @@ class ImageFiles:
             if candidate != name:
                 yield candidate
         base = unicodedata.normalize("NFC", path.partition("?")[0].rpartition("/")[2])
-        if base in self._names:
+        if base in self._names and len(self._bases[base]) == 1:  # else it is the name of several images
             yield self._names[base]
+
+    @cached_property
+    def _bases(self) -> dict[str, set[str]]:
+        """The names of the json, without differences of spelling, by their part after the last separator."""
+        bases: dict[str, set[str]] = defaultdict(set)
+        for name in self._given:
+            if isinstance(name, str):
+                path = unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")).partition("?")[0])
+                bases[path.rpartition("/")[2]].add(path)
+        return bases
 
     @cached_property
     def _names(self) -> dict[str, str]:

@@ -314,8 +314,20 @@ def _voc_image(file: Path, filename: str, by_stem: dict[str, list[Path]]) -> Pat
     filename = re.split(r"[\\/]", filename)[-1]
     for stem in (file.stem, Path(filename).stem, filename):
         if found := by_stem.get(stem):
-            return max(found, key=lambda image: (image.name == filename, image.parent == file.parent))
+            rank = {image: (image.name == filename, _shared_folders(image, file)) for image in found}
+            best = [image for image in found if rank[image] == max(rank.values())]
+            return best[0] if len(best) == 1 else Path(f"{stem} (one of {', '.join(map(str, best[:3]))})")
     return Path(filename or f"{file.stem}.jpg")
+
+
+def _shared_folders(image: Path, file: Path) -> int:
+    """Return the number of folders that both paths start with; more if the image is in the folder of the file."""
+    same = 0
+    for a, b in zip(image.parent.parts, file.parent.parts, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same + (image.parent == file.parent)
 
 
 def _text(element: ElementTree.Element, path: str) -> str:

@@ -111,7 +111,7 @@ def check_datasets(cfg: CfgNode, model: nn.Module, *, train: bool = True) -> Non
 
 
 def _check_proposals(key: str, files: Sequence[str], names: Sequence[str]) -> None:
-    missing = [file for file in files if not PathManager.exists(file)]
+    missing = [file for file in files if "://" not in file and not PathManager.exists(file)]
     if names and (len(files) != len(names) or missing):
         expected = f"a file for each of {', '.join(names)} with MODEL.LOAD_PROPOSALS"
         raise invalid(key, files, expected + (f"; {missing[0]} does not exist" if missing else ""))

@@ -4,6 +4,7 @@ import json
 
 from halodet.data import validate_coco
 from halodet.data.box_format import BOX_FORMATS, are_fractions, find_box_format
+from halodet.errors import DatasetError
 
 import numpy as np
 import pytest
@@ -67,6 +68,26 @@ def test_boxes_alone_show_their_form_if_they_cannot_be_coco(check, form):
     checked = check([WRITE[form.name](*box) for box in boxes], [[]] * 40, need_masks=False)
     assert np.allclose([annotation["bbox"] for annotation in checked.dataset["annotations"]], boxes)
     assert len(checked.issues) == 1 and f"40 of 40 have a box that is written as {form.name}" in str(checked.issues[0])
+
+
+def test_large_boxes_that_leave_the_image_by_a_little_stay(check):
+    """Of large objects, width and height are larger than x and y, so that they are corners of some box too."""
+    boxes = [[20 + n, 15, WIDTH - 20 - n + 6 * (n % 2), HEIGHT - 20] for n in range(40)]
+    found = [a["bbox"] for a in check(boxes, [[]] * 40, need_masks=False).dataset["annotations"]]
+    assert found == [[x, y, min(w, WIDTH - x), h] for x, y, w, h in boxes]
+
+
+def test_fractions_of_an_unknown_form_are_refused(check):
+    """Boxes in the middle of the image are inside it from their corner and from their center."""
+    boxes = [[0.4 + n / 100, 0.4, 0.2, 0.2] for n in range(10)]
+    with pytest.raises(DatasetError, match="fractions of the image.*center and size"):
+        check(boxes, [[]] * 10, need_masks=False)
+
+
+def test_a_rounded_fraction_beyond_the_border_decides_nothing(check):
+    boxes = [[0.3334, 0.1, 0.6667, 0.2], *([0.6 - 0.05 * n, 0.01, 0.4, 0.6] for n in range(12))]
+    found = [a["bbox"] for a in check(boxes, [[]] * 13, need_masks=False).dataset["annotations"]]
+    assert np.allclose(found[1:], np.array(boxes[1:]) * ([WIDTH, HEIGHT] * 2))
 
 
 def test_right_boxes_stay(check):

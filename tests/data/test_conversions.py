@@ -272,8 +272,10 @@ def test_annotations_turn_with_the_image(orientation):
     assert (drawn != expected).sum() <= 2  # pycocotools rounds the two sides of a polygon differently
     ys, xs = np.nonzero(expected)
     assert turned["bbox"] == [xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()]
-    corners = {(x, y) for x, y in np.reshape(turned["segmentation"][0], (-1, 2)).tolist()}
-    assert tuple(turned["keypoints"][:2]) in corners and turned["keypoints"][3:] == [0, 0, 0]
+    marked = np.zeros((HEIGHT, WIDTH), np.uint8)
+    marked[3, 4] = 1  # the pixel of the keypoint
+    ((y, x),) = np.argwhere(np.asarray(Image.fromarray(marked).transpose(TURNS[orientation])))
+    assert turned["keypoints"] == [x, y, 2, 0, 0, 0]
     for counts in (mask["counts"].decode(), rle_counts(raw)):
         found = turn_rle({"size": [HEIGHT, WIDTH], "counts": counts}, orientation)
         assert found["size"] == [WIDTH, HEIGHT] and (mask_util.decode(found) == expected).all()
@@ -297,6 +299,104 @@ def test_the_size_before_rotation_is_recognized(check, tmp_path, orientation):
     assert (checked.dataset["images"][0]["width"], checked.dataset["images"][0]["height"]) == (HEIGHT, WIDTH)
     polygon, mask, other = checked.dataset["annotations"]
     assert polygon["bbox"] == mask["bbox"] == mask_util.toBbox(mask["segmentation"]).tolist() != other["bbox"]
+
+
+def test_a_square_image_does_not_tell_whether_it_is_turned(check, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (43, 43)).save(tmp_path / "images" / "1.png", exif=exif)
+    data = good()
+    data["images"][0].update(width=43, height=43)
+    assert check(data).issues == [] and check(data).dataset["annotations"] == data["annotations"]
+
+
+def test_fractions_are_those_of_the_image_before_rotation(check, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in (1, 2):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / f"{number}.png", exif=exif)
+    whole = check(good())
+    data = good()
+    for annotation in data["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT]
+        annotation["segmentation"] = [[v / (HEIGHT if i % 2 else WIDTH) for i, v in enumerate(POLYGON)]]
+    data["images"].append({"id": 3, "file_name": "3.png", "width": WIDTH, "height": HEIGHT})
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / "3.png")
+    for number in range(4, 10):  # from which the form of the masks is found
+        data["annotations"].append({**data["annotations"][0], "id": number, "image_id": 3, "area": number})
+        data["annotations"][-1]["bbox"] = [0.01 * number, *data["annotations"][0]["bbox"][1:]]
+    boxes = [annotation["bbox"] for annotation in check(data).dataset["annotations"][:3]]
+    assert np.allclose(boxes, [annotation["bbox"] for annotation in whole.dataset["annotations"]])
+
+
+def test_names_that_end_alike_are_not_one_image(check, tmp_path):
+    """As with the frames of two videos, of which only one is in the folder."""
+    data = good()
+    data["images"] = [
+        {"id": 1, "file_name": "v1/1.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 2, "file_name": "v2/1.png", "width": WIDTH, "height": HEIGHT},
+    ]
+    with pytest.raises(DatasetError, match="v1/1.png"):
+        check(data)
+    data["images"][1]["file_name"] = "v2/2.png"
+    assert len(check(data).dataset["images"]) == 2
+
+
+def test_images_with_one_id_are_skipped_with_their_annotations(check):
+    data = good()
+    data["images"].append({**data["images"][1], "id": 1})
+    for evaluation in (False, True):
+        checked = check(data, evaluation=evaluation)
+        assert [image["id"] for image in checked.dataset["images"]] == [2]
+        assert [a["id"] for a in checked.dataset["annotations"]] == [3]
+        assert [issue.where for issue in checked.issues] == ["image 1", "image 1"]
+        assert all("2 annotations" in issue.action and "2.png" in issue.reason for issue in checked.issues)
+
+
+def test_texts_that_are_one_number_are_two_ids(check):
+    data = good()
+    data["images"][0]["id"], data["images"][1]["id"] = "1", "01"
+    for annotation, image_id in zip(data["annotations"], ("1", "01", "01"), strict=True):
+        annotation["image_id"] = image_id
+    checked = check(data)
+    names = {image["id"]: image["file_name"] for image in checked.dataset["images"]}
+    found = {names[a["image_id"]] for a in checked.dataset["annotations"][1:]}  # the third repeats the second
+    assert names[checked.dataset["annotations"][0]["image_id"]] == "1.png" and found == {"2.png"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["annotations"][0].update(segmentation=[[]]),
+        lambda data: data["annotations"][0].update(ignore=None),
+        lambda data: data["categories"][0].update(keypoints=["nose"]),
+    ],
+    ids=["empty mask", "ignore null", "no keypoints"],
+)
+def test_a_file_that_others_read_differently_is_not_copied(check, tmp_path, change):
+    data = {**good(), "info": {}}
+    assert check(data, need_masks=False).unchanged
+    change(data)
+    checked = check(data, need_masks=False)
+    assert not checked.unchanged and checked.issues == []
+    checked.save(tmp_path / "saved.json")
+    assert json.loads((tmp_path / "saved.json").read_text()) == checked.dataset
+
+
+def test_each_object_has_the_keypoints_of_the_first_class_that_has_them(check):
+    data = good()
+    data["categories"][1]["keypoints"] = ["nose", "tail"]
+    data["annotations"][1]["keypoints"] = [12, 13, 2, 20, 21, 1]
+    checked = check(data)
+    assert [a["keypoints"] for a in checked.dataset["annotations"]] == [[0] * 6, [12, 13, 2, 20, 21, 1], [0] * 6]
+
+
+def test_many_masks_in_one_box_are_fast_and_stay(check):
+    data = good()
+    first = data["annotations"][0]
+    data["annotations"] = [{**first, "id": n + 1, "segmentation": [[*POLYGON, 10 + n / 1000, 20]]} for n in range(6000)]
+    assert len(check(data).dataset["annotations"]) == 6000
 
 
 def random_annotation(rng):
