@@ -375,6 +375,28 @@ def test_voc_devkit_with_label_images_of_the_same_name(tmp_path):
         assert read(folder, images)[1]["images"][0]["file_name"] == name
 
 
+def test_voc_files_of_several_folders_have_the_images_beside_them(tmp_path):
+    for number, folder in enumerate(("a", "b"), start=1):
+        voc(tmp_path / folder / "annotations", "1.jpg", voc_object("cat", (number, 1, 9, 9)), image=False)
+        save_image(tmp_path / folder / "images/1.jpg")
+    _, data = read(tmp_path)
+    names = {image["id"]: image["file_name"] for image in data["images"]}
+    assert [(names[a["image_id"]], a["bbox"][0]) for a in data["annotations"]] == [
+        ("a/images/1.jpg", 0),
+        ("b/images/1.jpg", 1),
+    ]
+
+
+def test_a_voc_file_with_several_possible_images_is_listed(tmp_path):
+    voc(tmp_path / "xml", "1.jpg", voc_object("cat", (1, 1, 9, 9)), image=False)
+    voc(tmp_path / "xml", "2.jpg", voc_object("cat", (1, 1, 9, 9)), image=False)
+    for name in ("images/a/1.jpg", "images/b/1.jpg", "images/a/2.jpg"):
+        save_image(tmp_path / name)
+    checked, data = read(tmp_path / "xml", tmp_path / "images")
+    assert [image["file_name"] for image in data["images"]] == ["a/2.jpg"]
+    assert len(checked.issues) == 1 and "a/1.jpg, b/1.jpg" in checked.issues[0].reason
+
+
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
