@@ -187,7 +187,7 @@ def test_only_what_is_asked_for_is_built():
     [
         ({"mixers": ("conv",) * 3}, {}, "mixers"),
         ({"mixers": ("conv", "conv", "halo", ("halo",) * 5)}, {}, "expected 2 names for res5"),
-        ({"mixers": ("conv", "conv", "lambda", "halo")}, {}, "'lambda'"),
+        ({"mixers": ("conv", "conv", "lambad", "halo")}, {}, "'lambad'"),
         ({"depths": (1, 0, 1, 1)}, {}, "res3"),
         ({"bottleneck_ratio": 0.3}, {}, "bottleneck_ratio=0.3"),
         ({"num_heads": (2, 2, 3, 2)}, {}, "num_heads=3"),
@@ -200,7 +200,7 @@ def test_only_what_is_asked_for_is_built():
         ({}, {"drop_path_rate": 1.5}, "drop_path_rate=1.5"),
         ({}, {"out_features": ["res6"]}, "res6"),
         ({}, {"out_features": []}, "out_features"),
-        ({}, {"mixer_options": {"lambda": {}}}, "lambda"),
+        ({}, {"mixer_options": {"lambad": {}}}, "lambad"),
         ({}, {"mixer_options": {"conv": {"groups": 2}}}, "groups=2"),
     ],
 )
