@@ -201,6 +201,15 @@ def test_None_is_what_it_is_by_default(cfg):
         assert load_config("mask_rcnn_r50", [*CPU, key, "None"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("MODEL.BACKBONE.FREEZE_AT", -1), ("VIS_PERIOD", -1), ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", -1.0),
+     ("MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.1), ("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", -1)],
+)  # fmt: skip
+def test_what_detectron2_accepts_is_accepted(key, value):
+    assert load_config("mask_rcnn_r50", [*CPU, key, str(value)])
+
+
 def test_bf16_needs_no_gpu(cfg):
     assert load_config("mask_rcnn_halo_h0", [*CPU, "SOLVER.AMP.ENABLED", "True"]).SOLVER.AMP.PRECISION == "bf16"
 

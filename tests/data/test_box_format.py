@@ -117,6 +117,22 @@ def test_masks_in_fractions_are_converted_with_their_boxes(check):
     assert len(checked.issues) == 2 and all("20 of 20" in str(issue) for issue in checked.issues)
 
 
+def test_keypoints_are_converted_with_boxes_in_fractions(tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "1.png")
+    annotations = []
+    for number, (x, y, w, h) in enumerate(random_boxes(30), start=1):
+        box, point = [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT], [(x + 2) / WIDTH, (y + 1) / HEIGHT, 2]
+        annotations.append({"id": number, "image_id": 1, "category_id": 1, "bbox": box, "keypoints": point, "area": 9})
+    images = [{"id": 1, "file_name": "1.png", "width": WIDTH, "height": HEIGHT}]
+    categories = [{"id": 1, "name": "cat", "keypoints": ["nose"]}]
+    (tmp_path / "a.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    found = validate_coco(tmp_path / "a.json", tmp_path, need_masks=False).dataset["annotations"]
+    assert len(found) == 30
+    assert np.allclose([np.subtract(a["keypoints"][:2], a["bbox"][:2]) for a in found], [2, 1])
+
+
 def test_tiny_images_and_few_boxes_decide_nothing():
     assert find_box_format([([0, 0, 1, 1], None, 4, 4)] * 9) is None
     assert find_box_format([([0.1, 0.1, 0.5, 0.5], None, 400, 400)] * 3) is None

@@ -108,3 +108,12 @@ def test_an_evaluation_does_not_check_the_training_data():
 def test_an_unknown_evaluator_is_found_before_training():
     with pytest.raises(DatasetError, match="evaluator_type='own' is unknown"):
         message(MASK, [], {"evaluator_type": "own"})
+
+
+def test_proposal_files_may_be_urls():
+    opts = ["MODEL.LOAD_PROPOSALS", True, "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"]
+    urls = ("detectron2://proposals/none.pkl",)
+    files = ["DATASETS.PROPOSAL_FILES_TRAIN", urls, "DATASETS.PROPOSAL_FILES_TEST", urls]
+    assert message(MASK, [*opts, *files], {"thing_classes": THINGS}) == ""
+    files[1] = ("no/such/file.pkl",)
+    assert "no/such/file.pkl" in message(MASK, [*opts, *files], {"thing_classes": THINGS})
