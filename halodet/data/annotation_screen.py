@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from halodet.data.annotations import MIN_EXTENT, TOLERANCE
+from halodet.data.annotations import MIN_BOX, MIN_EXTENT, TOLERANCE
 from halodet.data.box_format import AGREE
 
 import numpy as np
@@ -66,7 +66,7 @@ def _compare(
         crowd: whether it is a crowd, (N,).
     """
     low, high = box[:, :2], box[:, :2] + box[:, 2:]
-    good = (box[:, 2:] > 0).all(1) & _inside(low, high, size)
+    good = (box[:, 2:] >= MIN_BOX).all(1) & _inside(low, high, size)
     counts = np.fromiter(map(len, masks), np.int64, len(masks))
     masked = np.flatnonzero(counts)
     if len(masked):

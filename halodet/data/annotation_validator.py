@@ -159,6 +159,8 @@ class AnnotationValidator:
                 clipped.clear()
         for issue in clipped:
             note(*issue)
+        if min(box[2:]) < checks.MIN_BOX:
+            self.log.count(where, f"have a box of less than {checks.MIN_BOX} pixels", "kept")
         if not is_number(area) or area <= 0 or changes:
             computed = "computed from the mask or box"
             if area is None:

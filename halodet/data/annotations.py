@@ -16,6 +16,7 @@ import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 TOLERANCE = 1.0  # pixels; COCO's own boxes and polygons leave the image by rounding
+MIN_BOX = 0.1  # pixels; a smaller box is reported
 MIN_EXTENT = 1e-3  # pixels; a polygon without extent in one direction is a line
 Note = Callable[[str, str], None]  # called with an issue of an annotation that is kept, and the action taken
 

@@ -174,6 +174,13 @@ def test_an_invalid_box_is_that_of_the_mask_if_there_is_a_valid_one(check, box):
     assert [issue.action for issue in checked.issues] == ["box taken from the mask", "skipped"]
 
 
+def test_boxes_of_a_hundredth_of_a_pixel_are_counted(check):
+    data = objects(*(([10 + n, 10, 0.01, 9], None) for n in range(3)), ([5, 5, 0.5, 0.5], None))
+    checked = check(data, need_masks=False)
+    assert kept_ids(checked) == [1, 2, 3, 4]
+    assert len(checked.issues) == 1 and "3 of 4 have a box of less than 0.1 pixels" in str(checked.issues[0])
+
+
 def test_boxes_of_rounded_masks_agree(check):
     tiny = [5.2, 5.2, 6.4, 5.2, 6.4, 6.4, 5.2, 6.4]
     assert check(objects(([5, 5, 2, 2], [tiny]), ([9, 9, 24, 24], [SQUARE]))).issues == []
