@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from halodet.data.bad_images import SKIPPED_KEY, BadImageReport, Skipped
+from halodet.data.coco_validator import COCO_MAX_DETECTIONS
 
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
@@ -20,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 
 _UNLIMITED = 10**6
-COCO_MAX_DETECTIONS = 100  # per image, in COCO's own metrics
 
 
 class RobustCOCOEvaluator(COCOEvaluator):
