@@ -9,6 +9,7 @@ from halodet.mixers.botnet import BoTNetMixer
 from halodet.mixers.conv import ConvMixer
 from halodet.mixers.elsa import ElsaMixer
 from halodet.mixers.external import ExternalAttention, ExternalMixer
+from halodet.mixers.focal import FocalMixer
 from halodet.mixers.halo import HaloMixer
 from halodet.mixers.key_only import KeyOnlyMixer
 from halodet.mixers.lambda_layer import LambdaMixer
@@ -23,6 +24,7 @@ __all__ = [
     "ElsaMixer",
     "ExternalAttention",
     "ExternalMixer",
+    "FocalMixer",
     "HaloMixer",
     "KeyOnlyMixer",
     "LambdaMixer",
