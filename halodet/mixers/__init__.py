@@ -14,6 +14,7 @@ from halodet.mixers.halo import HaloMixer
 from halodet.mixers.key_only import KeyOnlyMixer
 from halodet.mixers.lambda_layer import LambdaMixer
 from halodet.mixers.neighborhood import NeighborhoodMixer
+from halodet.mixers.plg import PlgMixer
 from halodet.mixers.registry import MIXERS, Mixer, MixerSpec, build_mixer, register_mixer
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Mixer",
     "MixerSpec",
     "NeighborhoodMixer",
+    "PlgMixer",
     "build_mixer",
     "register_mixer",
 ]

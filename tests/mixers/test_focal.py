@@ -92,6 +92,14 @@ def test_without_pooled_keys_it_is_halo_attention_bit_for_bit(stride):
     assert torch.equal(mixer(x), halo(x))
 
 
+def test_a_traced_graph_takes_maps_of_any_size():
+    mixer = make(6)
+    x = [torch.randn(1, 6, *size, dtype=torch.float64) for size in [(9, 13), (1, 1), (2, 8), (16, 15)]]
+    traced = torch.jit.trace(mixer, (x[0],), check_trace=False)
+    for image in x:
+        torch.testing.assert_close(traced(image), mixer(image))
+
+
 def test_gradients_are_those_of_finite_differences():
     mixer = make(3)
     x = torch.randn(2, 6, 4, 7, dtype=torch.float64, requires_grad=True)
