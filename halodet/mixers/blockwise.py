@@ -76,7 +76,11 @@ class BlockwiseMixer(Mixer):
         """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
         x = channels_last(x)
         parts = self.qkv(x).split((self.channels, self.channels, self.out_channels), 1)
-        q, k, v = (part.unflatten(1, (self.num_heads, -1)) for part in parts)
+        depths = (self.channels // self.num_heads,) * 2 + (self.out_channels // self.num_heads,)
+        q, k, v = (
+            part.view(x.shape[0], self.num_heads, depth, x.shape[2], x.shape[3])
+            for part, depth in zip(parts, depths, strict=True)
+        )
         window = self.block_size + max(self.halo_size)
         no_position = torch.zeros(2 * window - 1, q.shape[2], dtype=q.dtype, device=q.device)
         out = halo_attention(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from halodet.mixers.conv import ConvMixer
-from halodet.mixers.registry import MixerSpec, register_mixer
+from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _EPSILON = 1e-9  # of the sum over memory slots
 
 
-class ExternalAttention(nn.Module):
+class ExternalAttention(Mixer):
     """Attention of all pixels to a learned memory, added to the input.
 
     Each pixel is a weighted sum of ``slots`` learned values. The weights are normalized twice: by a softmax over the
@@ -33,12 +33,16 @@ class ExternalAttention(nn.Module):
         super().__init__()
         if slots < 1:
             raise ValueError(f"slots={slots} is invalid: expected at least 1")
+        self.out_channels = channels
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.memory_k = nn.Parameter(torch.empty(slots, channels))
         self.memory_v = nn.Parameter(torch.empty(slots, channels))
         self.proj_out = nn.Conv2d(channels, channels, 1, bias=False)
         self.norm = norm(channels)
         self.reset_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        return {"memory_k", "memory_v"}
 
     def reset_parameters(self) -> None:
         """Initialize; keys and values start as the same numbers, as in the original."""
@@ -90,9 +94,6 @@ class ExternalMixer(ConvMixer):
     def from_spec(cls, spec: MixerSpec) -> "ExternalMixer":
         options = spec.read_options(slots=64)
         return cls(spec.channels, stride=spec.stride, dilation=spec.dilation, norm=spec.norm, **options)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"attention.memory_k", "attention.memory_v"}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, channels, ceil(H / stride), ceil(W / stride))."""

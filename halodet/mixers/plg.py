@@ -1,8 +1,5 @@
 """Local and global attention in parallel, in the spirit of PLG-ViT."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from halodet.mixers.halo import HaloMixer, average_2x2, check_heads
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
@@ -35,7 +32,6 @@ class PlgMixer(Mixer):
     """
 
     is_attention = True
-    rel_pos_tables = tuple(f"local.{name}" for name in HaloMixer.rel_pos_tables)
 
     def __init__(
         self,
@@ -108,15 +104,6 @@ class PlgMixer(Mixer):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads} local and {self.num_heads} global, grid={self.grid_size}, stride={self.stride}"
-
-    def rel_pos_layout(self) -> dict[str, int]:
-        return self.local.rel_pos_layout()
-
-    def infer_rel_pos_layout(self, rows: int, metadata: Mapping[str, Any]) -> dict[str, int]:
-        return self.local.infer_rel_pos_layout(rows, metadata)
-
-    def resize_rel_pos(self, table: Tensor, layout: Mapping[str, int]) -> Tensor:
-        return self.local.resize_rel_pos(table, layout)
 
 
 def pool_grid(x: Tensor, grid_size: int) -> tuple[Tensor, Tensor]:

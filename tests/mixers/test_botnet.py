@@ -32,7 +32,7 @@ def reference(mixer, x, side_of):
 
     def row(table, offset, side):
         last = (table.shape[0] - 1) // 2
-        places = np.arange(-last, last + 1) * ((side - 1) / last if mixer.position == "interpolate" else 1.0)
+        places = np.arange(-last, last + 1) * ((side - 1) / max(last, 1) if mixer.position == "interpolate" else 1.0)
         return torch.tensor([np.interp(offset, places, column) for column in table.detach().numpy().T])
 
     out = torch.zeros(mixer.out_channels, height, width, dtype=x.dtype)

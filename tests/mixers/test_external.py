@@ -73,6 +73,6 @@ def test_memories_start_equal_and_get_no_weight_decay():
     mixer = ExternalMixer(6)
     memory_k, memory_v = mixer.attention.memory_k, mixer.attention.memory_v
     assert torch.equal(memory_k, memory_v) and memory_k.data_ptr() != memory_v.data_ptr()
-    assert mixer.no_weight_decay() == {"attention.memory_k", "attention.memory_v"}
+    assert mixer.attention.no_weight_decay() == {"memory_k", "memory_v"}
     with pytest.raises(ValueError, match="slots=0"):
         ExternalAttention(6, slots=0)

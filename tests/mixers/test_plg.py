@@ -112,12 +112,3 @@ def test_options_that_do_not_fit_are_named(options):
     (name, value), *_ = options.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         PlgMixer(8, 12, **{"num_heads": 4, **options})
-
-
-def test_position_tables_get_no_weight_decay_and_are_resized():
-    mixer, smaller = make(5), make(5, block_size=3)
-    assert mixer.no_weight_decay() == {"local.pos_embed.height_rel", "local.pos_embed.width_rel"}
-    table = smaller.local.pos_embed.height_rel
-    resized = mixer.resize_rel_pos(table, smaller.rel_pos_layout())
-    assert resized.shape == mixer.local.pos_embed.height_rel.shape
-    assert torch.equal(resized[6], table[5])  # offset 0: row window - 1 + halo
