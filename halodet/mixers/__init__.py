@@ -7,6 +7,7 @@ subclass :class:`Mixer` and decorate the class with :func:`register_mixer`; noth
 from halodet.mixers.blockwise import BlockwiseMixer
 from halodet.mixers.botnet import BoTNetMixer
 from halodet.mixers.conv import ConvMixer
+from halodet.mixers.csa import CsaMixer
 from halodet.mixers.elsa import ElsaMixer
 from halodet.mixers.external import ExternalAttention, ExternalMixer
 from halodet.mixers.focal import FocalMixer
@@ -16,12 +17,14 @@ from halodet.mixers.lambda_layer import LambdaMixer
 from halodet.mixers.neighborhood import NeighborhoodMixer
 from halodet.mixers.plg import PlgMixer
 from halodet.mixers.registry import MIXERS, Mixer, MixerSpec, build_mixer, register_mixer
+from halodet.mixers.slide import SlideMixer
 
 __all__ = [
     "MIXERS",
     "BlockwiseMixer",
     "BoTNetMixer",
     "ConvMixer",
+    "CsaMixer",
     "ElsaMixer",
     "ExternalAttention",
     "ExternalMixer",
@@ -33,6 +36,7 @@ __all__ = [
     "MixerSpec",
     "NeighborhoodMixer",
     "PlgMixer",
+    "SlideMixer",
     "build_mixer",
     "register_mixer",
 ]
