@@ -63,15 +63,12 @@ class CsaMixer(Mixer):
         weights = logits.reshape(-1, self.num_heads, _TAPS, _TAPS, rows, columns).softmax(
             3, dtype=torch.promote_types(x.dtype, torch.float32)
         )
-        # Every second pixel is a view; unfolding the patches would take a copy of 9 / 4 of the input.
-        padded = F.pad(x, (1, 1, 1, 1))
         values = torch.stack(
             [
-                F.conv2d(
-                    padded[..., tap // 3 : tap // 3 + 2 * rows - 1 : 2, tap % 3 : tap % 3 + 2 * columns - 1 : 2],
-                    self.values[:, :, tap // 3, tap % 3, None, None],
-                ).reshape(-1, self.num_heads, depth, rows, columns)
-                for tap in range(_TAPS)
+                F.conv2d(pixels, self.values[:, :, tap // 3, tap % 3, None, None]).reshape(
+                    -1, self.num_heads, depth, rows, columns
+                )
+                for tap, pixels in enumerate(_unfold(x, rows, columns))
             ],
             2,
         )
@@ -81,6 +78,18 @@ class CsaMixer(Mixer):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, stride={self.stride}"
+
+
+def _unfold(x: Tensor, rows: int, columns: int) -> list[Tensor]:
+    """Return, for each tap of 3x3 patches two pixels apart, its pixels (B, C, rows, columns) in all patches.
+
+    They are views of a copy of the map that is split by even and odd rows and columns. The gradient of a view of every
+    second pixel is a map of the full size for each tap, which takes longer.
+    """
+    padded = F.pad(x, (1, 2, 1, 2))[..., : 2 * rows + 2, : 2 * columns + 2]
+    parts = F.pixel_unshuffle(padded, 2).reshape(-1, x.shape[1], 2, 2, rows + 1, columns + 1)
+    taps = [divmod(tap, 3) for tap in range(_TAPS)]
+    return [parts[:, :, i % 2, j % 2, i // 2 : i // 2 + rows, j // 2 : j // 2 + columns] for i, j in taps]
 
 
 def _fold(patches: Tensor) -> Tensor:
