@@ -59,14 +59,14 @@ def attend_windows(
     query_height, query_width = (height - 1) // stride + 1, (width - 1) // stride + 1
     side, window_height, window_width = block // stride, top + block + bottom, left + block + right
     # Map coordinates of each block's queries (blocks, queries) and window keys (blocks, window), per direction.
-    query_y, key_y = _positions(rows, height, block, side, top, window_height, device)
-    query_x, key_x = _positions(columns, width, block, side, left, window_width, device)
+    query_y, key_y = block_positions(rows, height, block, side, top, window_height, device)
+    query_x, key_x = block_positions(columns, width, block, side, left, window_width, device)
     inside_y, inside_x = (key_y >= 0) & (key_y < height), (key_x >= 0) & (key_x < width)
 
     # Coordinates outside the map read its edge; those queries are cropped at the end, keys and values zeroed or masked.
-    queries = _gather(q, query_y.clamp(max=query_height - 1), query_x.clamp(max=query_width - 1))
+    queries = gather_blocks(q, query_y.clamp(max=query_height - 1), query_x.clamp(max=query_width - 1))
     key_y, key_x = key_y.clamp(0, height - 1), key_x.clamp(0, width - 1)
-    keys, values = _gather(k, key_y, key_x), _gather(v, key_y, key_x)
+    keys, values = gather_blocks(k, key_y, key_x), gather_blocks(v, key_y, key_x)
     if not mask:
         inside = (inside_y[:, None, :, None] & inside_x[None, :, None, :]).unsqueeze(-1)
         keys, values = keys * inside, values * inside
@@ -94,11 +94,11 @@ def attend_windows(
     out = out.reshape(q.shape[0], q.shape[1], rows, columns, side, side, v.shape[2])
     if not torch.jit.is_scripting():
         if least > 1:
-            return _crop_exported(out, query_height, query_width)
-    return _crop(out, query_height, query_width)
+            return crop_exported_blocks(out, query_height, query_width)
+    return crop_blocks(out, query_height, query_width)
 
 
-def _crop(out: Tensor, height: int, width: int) -> Tensor:
+def crop_blocks(out: Tensor, height: int, width: int) -> Tensor:
     """Order blocks (B, heads, rows, columns, h, w, d) as a map (B, heads, d, height, width) without their padding.
 
     A slice would bind an exported graph to maps that the block size does (or does not) divide; indexing by quotient and
@@ -109,8 +109,8 @@ def _crop(out: Tensor, height: int, width: int) -> Tensor:
     return out[:, :, y, x].permute(0, 1, 4, 2, 3)
 
 
-def _crop_exported(out: Tensor, height: int, width: int) -> Tensor:
-    """Crop as :func:`_crop` without tensors whose layout tells a map of one pixel from a larger one."""
+def crop_exported_blocks(out: Tensor, height: int, width: int) -> Tensor:
+    """Crop as :func:`crop_blocks` without tensors whose layout tells a map of one pixel from a larger one."""
     depth = out.shape[6]
     out = out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
     y, x = (torch.ones(depth, size, dtype=torch.int64, device=out.device).cumsum(1) - 1 for size in (height, width))
@@ -118,7 +118,7 @@ def _crop_exported(out: Tensor, height: int, width: int) -> Tensor:
     return out[:, :, channel, y.unsqueeze(2), x.unsqueeze(1)]
 
 
-def _positions(
+def block_positions(
     count: int, size: int, block: int, queries: int, before: int, window: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the coordinates of the queries (count, queries) and keys (count, window) of blocks in one direction."""
@@ -127,6 +127,6 @@ def _positions(
     return blocks * queries + torch.arange(queries, device=device), keys
 
 
-def _gather(x: Tensor, y: Tensor, x_positions: Tensor) -> Tensor:
+def gather_blocks(x: Tensor, y: Tensor, x_positions: Tensor) -> Tensor:
     """Gather (B, heads, d, H, W) at rows (rows, h) and columns (columns, w) as (B, heads, rows, columns, h, w, d)."""
     return x[:, :, :, y[:, None, :, None], x_positions[:, None, :]].permute(0, 1, 3, 4, 5, 6, 2)
