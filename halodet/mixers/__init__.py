@@ -14,6 +14,7 @@ from halodet.mixers.focal import FocalMixer
 from halodet.mixers.halo import HaloMixer
 from halodet.mixers.key_only import KeyOnlyMixer
 from halodet.mixers.lambda_layer import LambdaMixer
+from halodet.mixers.lesa import LesaMixer
 from halodet.mixers.neighborhood import NeighborhoodMixer
 from halodet.mixers.plg import PlgMixer
 from halodet.mixers.registry import MIXERS, Mixer, MixerSpec, build_mixer, register_mixer
@@ -32,6 +33,7 @@ __all__ = [
     "HaloMixer",
     "KeyOnlyMixer",
     "LambdaMixer",
+    "LesaMixer",
     "Mixer",
     "MixerSpec",
     "NeighborhoodMixer",

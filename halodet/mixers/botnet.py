@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from halodet.attention import halo_attention
 from halodet.mixers.halo import RelativePosition, average_2x2, check_backend, check_heads
+from halodet.mixers.memory import warn_memory
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.utils.exporting import channels_last, is_exporting
 
@@ -118,6 +119,9 @@ class BoTNetMixer(Mixer):
             interpolate_rel_pos(table, self.window or size, block, self.position)
             for table, size in ((self.pos_embed.height_rel, height), (self.pos_embed.width_rel, width))
         )
+        if self.backend == "unfold" and not self.window:  # other backends attend in chunks
+            logits = q.shape[0] * self.num_heads * block**4 * q.element_size()
+            warn_memory("mixer botnet with backend='unfold'", 3 * logits)  # of position, of both, and the weights
         out = halo_attention(
             q, k, v, rel_h, rel_w, block_size=block, halo_size=0, border="mask", backend=self.backend
         ).flatten(1, 2)
