@@ -53,6 +53,12 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser of Detectron2's flags for training and of halodet's."""
     parser = default_argument_parser()
     parser.description = description
+    add_training_arguments(parser)
+    return parser
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add halodet's flags for training to those of Detectron2."""
     parser.add_argument("--allow-pickle", action="store_true", help="read pickle files, which may run code")
     parser.add_argument(
         "--dist-timeout",
@@ -73,7 +79,6 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     data.add_argument(
         "--crowds-as-objects", action="store_true", help="treat annotations with iscrowd=1 as single objects"
     )
-    return parser
 
 
 def user_files(args: argparse.Namespace) -> tuple[str | None, ...]:
