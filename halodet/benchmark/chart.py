@@ -1,8 +1,9 @@
-"""Charts: bars of time ratios and curves of training metrics."""
+"""Charts: bars of time ratios or of means with their deviation, and curves of training metrics."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -49,6 +50,67 @@ def draw_ratios(
         axis.margins(x=0.12, y=0.01)
     axes[0][0].invert_yaxis()
     axes[0][-1].legend(loc="best", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Bar of :func:`draw_bars`.
+
+    Attributes:
+        group: bars of a group are adjacent and have one colour.
+        label: text beside the bar.
+        value: length of the bar; None for a missing one.
+        deviation: half of the length of the error bar; None for none.
+        highlighted: whether the bar has the full colour; others are pale.
+    """
+
+    group: str
+    label: str
+    value: float | None
+    deviation: float | None
+    highlighted: bool = True
+
+
+def draw_bars(panels: dict[str, list[Bar]], title: str, path: Path, xlabel: str) -> None:
+    """Draw panels of horizontal bars with error bars; the panels have the same rows.
+
+    Args:
+        panels: panel title -> bars, those of a group in succession.
+        title: figure title.
+        path: output file; its suffix selects the format.
+        xlabel: label of the x axis.
+    """
+    first = next(iter(panels.values()))
+    groups = list(dict.fromkeys(bar.group for bar in first))
+    several = len(first) > len(groups)
+    at = [row + 0.6 * groups.index(bar.group) * several for row, bar in enumerate(first)]
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(6.5 * len(panels), 1.4 + 0.34 * at[-1]),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (panel, bars) in zip(axes[0], panels.items(), strict=True):
+        for y, bar in zip(at, bars, strict=True):
+            if bar.value is None or not math.isfinite(bar.value):
+                axis.text(0, y, " no value", va="center", fontsize=7)
+                continue
+            colour, alpha = f"C{groups.index(bar.group) % 10}", 1.0 if bar.highlighted else 0.35
+            axis.barh(y, bar.value, 0.8, xerr=bar.deviation, color=colour, alpha=alpha, capsize=3)
+            end = bar.value + (bar.deviation or 0.0)
+            weight = "bold" if several and bar.highlighted else "normal"
+            axis.text(end, y, f"  {bar.value:.2f}", va="center", fontsize=7, fontweight=weight)
+        axis.set(title=panel, xlabel=xlabel, yticks=at, yticklabels=[bar.label for bar in bars])
+        axis.tick_params(axis="y", labelsize=7)
+        axis.margins(x=0.15, y=0.02)
+        axis.set_xlim(left=0)
+    axes[0][0].invert_yaxis()
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
