@@ -8,7 +8,7 @@
 
 Each run is tools/train_net.py with OUTPUT_DIR DIR/NAME[/VALUE]/seedN. The same command continues an interrupted
 comparison: finished runs are not repeated, others are resumed. A run that fails does not stop the others. Exit codes:
-0 done, 1 a run failed, 2 an invalid argument or config, 75 SIGTERM, 130 Ctrl-C.
+0 done, 1 a run failed, 2 an invalid argument or config, 74 a file cannot be written, 75 SIGTERM, 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -108,9 +108,9 @@ def draw_bars(panels: dict[str, list[Bar]], title: str, path: Path, xlabel: str)
             axis.text(end, y, f"  {bar.value:.2f}", va="center", fontsize=7, fontweight=weight)
         axis.set(title=panel, xlabel=xlabel, yticks=at, yticklabels=[bar.label for bar in bars])
         axis.tick_params(axis="y", labelsize=7)
-        axis.margins(x=0.15, y=0.02)
-        axis.set_xlim(left=0)
-    axes[0][0].invert_yaxis()
+        ends = [bar.value + (bar.deviation or 0.0) for bar in bars if bar.value is not None]
+        longest = max(filter(math.isfinite, ends), default=0.0)
+        axis.set(xlim=(0, 1.15 * longest or 1.0), ylim=(at[-1] + 0.6, -0.6))  # missing bars have no limits
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

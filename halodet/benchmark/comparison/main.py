@@ -27,7 +27,8 @@ from halodet.benchmark.comparison.report import (
 from halodet.benchmark.comparison.results import Result, read_result
 from halodet.benchmark.comparison.summary import group, summarize
 from halodet.benchmark.comparison.training import lock_folder, train
-from halodet.errors import HalodetError
+from halodet.engine.preemption import PREEMPTED
+from halodet.errors import CheckpointWriteError, HalodetError
 
 INTERRUPTED = 130  # exit code of a shell for Ctrl-C
 
@@ -52,9 +53,12 @@ def main(argv: list[str] | None, description: str, train_net: Path) -> int:
     except HalodetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
+        return CheckpointWriteError.exit_code
     except (KeyboardInterrupt, SystemExit) as stop:
         print("Interrupted. Run the same command again to continue: finished runs are not repeated.", flush=True)
-        return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+        return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
     finally:
         if lock is not None:
             os.close(lock)

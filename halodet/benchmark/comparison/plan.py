@@ -112,7 +112,7 @@ def _describe_file(path: Path) -> str:
 def folder_name(value: str) -> str:
     """Return a folder name for a config value: the value itself, or its letters and digits and a hash."""
     name = re.sub(r"[^\w.+-]+", "_", value).strip("_.")[:_MAX_FOLDER_NAME]
-    return name if name == value else f"{name}-{hashlib.sha256(value.encode()).hexdigest()[:6]}".lstrip("-")
+    return name if name and name == value else f"{name}-{hashlib.sha256(value.encode()).hexdigest()[:6]}".lstrip("-")
 
 
 def _named(configs: Sequence[Path], variants: Sequence[str]) -> dict[tuple[Path, str], str]:
