@@ -105,7 +105,7 @@ def test_finished_runs_are_not_repeated(tmp_path, capsys):
     assert compare(tmp_path, *VARIANTS) == 0
     table = (tmp_path / "table.md").read_text()
     assert compare(tmp_path, *VARIANTS) == 0 and len(starts(tmp_path)) == 4
-    assert "4 of them finished before" in capsys.readouterr().out
+    assert "4 run(s), 4 finished before" in capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == table
     assert compare(tmp_path, *VARIANTS, seeds=(1, 2, 3)) == 0 and len(starts(tmp_path)) == 6
 
@@ -205,7 +205,7 @@ def test_an_interrupted_comparison_continues(tmp_path, capsys):
     assert process.exitcode == 130 and "Run the same command again" in printed.read_text()
     assert (output / "hangs/seed1/last_checkpoint").exists() and not (output / "a").exists()
     assert compare(output, *flags, seeds=(1,)) == 0
-    assert "2 runs" in capsys.readouterr().out and len(starts(output)) == 3
+    assert "2 run(s), 0 finished" in capsys.readouterr().out and len(starts(output)) == 3
     hangs, _ = read_csv(output / "runs.csv")
     assert float(hangs["memory_mib"]) == 101, "what the resumed run repeats replaces what it had"
 

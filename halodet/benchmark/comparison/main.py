@@ -69,7 +69,7 @@ def train_all(runs: list[Run], args: argparse.Namespace, train_net: Path, lock: 
     """Train the runs that have not finished; print a line and write runs.csv after each of them."""
     results = [read_result(run) for run in runs]
     waiting = [index for index, result in enumerate(results) if result is None]
-    print(f"{len(runs)} runs in {args.output}, {len(runs) - len(waiting)} of them finished before", flush=True)
+    print(f"{args.output}: {len(runs)} run(s), {len(runs) - len(waiting)} finished before", flush=True)
     seconds: list[float] = []
     for index in waiting:
         start = time.monotonic()
