@@ -88,6 +88,8 @@ def halodet_defaults() -> CN:
     cfg.MODEL.HALONET.ACTIVATION = None
     # Keys outside the feature map: mask (excluded) or zero (zeros that take part, as in timm). None: the variant's.
     cfg.MODEL.HALONET.BORDER = None
+    # Slots of external attention at the end of each of the four stages; 0: none there. None: the variant's.
+    cfg.MODEL.HALONET.EXTERNAL_SLOTS = None
 
     # Attention networks of timm, built by build_halodet_timm_backbone and its FPN variants.
     cfg.MODEL.HALODET_TIMM = CN()

@@ -145,6 +145,9 @@ def _validate_detector(cfg: CfgNode, extended: bool) -> None:
     ):
         if len(get_value(cfg, key)) != length:
             raise invalid(key, get_value(cfg, key), f"{length} values, one for each {meaning}")
+    combined = model.META_ARCHITECTURE == "PanopticFPN" and model.PANOPTIC_FPN.COMBINE.ENABLED
+    if combined and not model.MASK_ON:
+        raise invalid("MODEL.MASK_ON", False, "True with MODEL.PANOPTIC_FPN.COMBINE.ENABLED")
     if any(len(weights) != 4 for weights in cascade.BBOX_REG_WEIGHTS):
         raise invalid("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", cascade.BBOX_REG_WEIGHTS, "tuples of 4 numbers")
 

@@ -213,7 +213,8 @@ class LesaMixer(Mixer):
 
     def _normalize(self, logits: Tensor, valid: Tensor | None) -> Tensor:
         """Normalize logits (B, 2 * heads, rows, columns, queries, keys); those that are not valid may become 0."""
-        if valid is None or not _computes_statistics(self.norm_logits):
+        # A meta tensor has a shape only; which pairs are valid is unknown, and nothing depends on it.
+        if valid is None or valid.is_meta or not _computes_statistics(self.norm_logits):
             return self.norm_logits(logits.flatten(2, 4)).view(logits.shape)
         index, flat = valid.flatten().nonzero().squeeze(1), logits.flatten(2)
         normalized = self.norm_logits(flat.index_select(2, index).unsqueeze(3)).squeeze(3)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from halodet.mixers import MIXERS, MixerSpec, build_mixer
+from halodet.mixers import MIXERS, ExternalAttention, MixerSpec, build_mixer
 from halodet.models.act_checkpoint import Stage, check_stages
 from halodet.models.variants import HaloNetVariant, get_variant
 from halodet.utils.exporting import channels_last
@@ -112,6 +112,18 @@ class Bottleneck(nn.Module):
         out = self.drop_path(self.se(self.conv3(out)))
         out += self.shortcut(x)
         return self.activation(out)
+
+
+class StageEnd(nn.Module):
+    """External attention on the output of a stage, followed by the activation."""
+
+    def __init__(self, channels: int, slots: int, *, norm: NormLayer, activation: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.attention = ExternalAttention(channels, slots=slots, norm=norm)
+        self.activation = activation(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.attention(x))
 
 
 class Head(nn.Module):
@@ -253,7 +265,7 @@ class HaloNet(nn.Module):
             width = variant.base_width * 2**s
             out_channels = _whole(width * variant.bottleneck_ratio, "bottleneck_ratio", variant)
             value_channels = _whole(width * variant.value_ratio, "value_ratio", variant)
-            blocks: list[Bottleneck] = []
+            blocks: list[nn.Module] = []
             stage_stride = 2 if s > 0 and 2 * stride <= output_stride else 1
             stage_dilation = 2 * dilation if s > 0 and stage_stride == 1 else dilation
             for mixer in mixers[s]:
@@ -279,6 +291,8 @@ class HaloNet(nn.Module):
                 blocks.append(block)
                 channels, stride, index = out_channels, stride * block_stride, index + 1
             dilation = stage_dilation
+            if variant.external_slots[s]:
+                blocks.append(StageEnd(channels, variant.external_slots[s], norm=norm_layer, activation=activation))
             self.add_module(STAGES[s], Stage(*blocks, use_act_checkpoint=STAGES[s] in use_act_checkpoint))
             self.feature_channels[STAGES[s]], self.feature_strides[STAGES[s]] = channels, stride
         if num_classes is not None:
@@ -322,7 +336,7 @@ class HaloNet(nn.Module):
 
 def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:
     """Return the names of the mixers of every block, by stage."""
-    for name in ("depths", "mixers", "num_heads"):
+    for name in ("depths", "mixers", "num_heads", "external_slots"):
         value = getattr(variant, name)
         if not isinstance(value, list | tuple) or len(value) != len(STAGES):
             raise ValueError(f"{name}={value!r} is invalid: expected {len(STAGES)} entries, one for each stage")

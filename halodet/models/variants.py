@@ -1,4 +1,5 @@
-"""Variants of HaloNet: H0 to H7, detection hybrids (ResNet-SE with attention in the last stage) and their baselines.
+"""Variants of HaloNet: H0 to H7, detection hybrids (ResNet-SE with attention in the last stage), their baselines, and
+ResNet-50 with each mixer.
 
 The columns of H0 to H7 (block size b, halo size h, value ratio r_v, bottleneck ratio r_b, blocks in stage 3 l3, final
 width d_f) are those of keras_cv_attention_models and give its parameter counts. The rows here are the detection form,
@@ -36,6 +37,7 @@ class HaloNetVariant:
         se_ratio: squeeze-excitation: hidden over output channels of a block; 0 for none.
         activation: ``"relu"`` or ``"silu"``.
         border: border of halo attention, ``"mask"`` or ``"zero"``.
+        external_slots: number of memory slots of an :class:`ExternalAttention` at the end of each stage; 0 for none.
     """
 
     depths: tuple[int, int, int, int]
@@ -51,6 +53,7 @@ class HaloNetVariant:
     se_ratio: float = 0.0
     activation: str = "relu"
     border: str = "mask"
+    external_slots: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 def _h(b: int, h: int, r_v: float, r_b: float, l3: int, d_f: int | None) -> HaloNetVariant:
@@ -61,6 +64,10 @@ def _h(b: int, h: int, r_v: float, r_b: float, l3: int, d_f: int | None) -> Halo
 
 def _se(depths: tuple[int, int, int, int], b: int, h: int, last: str) -> HaloNetVariant:
     return HaloNetVariant(depths, ("conv", "conv", "conv", last), block_size=b, halo_size=h, se_ratio=1 / 16)
+
+
+def _r50(res4: str | tuple[str, ...], res5: str | tuple[str, ...], **fields: Any) -> HaloNetVariant:
+    return HaloNetVariant(_R50, ("conv", "conv", res4, res5), **fields)
 
 
 _R50, _R101 = (3, 4, 6, 3), (3, 4, 23, 3)
@@ -81,6 +88,20 @@ VARIANTS: dict[str, HaloNetVariant] = {
     "R101-SE": _se(_R101, 8, 3, "conv"),
     "R101-SE-halo-b8h3": _se(_R101, 8, 3, "halo"),
     "R101-SE-halo-b32h3": _se(_R101, 32, 3, "halo"),
+    # A mixer in the last two stages, or where its authors place it in a ResNet.
+    "R50-blockwise": _r50("blockwise", "blockwise"),
+    "R50-botnet": _r50("conv", "botnet", num_heads=(4, 4, 4, 4)),
+    "R50-csa": _r50("csa", "csa"),
+    "R50-elsa": _r50("elsa", "elsa"),
+    "R50-external": _r50("conv", "conv", external_slots=(0, 0, 0, 64)),
+    "R50-focal": _r50("focal", "focal"),
+    "R50-halo": _r50("halo", "halo"),
+    "R50-key_only": _r50("key_only", "key_only"),
+    "R50-lambda": _r50("lambda", "lambda"),
+    "R50-lesa": _r50(("conv",) + ("lesa",) * 5, "lesa"),
+    "R50-neighborhood": _r50("neighborhood", "neighborhood"),
+    "R50-plg": _r50("plg", "plg"),
+    "R50-slide": _r50("slide", "slide"),
 }
 
 

@@ -4,6 +4,7 @@ import pickle
 import re
 
 from halodet.checkpoint import Checkpointer, ModelSpec, match, read_checkpoint
+from halodet.models import VARIANTS, HaloNet
 
 import pytest
 import torch
@@ -301,3 +302,19 @@ def test_timms_se_resnet_fills_squeeze_excitation_too():
     fill = found.sources["backbone.bottom_up.res3.2.se.fc1.weight"].make()
     assert torch.equal(fill, source.state_dict()["layer2.2.se.fc1.weight"])
     assert not found.missing and not any("does not provide" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("R50-") and "SE" not in name])
+def test_weights_fill_everything_but_the_operator(resnet, variant):
+    with torch.device("meta"):
+        model = HaloNet(variant)
+    found = match(ModelSpec.of(model), {"model": resnet.state_dict()})
+    filled = set(found.sources)
+    left = {name for name, _ in model.named_parameters()} - filled
+    # The norm after an operator belongs to it; external attention at the end of res5 is its block 3.
+    operator = re.compile(r"res[45]\.\d\.(mixer|norm2)\.|res5\.3\.")
+    assert left and all(operator.match(name) for name in left), left
+    assert not found.unexpected and not found.mismatched
+    theirs = resnet.state_dict()
+    assert torch.equal(found.sources["res5.2.conv3.conv.weight"].make(), theirs["layer4.2.conv3.weight"])
+    assert {"stem.conv1.conv.weight", "res3.3.mixer.conv.weight", "res5.0.shortcut.norm.running_var"} <= filled

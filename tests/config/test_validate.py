@@ -121,6 +121,7 @@ def test_a_value_out_of_range_names_its_key(cfg, key, value):
         (["INPUT.LSJ.ENABLED", "True", "INPUT.CROP.ENABLED", "True"], "INPUT.CROP.ENABLED"),
         (["INPUT.COPY_PASTE.ENABLED", "True", "MODEL.MASK_ON", "False"], "MODEL.MASK_ON"),
         (["INPUT.COPY_PASTE.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON"),
+        (["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.MASK_ON", "False"], "MODEL.MASK_ON"),
         (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "fp16"], "SOLVER.AMP.PRECISION"),
         (
             ["SOLVER.REFERENCE_IMS_PER_BATCH", "16", "SOLVER.REFERENCE_WORLD_SIZE", "8"],

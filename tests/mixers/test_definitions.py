@@ -12,13 +12,16 @@ import torch
 from mixers import (
     test_blockwise,
     test_botnet,
+    test_csa,
     test_elsa,
     test_external,
     test_focal,
     test_key_only,
     test_lambda_layer,
+    test_lesa,
     test_neighborhood,
     test_plg,
+    test_slide,
 )
 
 COUNT = int(os.environ.get("HALODET_OPERATOR_SETTINGS", "3"))
@@ -92,6 +95,7 @@ CASES = {
         },
         5,
     ),
+    "csa": (test_csa.make, test_csa.reference, lambda rng: {"num_heads": rng.choice((1, 2, 4))}, 8),
     "elsa": (
         test_elsa.make,
         test_elsa.reference,
@@ -142,6 +146,18 @@ CASES = {
         lambda rng: {**odd(rng), "key_channels": rng.randint(1, 5)},
         7,
     ),
+    "lesa": (
+        lambda seed, **options: test_lesa.make(seed, **options).eval(),
+        test_lesa.reference,
+        lambda rng: {
+            "num_heads": rng.choice((1, 2)),
+            "binary": rng.choice(("halo", "global")),
+            "block_size": rng.randint(1, 5),
+            "halo_size": rng.randint(0, 3),
+            "table_size": rng.choice((None, 1, 4)),
+        },
+        7,
+    ),
     "neighborhood": (
         test_neighborhood.make,
         test_neighborhood.reference,
@@ -160,6 +176,12 @@ CASES = {
         },
         10,
     ),
+    "slide": (
+        test_slide.make,
+        test_slide.reference,
+        lambda rng: {**odd(rng, 1, 3, 5), "bias_on": rng.choice(("logits", "keys"))},
+        6,
+    ),
 }
 
 
@@ -176,7 +198,7 @@ def largest_difference(name):
         rng = random.Random(seed)
         setting, size = options(rng), (rng.randint(1, side), rng.randint(1, side))
         mixer = make(seed, **setting)
-        x = torch.randn(1, 8 if name == "plg" else 6, *size, dtype=torch.float64)
+        x = torch.randn(1, 8 if name in ("lesa", "plg") else 6, *size, dtype=torch.float64)
         with torch.no_grad():
             actual, expected = mixer(x), reference(mixer, x)
         assert actual.shape == expected.shape and expected.abs().max() > 0

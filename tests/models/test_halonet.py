@@ -109,7 +109,8 @@ def test_any_size(size, border):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_runs_at_a_size_no_block_divides(name):
-    model = randomize(HaloNet(dataclasses.replace(VARIANTS[name], depths=(1, 1, 2, 2)))).eval()
+    mixers = tuple(m if isinstance(m, str) else m[:2] for m in VARIANTS[name].mixers)
+    model = randomize(HaloNet(dataclasses.replace(VARIANTS[name], depths=(1, 1, 2, 2), mixers=mixers))).eval()
     with torch.no_grad():
         maps = model(torch.randn(1, 3, 70, 101))
     assert all(torch.isfinite(x).all() and x.std() > 0 for x in maps.values())
@@ -298,3 +299,21 @@ def test_attention_keeps_its_resolution_at_a_smaller_output_stride(stride):
     assert model.state_dict().keys() == HaloNet(SMALL).state_dict().keys()
     with pytest.raises(ValueError, match="output_stride=4"):
         HaloNet(SMALL, output_stride=4)
+
+
+def test_external_attention_at_the_end_of_a_stage():
+    variant = dataclasses.replace(SMALL, external_slots=(0, 0, 0, 5))
+    model, plain = randomize(HaloNet(variant)).eval(), HaloNet(SMALL).eval()
+    end = SMALL.depths[3]
+    extra = {key for key in model.state_dict() if key.startswith(f"res5.{end}.")}
+    assert set(model.state_dict()) - set(plain.state_dict()) == extra and extra
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key not in extra})
+    x = torch.randn(2, 3, 70, 101)
+    with torch.no_grad():
+        ours, theirs = model(x), plain(x)
+        assert torch.equal(ours["res4"], theirs["res4"])
+        expected = model.res5[end].attention(theirs["res5"]).relu()
+    torch.testing.assert_close(ours["res5"], expected)
+    assert not torch.equal(ours["res5"], theirs["res5"])
+    with pytest.raises(ValueError, match="external_slots"):
+        HaloNet(dataclasses.replace(SMALL, external_slots=(0, 0)))
