@@ -4,8 +4,8 @@
     python tools/draw_operators.py                          # one image for each mixer in docs/operators
     python tools/draw_operators.py halo elsa --output /tmp
 
-For one pixel (outlined), the color of each pixel is the size of the derivative of its output, averaged over channels
-and random inputs and weights, on a logarithmic scale; white pixels have none.
+For one pixel (outlined), the color of each pixel is the size of the derivative of its output, averaged over random
+inputs and weights, on a logarithmic scale over four powers of ten; white pixels have none.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SIDE, PIXEL = 24, (10, 13)
 OPTIONS = {"blockwise": {"block_size": 8, "halo_size": 4}}  # the defaults would cover the map
 
 
-def influence(name: str, *, side: int = SIDE, pixel: tuple[int, int] = PIXEL, samples: int = 8) -> Tensor:
-    """Return the mean absolute derivative (side, side) of the output at ``pixel`` by each pixel of the input."""
+def influence(name: str, *, side: int = SIDE, pixel: tuple[int, int] = PIXEL, samples: int = 16) -> Tensor:
+    """Return the size of the derivative of the output at ``pixel`` by each pixel, (side, side), at most 1."""
     total = torch.zeros(side, side, dtype=torch.float64)
     for seed in range(samples):
         torch.manual_seed(seed)
@@ -32,9 +32,8 @@ def influence(name: str, *, side: int = SIDE, pixel: tuple[int, int] = PIXEL, sa
         mixer = build_mixer(name, spec).double().eval()
         x = torch.randn(1, 16, side, side, dtype=torch.float64, requires_grad=True)
         out = mixer(x)[0, :, pixel[0], pixel[1]]
-        for channel in out[:4]:
-            (gradient,) = torch.autograd.grad(channel, x, retain_graph=True)
-            total += gradient[0].abs().sum(0)
+        (gradient,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), x)
+        total += gradient[0].abs().sum(0)
     return total / total.max()
 
 
