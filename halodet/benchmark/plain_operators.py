@@ -16,7 +16,7 @@ from halodet.mixers.external import ExternalMixer
 from halodet.mixers.halo import HaloMixer
 from halodet.mixers.key_only import KeyOnlyMixer
 from halodet.mixers.lambda_layer import LambdaMixer
-from halodet.mixers.neighborhood import NeighborhoodMixer, neighbours
+from halodet.mixers.neighborhood import NeighborhoodMixer
 from halodet.mixers.registry import Mixer
 
 import torch
@@ -140,6 +140,28 @@ def neighborhood(mixer: NeighborhoodMixer, x: Tensor) -> Tensor:
     logits = torch.einsum("bndyx,bndyxij->bnyxij", q * q.shape[2] ** -0.5, k[near]) + bias
     weights = logits.flatten(-2).softmax(-1).unflatten(-1, logits.shape[-2:])
     return torch.einsum("bnyxij,bndyxij->bndyx", weights, v[near]).flatten(1, 2)
+
+
+def neighbours(size: int, kernel_size: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the neighbourhood of each place on a line, and the row of the bias table for each neighbour.
+
+    Args:
+        size: number of places.
+        kernel_size: number of neighbours, odd; fewer on a line with fewer places.
+        dilation: distance of neighbours; smaller on a line of fewer than ``kernel_size * dilation`` places.
+        device: device of the result.
+
+    Returns:
+        Places (size, k) and rows (size, k), where row ``kernel_size - 1`` is that of the place itself.
+    """
+    dilation = max(1, min(dilation, size // kernel_size))
+    count = min(kernel_size, size)
+    place = torch.arange(size, device=device)
+    remainder, index = place % dilation, place // dilation
+    last = (size - 1 - remainder) // dilation + 1 - count  # first index of the last neighbourhood
+    first = torch.minimum((index - kernel_size // 2).clamp(min=0), last)
+    indices = first[:, None] + torch.arange(count, device=device)
+    return indices * dilation + remainder[:, None], indices - index[:, None] + kernel_size - 1
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,7 @@
 """NeighborhoodMixer against its definition, and its identities inside the map and on small ones."""
 
 from halodet.mixers import NeighborhoodMixer
-from halodet.mixers.neighborhood import neighbours
+from halodet.mixers.neighborhood import partition
 
 import pytest
 import torch
@@ -71,14 +71,17 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_each_place_has_as_many_neighbours_and_is_one_of_them(dilation):
-    for size in range(1, 30):
-        found, rows = neighbours(size, 5, dilation, torch.device("cpu"))
-        assert found.shape == rows.shape == (size, min(5, size))
-        assert found.min() == 0 and found.max() == size - 1
-        assert all(len(set(row)) == len(row) and place in row for place, row in enumerate(found.tolist()))
-        assert (rows >= 0).all() and (rows <= 8).all()
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [3, 5, 19])
+def test_blocks_cover_each_place_and_its_neighbours(dilation, kernel):
+    for size in range(1, 60):
+        blocks = partition(size, kernel, dilation, torch.device("cpu"))
+        assert torch.equal(blocks.queries.flatten()[blocks.places], torch.arange(size))
+        for at in range(size):
+            block, query = divmod(blocks.places[at].item(), blocks.queries.shape[1])
+            found = blocks.keys[block][blocks.mask[block, query] == 0].tolist()
+            assert found == places(at, size, kernel, dilation)
+        assert blocks.mask.isfinite().any(-1).all()  # a softmax of padding is finite
 
 
 def test_inside_the_map_it_is_attention_to_the_unfolded_pixels():
