@@ -3,12 +3,19 @@
 
     python tools/benchmark_attention.py                         # feature maps of 800×1333 and 1024×1024 images, batch 1
     python tools/benchmark_attention.py --batch 1 2 8 --device cuda --dtype bfloat16
+    python tools/benchmark_attention.py --operators --memory    # all mixers on feature maps of an 800×1333 image
+    python tools/benchmark_attention.py --operators elsa halo --stride 16
 
 Every layer is timed with its projections, forward and forward+backward, all in turns in one process. Times are medians,
 ratios (time / time of halodet) medians over rounds. Layers that need a multiple of the block size get a padded map.
 On a GPU the times are those of CUDA graph replays, which exclude what Python takes to launch kernels; a layer that
 cannot be captured is marked. Peak memory is that of one call, with its gradients, beyond weights and input. Exit code 1
 if a case failed with halodet.
+
+With --operators, all mixers are timed instead, each beside the straightforward form of its paper with the same weights,
+a lower bound, and a 3×3 convolution. Multiply-adds are those of the definition. The lower bound is the time of the
+mixer's matrix products, convolutions and softmax alone and of one multiply-add per tap; for training three times that.
+Forms that would need a tensor of more than 1 GiB are skipped.
 """
 
 from __future__ import annotations
@@ -29,6 +36,14 @@ from halodet.benchmark.attention import (
     make_cases,
 )
 from halodet.benchmark.measure import compare, geometric_mean, keep_freed_memory
+from halodet.benchmark.operators import (
+    FORMS,
+    failed_with_halodet,
+    measure_operator,
+    operator_cases,
+    operator_names,
+    operator_table,
+)
 from halodet.benchmark.peak_memory import peak_memory
 from halodet.benchmark.report import (
     add_common_arguments,
@@ -47,8 +62,10 @@ from tabulate import tabulate
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", type=int_tuple("x", 1, 1), default=[(800, 1333), (1024, 1024)],
-                        metavar="HxW", help="image sizes (default: 800x1333 1024x1024)")  # fmt: skip
+    parser.add_argument("--operators", nargs="*", choices=operator_names(), metavar="NAME",
+                        help=f"compare mixers (default: all): {', '.join(operator_names())}")  # fmt: skip
+    parser.add_argument("--size", nargs="+", type=int_tuple("x", 1, 1), metavar="HxW",
+                        help="image sizes (default: 800x1333 1024x1024; with --operators 800x1333)")  # fmt: skip
     parser.add_argument("--stride", nargs="+", type=int, default=list(CHANNELS), choices=CHANNELS,
                         help="strides of the feature maps (default: 8 16 32)")  # fmt: skip
     parser.add_argument("--map", nargs="+", type=int_tuple("x", 8, 1, 1), metavar="CxHxW",
@@ -63,6 +80,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add_common_arguments(parser, "output/benchmark_attention")
     args = parser.parse_args(argv)
+    if args.operators is not None:
+        for name in ("block", "implementations", "border", "backend"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"argument --{name}: not allowed with argument --operators")
+    args.size = args.size or [(800, 1333), (1024, 1024)][: 1 if args.operators is not None else 2]
     if args.map and any(size[0] % 8 for size in args.map):
         parser.error("argument --map: expected a number of channels divisible by 8")
     on_gpu = args.device.type == "cuda"
@@ -102,9 +124,34 @@ def make_table(results: dict[str, dict], names: list[str]) -> str:
     return "\n\n".join([tabulate(rows, ["batch×C×H×W", "", *names], tablefmt="github"), *errors])
 
 
+def compare_operators(args: argparse.Namespace) -> int:
+    """Run the mode --operators; return the exit code."""
+    maps = args.map or [(c.channels, c.height, c.width) for c in make_cases(args.size, args.stride, [1], [(1, 0)])]
+    cases = list(operator_cases(args.operators or operator_names(), args.batch, maps))
+    timing = describe_timing(args.device, args.rounds, use_graph=True)
+    title = f"{describe_machine(args.device)}, {args.dtype}, {timing}"
+    print(title)
+    results: dict[str, dict] = {}
+    for i, case in enumerate(cases, 1):
+        results[str(case)] = result = measure_operator(
+            case, rounds=args.rounds, memory=args.memory, device=args.device, dtype=args.dtype
+        )
+        save_results(args.output, title, results)
+        figures = (f"{mode} {form} {format_figures(f)}" for mode in MODES for form, f in result[mode].items())
+        print(f"{i}/{len(cases)} {case}: {'; '.join(figures)}", flush=True)
+    panels = {
+        mode: (list(results), {f: [r[mode].get(f, {}).get("ratio") for r in results.values()] for f in FORMS})
+        for mode in MODES
+    }
+    write_report(args.output, title, operator_table(results, cases), panels, "halodet")
+    return int(any(failed_with_halodet(r) for r in results.values()))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     keep_freed_memory()
+    if args.operators is not None:
+        return compare_operators(args)
     cases = make_cases(args.size, args.stride, args.batch, args.block)
     if args.map:
         cases = [Case(batch, *size, *block) for batch in args.batch for size in args.map for block in args.block]

@@ -168,6 +168,11 @@ def build_call(
     layer = build_layer(name, case, border, backend).to(device, dtype)
     size = (case.batch, case.channels, case.height, case.width)
     x, grad = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    return call_layer(layer, x, grad, mode)
+
+
+def call_layer(layer: nn.Module, x: Tensor, grad: Tensor, mode: str) -> Callable[[], Tensor]:
+    """Return a call of a layer, in the mode ``"forward+backward"`` also of its backward with ``grad``."""
     return partial(_forward, layer, x) if mode == "forward" else partial(_train, layer, x.requires_grad_(), grad)
 
 

@@ -91,8 +91,9 @@ def describe_timing(device: torch.device, rounds: int, use_graph: bool) -> str:
 
 def format_figures(figures: dict[str, Any]) -> str:
     """Format time, ratio and memory of one implementation for a table cell."""
-    if "failed" in figures:
-        return "failed"
+    for state in ("failed", "skipped"):
+        if state in figures:
+            return state
     # Attention on small maps takes microseconds on a GPU.
     digits = 3 if figures.get("ms", 1.0) < 1 else 1
     time = f"{figures['ms']:.{digits}f} ms" if "ms" in figures else ""
