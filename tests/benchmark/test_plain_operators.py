@@ -9,6 +9,9 @@ import torch
 OPTIONS = {
     "blockwise": [{"block_size": 4, "halo_size": 2}, {"block_size": 3, "halo_size": 4, "mirrored": True}],
     "botnet": [{}, {"position": "offset"}],
+    "focal": [{"block_size": 4}, {"block_size": 3, "focal_window": 0}],
+    "lesa": [{}, {"binary": "global"}, {"binary": "global", "table_size": 3, "num_heads": 1}],
+    "slide": [{}, {"bias_on": "keys", "kernel_size": 5}],
     "elsa": [{}, {"multiply": True, "dilation": 2, "kernel_size": 3}, {"add": False}],
     "key_only": [{}, {"scope": "local", "gate": "value"}, {"scope": "global", "gate": "sigmoid", "kernel_size": 3}],
     "neighborhood": [{}, {"dilation": 2, "kernel_size": 3}],
