@@ -2,6 +2,7 @@
 
 from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
+from halodet.mixers.tap_sum import sum_taps
 
 import torch
 import torch.nn.functional as F
@@ -93,32 +94,32 @@ class ElsaMixer(Mixer):
         """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride))."""
         q, k, v = self.qkv(x).split((self.qk_channels, self.qk_channels, self.out_channels), 1)
         logits = self.logits(F.gelu(self.products(q * k)))
-        weights = logits.unflatten(1, (self.num_heads, -1)).softmax(
-            2, dtype=torch.promote_types(x.dtype, torch.float32)
-        )
-        out = self._weighted_sum(weights.to(v.dtype), v)
+        # Not unflatten, after which an ONNX exporter takes the height and width for constants.
+        shape = (x.shape[0], self.num_heads, -1, *x.shape[2:])
+        weights = logits.reshape(shape).softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
+        weights, heads = weights.to(v.dtype), v.reshape(shape)
+        if self.ghost_multiply is None:
+            out = sum_taps(weights, heads, self.kernel_size, self.dilation)
+        else:
+            out = self._multiplied_sum(weights, heads, self.ghost_multiply)
+        out = out.flatten(1, 2)
         if self.ghost_add is not None:
             kernel = self.ghost_add.to(v.dtype).view(-1, 1, self.kernel_size, self.kernel_size)
             padding = self.dilation * (self.kernel_size // 2)
             out = out + F.conv2d(v, kernel, None, 1, padding, self.dilation, self.out_channels)
         return average_2x2(out) if self.stride == 2 else out
 
-    def _weighted_sum(self, weights: Tensor, values: Tensor) -> Tensor:
-        """Sum values (B, C, H, W) over the neighbourhood with weights (B, heads, taps, H, W), one tap at a time.
-
-        Unfolding the values would take as many times their memory as there are taps.
-        """
+    def _multiplied_sum(self, weights: Tensor, values: Tensor, ghost: Tensor) -> Tensor:
+        """Sum as :func:`sum_taps`, with weights that are multiplied by ``ghost`` (C, taps) for each channel."""
         height, width = values.shape[-2:]
-        padding = self.dilation * (self.kernel_size // 2)
-        padded = F.pad(values, (padding,) * 4).unflatten(1, (self.num_heads, -1))
-        out = torch.zeros_like(values).unflatten(1, (self.num_heads, -1))
+        padded = F.pad(values, (self.dilation * (self.kernel_size // 2),) * 4)
+        out = torch.zeros_like(values)
         for tap in range(self.kernel_size**2):
             top, left = self.dilation * (tap // self.kernel_size), self.dilation * (tap % self.kernel_size)
             part = padded[..., top : top + height, left : left + width]
-            if self.ghost_multiply is not None:
-                part = part * self.ghost_multiply[:, tap].to(values.dtype).view(self.num_heads, -1, 1, 1)
+            part = part * ghost[:, tap].to(values.dtype).view(self.num_heads, -1, 1, 1)
             out = out + weights[:, :, tap].unsqueeze(2) * part
-        return out.flatten(1, 2)
+        return out
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kernel={self.kernel_size}, dilation={self.dilation}, stride={self.stride}"

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
+from halodet.mixers.tap_sum import sum_taps
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -89,19 +89,14 @@ class LambdaMixer(Mixer):
         return average_2x2(out) if self.stride == 2 else out
 
     def _sum_neighbours(self, q: Tensor, v: Tensor) -> Tensor:
-        """Sum values (B, d, H, W) over the neighbourhood with weights of the queries (B, heads, k, H, W), tap by tap.
+        """Sum values (B, d, H, W) over the neighbourhood with weights of the queries (B, heads, k, H, W).
 
         A convolution of all values with each of the k filters would take k * d numbers per pixel.
         """
-        height, width = v.shape[-2:]
-        reach = self.kernel_size // 2
         filters = self.conv_lambda.weight.to(q.dtype).flatten(1)
-        padded, out = F.pad(v, (reach,) * 4), torch.zeros_like(v).unsqueeze(1)
-        for tap in range(self.kernel_size**2):
-            top, left = tap // self.kernel_size, tap % self.kernel_size
-            weight = torch.einsum("bhkyx,k->bhyx", q, filters[:, tap]).unsqueeze(2)
-            out = out + weight * padded[:, None, :, top : top + height, left : left + width]
-        return out
+        # Not unflatten, after which an ONNX exporter takes the height and width for constants.
+        weights = torch.matmul(filters.t(), q.flatten(3)).reshape(*q.shape[:2], -1, *v.shape[2:])
+        return sum_taps(weights, v.unsqueeze(1), self.kernel_size)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kernel={self.kernel_size}, stride={self.stride}"
