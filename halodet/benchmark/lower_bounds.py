@@ -6,18 +6,25 @@ of one fused multiply-add per tap of its sums over a neighbourhood. It has no co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-from halodet.mixers import Mixer
-from halodet.mixers.blockwise import BlockwiseMixer
-from halodet.mixers.botnet import BoTNetMixer
-from halodet.mixers.elsa import ElsaMixer
-from halodet.mixers.external import ExternalMixer
-from halodet.mixers.halo import HaloMixer
-from halodet.mixers.key_only import KeyOnlyMixer
-from halodet.mixers.lambda_layer import LambdaMixer
-from halodet.mixers.neighborhood import NeighborhoodMixer, partition
+from halodet.mixers import (
+    BlockwiseMixer,
+    BoTNetMixer,
+    CsaMixer,
+    ElsaMixer,
+    ExternalMixer,
+    FocalMixer,
+    HaloMixer,
+    KeyOnlyMixer,
+    LambdaMixer,
+    LesaMixer,
+    Mixer,
+    NeighborhoodMixer,
+    PlgMixer,
+    SlideMixer,
+)
+from halodet.mixers.neighborhood import partition
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +93,12 @@ class LowerBound:
         )
         return self._repeat(count * self.pixels / length, lambda: torch.addcmul(out, weights, values, out=out))
 
+    def box(self, channels: int, kernel_size: int) -> LowerBound:
+        """Add sums over the rows, then over the columns of a neighbourhood, in the format in which they are fastest."""
+        x = self._random(self.x.shape[0], *self.x.shape[2:], channels).permute(0, 3, 1, 2)
+        rows, columns = ((kernel_size, 1), 1, (kernel_size // 2, 0)), ((1, kernel_size), 1, (0, kernel_size // 2))
+        return self._repeat(1, lambda: F.avg_pool2d(F.avg_pool2d(x, *rows), *columns))
+
     def attention(self, heads: int, pairs: int, block: int, window: int, qk_depth: int, depth: int) -> LowerBound:
         """Add attention of ``pairs`` of query and key per head, in blocks of ``block`` queries and ``window`` keys."""
         count = heads * pairs / (block * window)
@@ -122,12 +135,42 @@ def _halo(mixer: HaloMixer, x: Tensor) -> LowerBound:
     return bound.products(1, bound.pixels * mixer.num_heads, mixer.depth, rows)
 
 
+def _focal(mixer: FocalMixer, x: Tensor) -> LowerBound:
+    block, pooled = mixer.block_size, mixer.focal_window**2
+    blocks = x.shape[0] * (-(-x.shape[2] // block)) * (-(-x.shape[3] // block))
+    depths = mixer.depth, mixer.value_depth
+    return _halo(mixer, x).attention(mixer.num_heads, blocks * block**2 * pooled, block**2, max(1, pooled), *depths)
+
+
+def _plg(mixer: PlgMixer, x: Tensor) -> LowerBound:
+    bound, heads, cells = (
+        _halo(mixer.local, x).projection(x.shape[1], mixer.qk_channels),
+        mixer.num_heads,
+        mixer.grid_size**2,
+    )
+    depths = mixer.qk_channels // heads, mixer.out_channels // 2 // heads
+    return bound.attention(heads, bound.pixels * cells, 64, cells, *depths)
+
+
+def _lesa(mixer: LesaMixer, x: Tensor) -> LowerBound:
+    (batch, channels, height, width), heads, outputs = x.shape, mixer.num_heads, mixer.out_channels
+    block, halo, sizes = mixer.block_size, mixer.halo_size, (height, width)
+    if mixer.binary == "halo":
+        pairs = _pairs(height, block, halo, halo) * _pairs(width, block, halo, halo)
+        sizes = (2 * block + halo,) * 2
+        shape = block**2, (block + 2 * halo) ** 2
+    else:
+        pairs, shape = (height * width) ** 2, (64, height * width)
+    bound = LowerBound(x).convolution(mixer.unary.get_submodule("0")).projection(channels, channels + 2 * outputs)
+    bound.attention(heads, batch * pairs, *shape, mixer.depth, mixer.value_depth)
+    return bound.products(1, bound.pixels * heads, mixer.depth, sum(sizes)).projection(3 * outputs, outputs)
+
+
 def _botnet(mixer: BoTNetMixer, x: Tensor) -> LowerBound:
     batch, channels, height, width = x.shape
     size, heads = height * width, mixer.num_heads
     bound = LowerBound(x).projection(channels, mixer.qkv.out_channels)
-    rows = math.gcd(size, 64)
-    bound.attention(heads, batch * size**2, rows, size, mixer.depth, mixer.out_channels // heads)
+    bound.attention(heads, batch * size**2, 64, size, mixer.depth, mixer.out_channels // heads)
     return bound.products(1, bound.pixels * heads, mixer.depth, height + width)
 
 
@@ -148,8 +191,7 @@ def _external(mixer: ExternalMixer, x: Tensor) -> LowerBound:
 def _key_only(mixer: KeyOnlyMixer, x: Tensor) -> LowerBound:
     heads, depth = mixer.num_heads, mixer.out_channels // mixer.num_heads
     bound = LowerBound(x).projection(x.shape[1], mixer.kv.out_channels)
-    # Sums over the rows, then over the columns of a neighbourhood.
-    return bound.taps(2 * mixer.kernel_size if mixer.scope != "global" else 1, heads, depth)
+    return bound.taps(1, heads, depth) if mixer.scope == "global" else bound.box(mixer.out_channels, mixer.kernel_size)
 
 
 def _lambda(mixer: LambdaMixer, x: Tensor) -> LowerBound:
@@ -168,13 +210,35 @@ def _neighborhood(mixer: NeighborhoodMixer, x: Tensor) -> LowerBound:
     return bound.attention(heads, pairs, block, window, mixer.channels // heads, mixer.out_channels // heads)
 
 
+def _slide(mixer: SlideMixer, x: Tensor) -> LowerBound:
+    heads, taps = mixer.num_heads, mixer.kernel_size**2
+    depth = mixer.out_channels // heads
+    bound = LowerBound(x).projection(x.shape[1], 3 * mixer.out_channels)
+    # For each pixel of the kernel: from all channels of a head to all taps for the keys, and back for the values.
+    bound.products(2 * taps * heads, taps, depth, bound.pixels).softmax(bound.pixels * heads, taps)
+    return bound.taps(2 * taps, heads, depth)
+
+
+def _csa(mixer: CsaMixer, x: Tensor) -> LowerBound:
+    heads, depth = mixer.num_heads, mixer.out_channels // mixer.num_heads
+    patches = x.shape[0] * (-(-x.shape[2] // 2)) * (-(-x.shape[3] // 2))
+    bound = LowerBound(x).products(9, mixer.out_channels, x.shape[1], patches)
+    bound.products(1, mixer.logits.out_channels, x.shape[1], patches).softmax(patches * heads * 9, 9)
+    return bound.products(patches * heads, 9, 9, depth)
+
+
 LOWER_BOUNDS: dict[type[Mixer], Callable[..., LowerBound]] = {
     BlockwiseMixer: _blockwise,
     BoTNetMixer: _botnet,
+    CsaMixer: _csa,
     ElsaMixer: _elsa,
     ExternalMixer: _external,
+    FocalMixer: _focal,
     HaloMixer: _halo,
     KeyOnlyMixer: _key_only,
     LambdaMixer: _lambda,
+    LesaMixer: _lesa,
     NeighborhoodMixer: _neighborhood,
+    PlgMixer: _plg,
+    SlideMixer: _slide,
 }

@@ -27,7 +27,7 @@ HALODET, PLAIN, BOUND, CONV = FORMS = ("halodet", "straightforward", "lower boun
 BOUND_FACTORS = dict(zip(MODES, (1, 3), strict=True))
 MAX_TENSOR_BYTES = 1 << 30  # of a form that is run
 # Name in the table -> mixer and its options, for mixers whose options select different operators.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"lesa-global": ("lesa", {"binary": "global"})}
 
 
 def operator_names() -> list[str]:
@@ -125,7 +125,7 @@ class _LargestTensor(TorchDispatchMode):
 def largest_tensor(form: str, case: OperatorCase, dtype: torch.dtype) -> int:
     """Return the size in bytes of the largest tensor of a forward pass, without running it."""
     with torch.device("meta"), _LargestTensor() as recorder:
-        build_form(form, case).to(dtype=dtype)(case.input("meta", dtype))
+        build_form(form, case).to(dtype=dtype).eval()(case.input("meta", dtype))
     return recorder.largest
 
 
@@ -137,7 +137,7 @@ def multiply_adds(case: OperatorCase) -> int:
     take fewer, or more where they use larger matrix products.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build_form(PLAIN, case)(case.input("meta"))
+        build_form(PLAIN, case).eval()(case.input("meta"))
     return counter.get_total_flops() // 2
 
 

@@ -2,6 +2,7 @@
 
 from halodet.mixers.halo import average_2x2, check_heads
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
+from halodet.utils.exporting import channels_last
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ class KeyOnlyMixer(Mixer):
         return {"saliency", "saliency_bias"} | ({"share"} if self.share is not None else set())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride))."""
+        """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
+        x = channels_last(x)
         batch, _, height, width = x.shape
         keys, values = self.kv(x).split((self.kv.in_channels, self.out_channels), 1)
         exact = torch.promote_types(values.dtype, torch.float32)
@@ -111,12 +113,17 @@ class KeyOnlyMixer(Mixer):
 
         Logits of more than 80 below the largest one of the map count as 80 below it.
         """
-        size, padding = self.kernel_size, self.kernel_size // 2
         highest = logits.flatten(2).amax(-1)[..., None, None].detach()
-        weights = (logits - highest).clamp(min=-_RANGE).exp().unsqueeze(2)
-        summed = F.avg_pool2d(torch.cat([weights * values, weights], 2).flatten(1, 2), size, 1, padding)
-        summed = summed.view(*values.shape[:2], -1, *values.shape[3:])
-        return summed[:, :, :-1] / summed[:, :, -1:]
+        weights = (logits - highest).clamp(min=-_RANGE).exp()
+        summed = self._average_box((weights.unsqueeze(2) * values).flatten(1, 2)).reshape(values.shape)
+        return summed / self._average_box(weights).unsqueeze(2)
+
+    def _average_box(self, x: Tensor) -> Tensor:
+        """Average (B, C, H, W) over the neighbourhood of each pixel, with zeros outside the map."""
+        size, padding = self.kernel_size, self.kernel_size // 2
+        # Pooling is several times as fast in channels last format.
+        x = F.avg_pool2d(channels_last(x), (size, 1), 1, (padding, 0))
+        return F.avg_pool2d(x, (1, size), 1, (0, padding))
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kernel={self.kernel_size}, scope={self.scope!r}, gate={self.gate!r}"
