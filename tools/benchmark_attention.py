@@ -15,7 +15,7 @@ if a case failed with halodet.
 With --operators, all mixers are timed instead, each beside the straightforward form of its paper with the same weights,
 a lower bound, and a 3×3 convolution. Multiply-adds are those of the definition. The lower bound is the time of the
 mixer's matrix products, convolutions and softmax alone and of one multiply-add per tap; for training three times that.
-Forms that would need a tensor of more than 1 GiB are skipped.
+Forms that would need a tensor of more than 2 GiB are skipped.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 HALODET, PLAIN, BOUND, CONV = FORMS = ("halodet", "straightforward", "lower bound", "3×3 convolution")
 # On the bound of a forward pass: the gradients of both factors of a product take as much as the product.
 BOUND_FACTORS = dict(zip(MODES, (1, 3), strict=True))
-MAX_TENSOR_BYTES = 1 << 30  # of a form that is run
+MAX_TENSOR_BYTES = 2 << 30  # of a form that is run
 # Name in the table -> mixer and its options, for mixers whose options select different operators.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"lesa-global": ("lesa", {"binary": "global"})}
 

@@ -36,9 +36,29 @@ def test_exit_code_is_1_if_halodet_failed(tmp_path, monkeypatch):
     assert tool.main([*SMALL, "--implementations", "halodet", "--output", str(tmp_path)]) == 1
 
 
+def test_operators_beside_a_convolution(tmp_path, capsys):
+    arguments = ["--map", "16x6x9", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)]
+    assert tool.main(["--operators", "elsa", "conv", *arguments]) == 0
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert list(results) == ["elsa 1×16×6×9", "conv 1×16×6×9"]
+    elsa, conv = results.values()
+    assert elsa["parameters"] > 0 and conv["multiply_adds"] == 9 * 16 * 16 * 54
+    assert set(elsa["forward"]) == {"halodet", "straightforward", "lower bound", "3×3 convolution"}
+    table = (tmp_path / "table.md").read_text(encoding="utf-8").split("\n\n", 1)[1]
+    assert "| elsa " in table and "| conv " in table and table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["--block", "4,1"], ["--backend", "unfold"], ["--border", "mask"]])
+def test_options_of_halo_attention_do_not_apply_to_operators(option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--operators", "--output", str(tmp_path), *option])
+    assert f"argument {option[0]}: not allowed with argument --operators" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["--operators", "lambad"],
         ["--size", "800"],
         ["--map", "100x8x8"],
         ["--block", "0,1"],
