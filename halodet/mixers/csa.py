@@ -63,16 +63,11 @@ class CsaMixer(Mixer):
         weights = logits.reshape(-1, self.num_heads, _TAPS, _TAPS, rows, columns).softmax(
             3, dtype=torch.promote_types(x.dtype, torch.float32)
         )
-        values = torch.stack(
-            [
-                F.conv2d(pixels, self.values[:, :, tap // 3, tap % 3, None, None]).reshape(
-                    -1, self.num_heads, depth, rows, columns
-                )
-                for tap, pixels in enumerate(_unfold(x, rows, columns))
-            ],
-            2,
-        )
-        mixed = torch.einsum("bhijyx,bhjdyx->bihdyx", weights.to(values.dtype), values)
+        # One matrix product: the gradient of each tap's view of the weights would be a tensor of their full size.
+        pixels = torch.stack(_unfold(x, rows, columns), 1).flatten(3)
+        values = torch.matmul(self.values.flatten(2).permute(2, 0, 1), pixels)
+        values = values.reshape(-1, _TAPS, self.num_heads, depth, rows, columns)
+        mixed = torch.einsum("bhijyx,bjhdyx->bihdyx", weights.to(values.dtype), values)
         out = _fold(mixed.flatten(2, 3))[..., :height, :width]
         return average_2x2(out) if self.stride == 2 else out
 
