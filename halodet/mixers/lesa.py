@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from halodet.attention.unfold import block_positions, crop_blocks, crop_exported_blocks, gather_blocks
+from halodet.attention.unfold import block_positions, crop_blocks, crop_exported_blocks
 from halodet.mixers.halo import RelativePosition, average_2x2
 from halodet.mixers.memory import warn_memory
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
@@ -161,9 +161,9 @@ class LesaMixer(Mixer):
         valid_x = (query_x < width).unsqueeze(2) & inside_x.unsqueeze(1)
         key_y, key_x = key_y.clamp(0, height - 1), key_x.clamp(0, width - 1)
         out = self._attend(
-            gather_blocks(q, query_y.clamp(max=height - 1), query_x.clamp(max=width - 1)),
-            gather_blocks(k, key_y, key_x),
-            gather_blocks(v, key_y, key_x),
+            _gather_blocks(q, query_y.clamp(max=height - 1), query_x.clamp(max=width - 1)),
+            _gather_blocks(k, key_y, key_x),
+            _gather_blocks(v, key_y, key_x),
             halo,
             inside_y[:, None, :, None] & inside_x[:, None, :],
             valid_y[:, None, :, None, :, None] & valid_x[:, None, :, None, :],
@@ -188,22 +188,31 @@ class LesaMixer(Mixer):
         Returns:
             Output (B, heads, rows, columns, h * w, d_v).
         """
-        # Nested calls, so that no tensor of logits stays longer than it is needed.
-        logits = torch.add(*self._normalize(self._logits(queries, keys, halo), valid).chunk(2, 1))
+        scale = _scale_of(self.norm_logits)
+        if scale is None:
+            # Nested calls, so that no tensor of logits stays longer than it is needed.
+            stacked = torch.cat(self._logits(queries, queries, keys, halo), 1)
+            logits = torch.add(*self._normalize(stacked, valid).chunk(2, 1))
+        else:
+            # The shift of each head does not change the softmax, and the factor is cheaper on the queries.
+            factors = scale.to(queries.dtype).view(2, 1, -1, 1, 1, 1, 1, 1)
+            logits = torch.add(*self._logits(queries * factors[0], queries * factors[1], keys, halo))
         if inside is not None:
             logits = logits.masked_fill(~inside.flatten(-2).unsqueeze(-2), float("-inf"))
         weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         return torch.matmul(weights.to(values.dtype), values.flatten(-3, -2))
 
-    def _logits(self, queries: Tensor, keys: Tensor, halo: int) -> Tensor:
-        """Return the logits of content, then those of position (B, 2 * heads, rows, columns, queries, keys)."""
+    def _logits(self, queries: Tensor, position: Tensor, keys: Tensor, halo: int) -> tuple[Tensor, Tensor]:
+        """Return the logits of content and of position (B, heads, rows, columns, queries, keys).
+
+        ``position`` are the queries of the relative positions.
+        """
         rel_h = self._table_rows(self.pos_embed.height_rel, queries.shape[4], keys.shape[4], halo).to(queries.dtype)
         rel_w = self._table_rows(self.pos_embed.width_rel, queries.shape[5], keys.shape[5], halo).to(queries.dtype)
-        along_h = torch.einsum("bnyxijd,ikd->bnyxijk", queries, rel_h)
-        along_w = torch.einsum("bnyxijd,jkd->bnyxijk", queries, rel_w)
-        position = (along_h.unsqueeze(-1) + along_w.unsqueeze(-2)).flatten(-2).flatten(-3, -2)
+        along_h = torch.einsum("bnyxijd,ikd->bnyxijk", position, rel_h)
+        along_w = torch.einsum("bnyxijd,jkd->bnyxijk", position, rel_w)
         content = torch.matmul(queries.flatten(-3, -2), keys.flatten(-3, -2).transpose(-1, -2))
-        return torch.cat((content, position), 1)
+        return content, (along_h.unsqueeze(-1) + along_w.unsqueeze(-2)).flatten(-2).flatten(-3, -2)
 
     def _table_rows(self, table: Tensor, queries: int, keys: int, halo: int) -> Tensor:
         """Return the table's row for each query and key in one direction (queries, keys, d)."""
@@ -234,6 +243,25 @@ class LesaMixer(Mixer):
         """Resize a table so that every offset keeps its row; offsets that it does not have take its nearest row."""
         old, new = layout["table_size"] - 1, self.table_size - 1
         return table[(torch.arange(-new, new + 1, device=table.device).clamp(-old, old) + old)]
+
+
+def _gather_blocks(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Gather (B, heads, d, H, W) at rows (R, h) and columns (C, w) as (B, heads, R, C, h, w, d)."""
+    # Two selections of whole rows and pixels are faster than one with an index for both.
+    x = x.permute(0, 1, 3, 4, 2).index_select(2, rows.flatten()).index_select(3, columns.flatten())
+    return x.reshape(x.shape[0], x.shape[1], *rows.shape, *columns.shape, x.shape[4]).transpose(3, 4)
+
+
+def _scale_of(norm: nn.Module) -> Tensor | None:
+    """Return the factor of each channel of a batch norm in inference; None for other normalization layers.
+
+    With gradients the shift of the norm must be used, though they are zero: DistributedDataParallel waits for them.
+    """
+    variance = getattr(norm, "running_var", None)
+    if variance is None or torch.is_grad_enabled() or _computes_statistics(norm):
+        return None
+    scale = (variance + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight
 
 
 def _computes_statistics(norm: nn.Module) -> bool:
