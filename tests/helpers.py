@@ -233,13 +233,13 @@ def truncate(path: Path, share: float = 0.5) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-def png(width: int, height: int, data: bytes, bit_depth: int = 8, colour_type: int = 0) -> bytes:
+def png(width: int, height: int, data: bytes, bit_depth: int = 8, color_type: int = 0) -> bytes:
     """A PNG file with the given header and uncompressed ``data``, which need not fit together."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 

@@ -116,7 +116,7 @@ def attend_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
 
 
 class _Span(NamedTuple):
-    """Neighbouring blocks with the same number of queries and window size in one direction."""
+    """Neighboring blocks with the same number of queries and window size in one direction."""
 
     first: int
     count: int

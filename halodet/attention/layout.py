@@ -17,7 +17,7 @@ class BlockLayout:
         bottom: halo below a block.
         left: halo to the left of a block.
         right: halo to the right of a block.
-        stride: distance between neighbouring queries.
+        stride: distance between neighboring queries.
         mask: whether keys outside the map are excluded from the softmax; otherwise they are zeros that take part in it.
         scale: factor on the product of query and key.
     """

@@ -61,11 +61,11 @@ class Bar:
     """Bar of :func:`draw_bars`.
 
     Attributes:
-        group: bars of a group are adjacent and have one colour.
+        group: bars of a group are adjacent and have one color.
         label: text beside the bar.
         value: length of the bar; None for a missing one.
         deviation: half of the length of the error bar; None for none.
-        highlighted: whether the bar has the full colour; others are pale.
+        highlighted: whether the bar has the full color; others are pale.
     """
 
     group: str
@@ -101,8 +101,8 @@ def draw_bars(panels: dict[str, list[Bar]], title: str, path: Path, xlabel: str)
             if bar.value is None or not math.isfinite(bar.value):
                 axis.text(0, y, " no value", va="center", fontsize=7)
                 continue
-            colour, alpha = f"C{groups.index(bar.group) % 10}", 1.0 if bar.highlighted else 0.35
-            axis.barh(y, bar.value, 0.8, xerr=bar.deviation, color=colour, alpha=alpha, capsize=3)
+            color, alpha = f"C{groups.index(bar.group) % 10}", 1.0 if bar.highlighted else 0.35
+            axis.barh(y, bar.value, 0.8, xerr=bar.deviation, color=color, alpha=alpha, capsize=3)
             end = bar.value + (bar.deviation or 0.0)
             weight = "bold" if several and bar.highlighted else "normal"
             axis.text(end, y, f"  {bar.value:.2f}", va="center", fontsize=7, fontweight=weight)
@@ -125,18 +125,18 @@ def draw_curves(
     dashed_label: str = "",
     units: dict[str, str] | None = None,
 ) -> None:
-    """Draw curves over iterations, one panel per metric (three per row, one shared x axis) and one colour per run.
+    """Draw curves over iterations, one panel per metric (three per row, one shared x axis) and one color per run.
 
     Args:
         panels: metric -> run -> iteration -> value; non-finite values are skipped, a run may be missing in a panel.
         title: figure title; may be empty.
         path: output file; its suffix, one of :func:`known_formats`, selects the format.
-        dashed: further curves, as ``panels``, drawn dashed in the colour of their run.
+        dashed: further curves, as ``panels``, drawn dashed in the color of their run.
         dashed_label: legend entry of the dashed curves.
         units: metric -> label of its y axis.
     """
     dashed = dashed or {}
-    colours = {
+    colors = {
         run: f"C{i % 10}"
         for i, run in enumerate(dict.fromkeys(run for runs in (*panels.values(), *dashed.values()) for run in runs))
     }
@@ -153,15 +153,15 @@ def draw_curves(
                 points = np.array([point for point in curve.items() if math.isfinite(point[1])]).reshape(-1, 2)
                 dense = len(points) > _MAX_DISTINCT
                 if dense:
-                    axis.plot(*points.T, color=colours[run], linewidth=0.5, alpha=0.25, zorder=1)
+                    axis.plot(*points.T, color=colors[run], linewidth=0.5, alpha=0.25, zorder=1)
                     points[:, 1] = _running_median(points[:, 1])
                 few = len(points) <= _MAX_MARKED
-                axis.plot(*points.T, color=colours[run], linestyle=style, marker="o" if few else "", markersize=3)
+                axis.plot(*points.T, color=colors[run], linestyle=style, marker="o" if few else "", markersize=3)
         axis.set(title=metric, xlabel="iteration", ylabel=(units or {}).get(metric, ""))
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
     # One legend for all panels: a run may be missing in the first.
-    handles = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
+    handles = [Line2D([], [], color=color, label=run) for run, color in colors.items()]
     if any(dashed.values()):
         handles.append(Line2D([], [], color="grey", linestyle="--", label=dashed_label))
     axes[0][0].legend(handles=handles, loc="best", fontsize=8)

@@ -1,7 +1,8 @@
 """Lower bounds on the forward time of mixers in plain PyTorch.
 
-A bound is the time of a mixer's matrix products, convolutions and softmax alone, on operands that are in the cache, and
-of one fused multiply-add per tap of its sums over a neighbourhood. It has no copies, gathers, masks, biases or norms.
+A bound is the time of a mixer's matrix products, convolutions and softmax alone, and of one fused multiply-add per tap
+of its sums over a neighborhood. Operands are in the cache but for projections and convolutions of the whole map. It has
+no copies, gathers, masks, biases or norms.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class LowerBound:
         return self._repeat(count * self.pixels / length, lambda: torch.addcmul(out, weights, values, out=out))
 
     def box(self, channels: int, kernel_size: int) -> LowerBound:
-        """Add sums over the rows, then over the columns of a neighbourhood, in the format in which they are fastest."""
+        """Add sums over the rows, then over the columns of a neighborhood, in the format in which they are fastest."""
         x = self._random(self.x.shape[0], *self.x.shape[2:], channels).permute(0, 3, 1, 2)
         rows, columns = ((kernel_size, 1), 1, (kernel_size // 2, 0)), ((1, kernel_size), 1, (0, kernel_size // 2))
         return self._repeat(1, lambda: F.avg_pool2d(F.avg_pool2d(x, *rows), *columns))
@@ -136,10 +137,13 @@ def _halo(mixer: HaloMixer, x: Tensor) -> LowerBound:
 
 
 def _focal(mixer: FocalMixer, x: Tensor) -> LowerBound:
-    block, pooled = mixer.block_size, mixer.focal_window**2
-    blocks = x.shape[0] * (-(-x.shape[2] // block)) * (-(-x.shape[3] // block))
-    depths = mixer.depth, mixer.value_depth
-    return _halo(mixer, x).attention(mixer.num_heads, blocks * block**2 * pooled, block**2, max(1, pooled), *depths)
+    block, bound = mixer.block_size, _halo(mixer, x)
+    rows, columns = (-(-size // block) for size in x.shape[2:])
+    pooled = min(mixer.focal_window, rows) * min(mixer.focal_window, columns)
+    if not pooled:
+        return bound
+    pairs = x.shape[0] * rows * columns * block**2 * pooled
+    return bound.attention(mixer.num_heads, pairs, block**2, pooled, mixer.depth, mixer.value_depth)
 
 
 def _plg(mixer: PlgMixer, x: Tensor) -> LowerBound:

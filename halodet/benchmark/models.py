@@ -196,11 +196,11 @@ def make_inputs(kind: str, case: Case, channels: int = 256) -> object:
     inputs = []
     for _ in range(case.batch):
         sides = size * (0.1 + 0.4 * torch.rand(OBJECTS, 2, generator=generator))
-        centres = sides / 2 + (size - sides) * torch.rand(OBJECTS, 2, generator=generator)
+        centers = sides / 2 + (size - sides) * torch.rand(OBJECTS, 2, generator=generator)
         instances = Instances((case.height, case.width))
-        instances.gt_boxes = Boxes(torch.cat([centres - sides / 2, centres + sides / 2], 1))
+        instances.gt_boxes = Boxes(torch.cat([centers - sides / 2, centers + sides / 2], 1))
         instances.gt_classes = torch.randint(80, (OBJECTS,), generator=generator)
-        polygons = centres.unsqueeze(1) + octagon * sides.unsqueeze(1)
+        polygons = centers.unsqueeze(1) + octagon * sides.unsqueeze(1)
         instances.gt_masks = PolygonMasks([[polygon.flatten().double().numpy()] for polygon in polygons])
         image = torch.randint(256, (3, case.height, case.width), dtype=torch.uint8, generator=generator)
         given = {"height": case.height, "width": case.width}

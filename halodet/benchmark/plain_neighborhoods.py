@@ -1,4 +1,4 @@
-"""Straightforward forms of mixers that sum over a neighbourhood of each pixel, or over a fixed memory."""
+"""Straightforward forms of mixers that sum over a neighborhood of each pixel, or over a fixed memory."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def external(mixer: ExternalMixer, x: Tensor) -> Tensor:
 
 
 def key_only(mixer: KeyOnlyMixer, x: Tensor) -> Tensor:
-    """Unfold logits and values, with a softmax for each neighbourhood."""
+    """Unfold logits and values, with a softmax for each neighborhood."""
     keys, values = mixer.kv(x).split((mixer.kv.in_channels, mixer.out_channels), 1)
     heads = split_heads(values, mixer.num_heads)
     logits = torch.einsum("bndyx,nd->bnyx", split_heads(keys, mixer.num_heads), mixer.saliency)
-    logits = logits * mixer.saliency.shape[1] ** -0.5 + mixer.saliency_bias.view(-1, 1, 1)
+    logits = logits * mixer.saliency.shape[1] ** -0.5
     parts = []
     if mixer.scope != "global":
         inside = unfold(torch.ones_like(logits[:, :1]), mixer.kernel_size) != 0
@@ -87,8 +87,8 @@ def neighborhood(mixer: NeighborhoodMixer, x: Tensor) -> Tensor:
     """Gather all keys and values of each pixel."""
     parts = mixer.qkv(x).split((mixer.channels, mixer.channels, mixer.out_channels), 1)
     q, k, v = (split_heads(part, mixer.num_heads) for part in parts)
-    rows, row_offsets = neighbours(x.shape[2], mixer.kernel_size, mixer.dilation, x.device)
-    columns, column_offsets = neighbours(x.shape[3], mixer.kernel_size, mixer.dilation, x.device)
+    rows, row_offsets = neighbors(x.shape[2], mixer.kernel_size, mixer.dilation, x.device)
+    columns, column_offsets = neighbors(x.shape[3], mixer.kernel_size, mixer.dilation, x.device)
     near = (..., rows[:, None, :, None], columns[None, :, None, :])  # (B, heads, d, H, W, k, k)
     bias = mixer.bias[..., row_offsets[:, None, :, None], column_offsets[None, :, None, :]]
     logits = torch.einsum("bndyx,bndyxij->bnyxij", q * q.shape[2] ** -0.5, k[near]) + bias
@@ -118,13 +118,13 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (heads, -1))
 
 
-def neighbours(size: int, kernel_size: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the neighbourhood of each place on a line, and the row of the bias table for each neighbour.
+def neighbors(size: int, kernel_size: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the neighborhood of each place on a line, and the row of the bias table for each neighbor.
 
     Args:
         size: number of places.
-        kernel_size: number of neighbours, odd; fewer on a line with fewer places.
-        dilation: distance of neighbours; smaller on a line of fewer than ``kernel_size * dilation`` places.
+        kernel_size: number of neighbors, odd; fewer on a line with fewer places.
+        dilation: distance of neighbors; smaller on a line of fewer than ``kernel_size * dilation`` places.
         device: device of the result.
 
     Returns:
@@ -134,13 +134,13 @@ def neighbours(size: int, kernel_size: int, dilation: int, device: torch.device)
     count = min(kernel_size, size)
     place = torch.arange(size, device=device)
     remainder, index = place % dilation, place // dilation
-    last = (size - 1 - remainder) // dilation + 1 - count  # first index of the last neighbourhood
+    last = (size - 1 - remainder) // dilation + 1 - count  # first index of the last neighborhood
     first = torch.minimum((index - kernel_size // 2).clamp(min=0), last)
     indices = first[:, None] + torch.arange(count, device=device)
     return indices * dilation + remainder[:, None], indices - index[:, None] + kernel_size - 1
 
 
 def unfold(x: Tensor, kernel_size: int, dilation: int = 1) -> Tensor:
-    """(B, C, H, W) -> (B, C, taps, H, W), the neighbourhood of each pixel, with zeros outside the map."""
+    """(B, C, H, W) -> (B, C, taps, H, W), the neighborhood of each pixel, with zeros outside the map."""
     padding = dilation * (kernel_size // 2)
     return F.unfold(x, kernel_size, dilation, padding).view(x.shape[0], x.shape[1], -1, *x.shape[2:])

@@ -1,7 +1,8 @@
-"""Block-wise attention: blocks that see their lower right neighbours only, or their upper left ones."""
+"""Block-wise attention: blocks that see their lower right neighbors only, or their upper left ones."""
 
 from halodet.attention import halo_attention
-from halodet.mixers.halo import average_2x2, check_backend, check_heads
+from halodet.mixers.checks import check_backend, check_block, check_heads
+from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.utils.exporting import channels_last
 
@@ -52,11 +53,7 @@ class BlockwiseMixer(Mixer):
         super().__init__()
         check_heads(num_heads, channels, value_channels)
         check_backend(backend)
-        if block_size < 1 or halo_size < 0:
-            raise ValueError(
-                f"block_size={block_size} with halo_size={halo_size} is invalid: expected a block of at least 1 pixel "
-                "and a halo of at least 0"
-            )
+        check_block(block_size, halo_size)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.channels, self.block_size, self.mirrored, self.backend = channels, block_size, mirrored, backend
         self.halo_size = (halo_size, 0, halo_size, 0) if mirrored else (0, halo_size, 0, halo_size)

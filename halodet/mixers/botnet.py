@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from halodet.attention import halo_attention
-from halodet.mixers.halo import RelativePosition, average_2x2, check_backend, check_heads
+from halodet.mixers.checks import check_backend, check_choice, check_heads, check_integer
+from halodet.mixers.halo import RelativePosition, average_2x2
 from halodet.mixers.memory import warn_memory
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.utils.exporting import channels_last, is_exporting
@@ -73,10 +74,8 @@ class BoTNetMixer(Mixer):
         check_backend(backend)
         if len(table_size) != 2 or min(table_size) < 1:
             raise ValueError(f"table_size={table_size} is invalid: expected a height and width of at least 1 pixel")
-        if window < 0:
-            raise ValueError(f"window={window} is invalid: expected at least 1 pixel, or 0 for the whole map")
-        if position not in POSITIONS:
-            raise ValueError(f"position={position!r} is invalid: expected one of {', '.join(POSITIONS)}")
+        check_integer("window", window, 0)
+        check_choice("position", position, POSITIONS)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.window, self.position, self.backend = window, position, backend
         self.qk_channels, self.depth = qk_channels, qk_channels // num_heads

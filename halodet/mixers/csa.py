@@ -1,5 +1,6 @@
 """Convolutional self-attention (CSA): 3x3 patches whose pixels are projected by tap and mixed by attention."""
 
+from halodet.mixers.checks import check_heads
 from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
@@ -14,8 +15,8 @@ _TAPS = 9  # of a 3x3 patch, row by row
 class CsaMixer(Mixer):
     """A 3x3 convolution before its sum over taps, whose terms attention mixes within each patch.
 
-    Patches of 3x3 pixels are centred on every second row and column. Each of their 9 pixels is projected by a matrix of
-    its own. A linear function of the mean of 2x2 pixels at the centre gives, for each head, the 9x9 weights that mix
+    Patches of 3x3 pixels are centered on every second row and column. Each of their 9 pixels is projected by a matrix
+    of its own. A linear function of the mean of 2x2 pixels at the center gives, for each head, the 9x9 weights that mix
     the projected pixels. The mixed patches are added up where they overlap. Pixels outside the map are zeros that keep
     their share of the softmax; what is mixed into them is dropped.
 
@@ -36,8 +37,7 @@ class CsaMixer(Mixer):
 
     def __init__(self, channels: int, value_channels: int, *, stride: int = 1, num_heads: int = 8) -> None:
         super().__init__()
-        if num_heads < 1 or value_channels % num_heads:
-            raise ValueError(f"num_heads={num_heads} is invalid: expected a divisor of {value_channels} channels")
+        check_heads(num_heads, value_channels)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.logits = nn.Conv2d(channels, num_heads * _TAPS**2, 1, bias=False)
         self.values = nn.Parameter(torch.empty(value_channels, channels, 3, 3))
@@ -90,14 +90,14 @@ def _unfold(x: Tensor, rows: int, columns: int) -> list[Tensor]:
 def _fold(patches: Tensor) -> Tensor:
     """Add up 3x3 patches (B, 9, C, rows, columns) two pixels apart to a map (B, C, 2 * rows, 2 * columns).
 
-    The first patch is centred on the first pixel. A pixel of an even row and column gets the centre of one patch; at
+    The first patch is centered on the first pixel. A pixel of an even row and column gets the center of one patch; at
     an odd row or column two patches overlap.
     """
-    top_left, top, top_right, left, centre, right, bottom_left, bottom, bottom_right = patches.unbind(1)
+    top_left, top, top_right, left, center, right, bottom_left, bottom, bottom_right = patches.unbind(1)
     even_odd = right + _next_column(left)
     odd_even = bottom + _next_row(top)
     odd_odd = bottom_right + _next_column(bottom_left) + _next_row(top_right + _next_column(top_left))
-    return F.pixel_shuffle(torch.stack([centre, even_odd, odd_even, odd_odd], 2).flatten(1, 2), 2)
+    return F.pixel_shuffle(torch.stack([center, even_odd, odd_even, odd_odd], 2).flatten(1, 2), 2)
 
 
 def _next_column(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Enhanced local self-attention (ELSA)."""
 
+from halodet.mixers.checks import check_heads, check_integer, check_kernel_size
 from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.mixers.tap_sum import sum_taps
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 class ElsaMixer(Mixer):
     """Local attention whose logits are computed from elementwise products of queries and keys.
 
-    A grouped convolution over the products of each pixel's own query and key gives the logits of its neighbourhood, so
+    A grouped convolution over the products of each pixel's own query and key gives the logits of its neighborhood, so
     no position table is needed. The ghost head turns the maps of few heads into one per channel: a learned kernel per
     channel is multiplied with the head's weights, or added to them. Added, it is a depthwise convolution. Pixels
     outside the map are zeros that keep their share of the softmax.
@@ -23,8 +24,8 @@ class ElsaMixer(Mixer):
         value_channels: number of output channels.
         stride: 1 or 2; with 2 the output of stride 1 is averaged over 2x2 pixels.
         num_heads: number of heads; divides ``value_channels``.
-        kernel_size: side of the neighbourhood in pixels, odd.
-        dilation: distance of the neighbourhood's pixels.
+        kernel_size: side of the neighborhood in pixels, odd.
+        dilation: distance of the neighborhood's pixels.
         group_width: number of channels of each group of the convolution over products.
         multiply: whether the ghost head multiplies.
         add: whether the ghost head adds.
@@ -52,12 +53,10 @@ class ElsaMixer(Mixer):
         add: bool = True,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or value_channels % num_heads:
-            raise ValueError(f"num_heads={num_heads} is invalid: expected a divisor of {value_channels} channels")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} is invalid: expected an odd number of pixels")
-        if dilation < 1 or group_width < 1:
-            raise ValueError(f"dilation={dilation}, group_width={group_width} is invalid: expected at least 1")
+        check_heads(num_heads, value_channels)
+        check_kernel_size(kernel_size)
+        check_integer("dilation", dilation)
+        check_integer("group_width", group_width)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.kernel_size, self.dilation = kernel_size, dilation
         taps, padding = kernel_size**2, dilation * (kernel_size // 2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from halodet.mixers.checks import check_integer
 from halodet.mixers.conv import ConvMixer
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
@@ -16,7 +17,7 @@ class ExternalAttention(Mixer):
 
     Each pixel is a weighted sum of ``slots`` learned values. The weights are normalized twice: by a softmax over the
     pixels for each slot, and by their sum over the slots. Permuting the pixels permutes the output, so the module does
-    not mix neighbours by itself.
+    not mix neighbors by itself.
 
     Args:
         channels: number of input and output channels.
@@ -31,8 +32,7 @@ class ExternalAttention(Mixer):
 
     def __init__(self, channels: int, *, slots: int = 64, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        if slots < 1:
-            raise ValueError(f"slots={slots} is invalid: expected at least 1")
+        check_integer("slots", slots)
         self.out_channels = channels
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.memory_k = nn.Parameter(torch.empty(slots, channels))

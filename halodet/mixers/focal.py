@@ -1,6 +1,7 @@
 """Focal attention: halo attention with pooled keys of the blocks around a block."""
 
 from halodet.attention import halo_attention
+from halodet.mixers.checks import check_integer
 from halodet.mixers.halo import HaloMixer, RelativePosition, average_2x2
 from halodet.mixers.registry import MixerSpec, register_mixer
 from halodet.utils.exporting import channels_last
@@ -52,7 +53,8 @@ class FocalMixer(HaloMixer):
         focal_window: int = 3,
         backend: str = "auto",
     ) -> None:
-        if focal_window < 0 or (focal_window and focal_window % 2 == 0):
+        check_integer("focal_window", focal_window, 0)
+        if focal_window and focal_window % 2 == 0:
             raise ValueError(f"focal_window={focal_window} is invalid: expected an odd number of blocks, or 0")
         super().__init__(
             channels,
@@ -110,8 +112,9 @@ class FocalMixer(HaloMixer):
         """(B, C, H, W) -> tokens of blocks (B, C, rows, columns)."""
         block, (height, width) = self.block_size, x.shape[-2:]
         y, z = torch.arange(height, device=x.device) % block, torch.arange(width, device=x.device) % block
-        # Average pooling divides by the number of pixels that a block has inside the map.
-        weight = (self.pool_weight * block**2).to(x.dtype)[y.unsqueeze(1), z]
+        # Average pooling divides by the number of pixels that a block has inside the map. The cast comes last, so that
+        # the gradient adds up the pixels of the map in float32.
+        weight = (self.pool_weight * block**2)[y.unsqueeze(1), z].to(x.dtype)
         return F.avg_pool2d(x * weight, block, block, ceil_mode=True)
 
     def _surround_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,10 +125,8 @@ class FocalMixer(HaloMixer):
         rows, row_offsets = surrounding_blocks(k.shape[3], self.focal_window, k.device)
         columns, column_offsets = surrounding_blocks(k.shape[4], self.focal_window, k.device)
         k, v = (part.permute(0, 1, 3, 4, 2)[:, :, rows[:, None, :, None], columns[:, None, :]] for part in (k, v))
-        height_rel, width_rel = (
-            table.to(k.dtype) * self.depth**0.5 for table in (self.focal_pos.height_rel, self.focal_pos.width_rel)
-        )
-        k = k + (height_rel[row_offsets][:, None, :, None] + width_rel[column_offsets][:, None, :])
+        height_rel, width_rel = self.focal_pos.height_rel[row_offsets], self.focal_pos.width_rel[column_offsets]
+        k = k + ((height_rel[:, None, :, None] + width_rel[:, None, :]) * self.depth**0.5).to(k.dtype)
         return k.flatten(4, 5), v.flatten(4, 5)
 
     def extra_repr(self) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from halodet.attention import BACKENDS, BORDERS, halo_attention
+from halodet.attention import BORDERS, halo_attention
 from halodet.attention.unfold import attend_windows
+from halodet.mixers.checks import check_backend, check_block, check_choice, check_heads
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.mixers.rel_pos import infer_block_and_halo, resize_table
 from halodet.utils.exporting import channels_last
@@ -96,13 +97,8 @@ class HaloMixer(Mixer):
     ) -> None:
         super().__init__()
         qk_channels = channels if qk_channels is None else qk_channels
-        if not isinstance(block_size, int) or not isinstance(halo_size, int) or block_size < 1 or halo_size < 0:
-            raise ValueError(
-                f"block_size={block_size} with halo_size={halo_size} is invalid: expected a block of at least 1 pixel "
-                "and a halo of at least 0, both integers"
-            )
-        if border not in BORDERS:
-            raise ValueError(f"border={border!r} is invalid: expected one of {', '.join(BORDERS)}")
+        check_block(block_size, halo_size)
+        check_choice("border", border, BORDERS)
         check_heads(num_heads, qk_channels, value_channels)
         check_backend(backend)
         self.out_channels, self.num_heads = value_channels, num_heads
@@ -170,21 +166,6 @@ class HaloMixer(Mixer):
     def resize_rel_pos(self, table: Tensor, layout: Mapping[str, int]) -> Tensor:
         old, new = (layout["block_size"], layout["halo_size"]), (self.block_size, self.halo_size)
         return table if old == new else resize_table(table, old, new)
-
-
-def check_heads(num_heads: int, qk_channels: int, value_channels: int) -> None:
-    """Raise ValueError if the heads do not divide the channels."""
-    if num_heads < 1 or qk_channels % num_heads or value_channels % num_heads:
-        raise ValueError(
-            f"num_heads={num_heads} is invalid: expected a divisor of the {qk_channels} channels of queries and the "
-            f"{value_channels} of values"
-        )
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError if there is no such attention backend."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is invalid: expected auto or one of {', '.join(sorted(BACKENDS))}")
 
 
 def average_2x2(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Attention whose weights depend on the keys only, over a neighbourhood and over the whole map."""
+"""Attention whose weights depend on the keys only, over a neighborhood and over the whole map."""
 
-from halodet.mixers.halo import average_2x2, check_heads
+from halodet.mixers.checks import check_choice, check_heads, check_kernel_size
+from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.utils.exporting import channels_last
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCOPES, GATES = ("both", "local", "global"), ("none", "value", "sigmoid")
-_RANGE = 80.0  # of the logits of a map in one neighbourhood average; exp(-80) is a float32
+_RANGE = 80.0  # of the logits of a map in one neighborhood average; exp(-80) is a float32
 
 
 @register_mixer("key_only")
@@ -18,15 +19,15 @@ class KeyOnlyMixer(Mixer):
 
     After the abstract of Li and Liu, arXiv 2207.00188; the details are halodet's own, as the paper's are not public
     code. A learned vector per head turns each key into one logit. The values are averaged with these weights over a
-    square neighbourhood of each pixel, and over the whole map; a learned share per head mixes the two.
+    square neighborhood of each pixel, and over the whole map; a learned share per head mixes the two.
 
     Args:
         channels: number of input channels.
         value_channels: number of output channels.
         stride: 1 or 2; with 2 the output of stride 1 is averaged over 2x2 pixels.
         num_heads: number of heads; divides both numbers of channels.
-        kernel_size: side of the neighbourhood in pixels, odd.
-        scope: ``"both"``, ``"local"`` (the neighbourhood only) or ``"global"`` (the map only).
+        kernel_size: side of the neighborhood in pixels, odd.
+        scope: ``"both"``, ``"local"`` (the neighborhood only) or ``"global"`` (the map only).
         gate: what each output pixel is multiplied with: ``"none"``, its own ``"value"``, or the ``"sigmoid"`` of a
             projection of the input.
 
@@ -49,16 +50,13 @@ class KeyOnlyMixer(Mixer):
     ) -> None:
         super().__init__()
         check_heads(num_heads, channels, value_channels)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} is invalid: expected an odd number of pixels")
-        for name, value, known in (("scope", scope, SCOPES), ("gate", gate, GATES)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is invalid: expected one of {', '.join(known)}")
+        check_kernel_size(kernel_size)
+        check_choice("scope", scope, SCOPES)
+        check_choice("gate", gate, GATES)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.kernel_size, self.scope, self.gate = kernel_size, scope, gate
         self.kv = nn.Conv2d(channels, channels + value_channels, 1, bias=False)
         self.saliency = nn.Parameter(torch.empty(num_heads, channels // num_heads))
-        self.saliency_bias = nn.Parameter(torch.empty(num_heads))
         self.share = nn.Parameter(torch.empty(num_heads)) if scope == "both" else None
         self.gate_proj = nn.Conv2d(channels, value_channels, 1) if gate == "sigmoid" else None
         self.reset_parameters()
@@ -71,14 +69,13 @@ class KeyOnlyMixer(Mixer):
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.kv.weight, std=self.kv.in_channels**-0.5)
         nn.init.normal_(self.saliency, std=self.saliency.shape[1] ** -0.5)
-        nn.init.zeros_(self.saliency_bias)
         if self.share is not None:
             nn.init.zeros_(self.share)
         if self.gate_proj is not None:
             self.gate_proj.reset_parameters()
 
     def no_weight_decay(self) -> set[str]:
-        return {"saliency", "saliency_bias"} | ({"share"} if self.share is not None else set())
+        return {"saliency"} | ({"share"} if self.share is not None else set())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
@@ -88,7 +85,7 @@ class KeyOnlyMixer(Mixer):
         exact = torch.promote_types(values.dtype, torch.float32)
         keys = keys.reshape(batch, self.num_heads, -1, height, width).to(exact)
         vector = self.saliency.to(exact) * self.saliency.shape[1] ** -0.5
-        logits = torch.einsum("bhdyx,hd->bhyx", keys, vector) + self.saliency_bias.to(exact).view(-1, 1, 1)
+        logits = torch.einsum("bhdyx,hd->bhyx", keys, vector)
         heads = values.reshape(batch, self.num_heads, -1, height, width).to(exact)
         parts = {}
         if self.scope != "global":
@@ -109,7 +106,7 @@ class KeyOnlyMixer(Mixer):
         return average_2x2(out) if self.stride == 2 else out
 
     def _average_locally(self, logits: Tensor, values: Tensor) -> Tensor:
-        """Average values (B, heads, d, H, W) over the neighbourhood of each pixel with weights exp(logits).
+        """Average values (B, heads, d, H, W) over the neighborhood of each pixel with weights exp(logits).
 
         Logits of more than 80 below the largest one of the map count as 80 below it.
         """
@@ -119,7 +116,7 @@ class KeyOnlyMixer(Mixer):
         return summed / self._average_box(weights).unsqueeze(2)
 
     def _average_box(self, x: Tensor) -> Tensor:
-        """Average (B, C, H, W) over the neighbourhood of each pixel, with zeros outside the map."""
+        """Average (B, C, H, W) over the neighborhood of each pixel, with zeros outside the map."""
         size, padding = self.kernel_size, self.kernel_size // 2
         # Pooling is several times as fast in channels last format.
         x = F.avg_pool2d(channels_last(x), (size, 1), 1, (padding, 0))

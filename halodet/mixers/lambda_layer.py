@@ -1,7 +1,8 @@
-"""The lambda layer: a linear function of the query per pixel, made from all pixels and from a neighbourhood."""
+"""The lambda layer: a linear function of the query per pixel, made from all pixels and from a neighborhood."""
 
 from collections.abc import Callable
 
+from halodet.mixers.checks import check_heads, check_integer, check_kernel_size
 from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.mixers.tap_sum import sum_taps
@@ -15,7 +16,7 @@ class LambdaMixer(Mixer):
     """Lambda layer with a local position term. Memory is linear in the number of pixels.
 
     The content term sums the values of all pixels, weighted by a softmax of the keys over the pixels. The position term
-    weights the neighbours of a pixel with its query's products with one learned vector per offset, without a softmax.
+    weights the neighbors of a pixel with its query's products with one learned vector per offset, without a softmax.
     All heads share keys and values. Parameter names are those of timm's ``LambdaLayer``, so that its weights load
     unchanged.
 
@@ -25,7 +26,7 @@ class LambdaMixer(Mixer):
         stride: 1 or 2; with 2 the output of stride 1 is averaged over 2x2 pixels.
         num_heads: number of queries per pixel; divides ``value_channels``.
         key_channels: number of channels of each query and key.
-        kernel_size: side of the neighbourhood in pixels, odd.
+        kernel_size: side of the neighborhood in pixels, odd.
         norm: factory of the normalization layers of queries and values.
 
     Raises:
@@ -48,12 +49,9 @@ class LambdaMixer(Mixer):
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or value_channels % num_heads:
-            raise ValueError(f"num_heads={num_heads} is invalid: expected a divisor of {value_channels} channels")
-        if key_channels < 1:
-            raise ValueError(f"key_channels={key_channels} is invalid: expected at least 1")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} is invalid: expected an odd number of pixels")
+        check_heads(num_heads, value_channels)
+        check_integer("key_channels", key_channels)
+        check_kernel_size(kernel_size)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.key_channels, self.kernel_size, self.depth = key_channels, kernel_size, value_channels // num_heads
         self.qkv = nn.Conv2d(channels, num_heads * key_channels + key_channels + self.depth, 1, bias=False)
@@ -84,12 +82,12 @@ class LambdaMixer(Mixer):
         content = torch.einsum("bkn,bvn->bkv", weights, v.flatten(2))
         bias = self.conv_lambda.get_parameter("bias").to(q.dtype)
         # The bias of an offset's vector is added to every output of the convolution over values: a constant content.
-        out = torch.einsum("bhkyx,bkv->bhvyx", q, content + bias[:, None]) + self._sum_neighbours(q, v)
+        out = torch.einsum("bhkyx,bkv->bhvyx", q, content + bias[:, None]) + self._sum_neighbors(q, v)
         out = out.flatten(1, 2)
         return average_2x2(out) if self.stride == 2 else out
 
-    def _sum_neighbours(self, q: Tensor, v: Tensor) -> Tensor:
-        """Sum values (B, d, H, W) over the neighbourhood with weights of the queries (B, heads, k, H, W).
+    def _sum_neighbors(self, q: Tensor, v: Tensor) -> Tensor:
+        """Sum values (B, d, H, W) over the neighborhood with weights of the queries (B, heads, k, H, W).
 
         A convolution of all values with each of the k filters would take k * d numbers per pixel.
         """

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from halodet.attention.unfold import block_positions, crop_blocks, crop_exported_blocks
+from halodet.mixers.checks import check_block, check_choice, check_integer
 from halodet.mixers.halo import RelativePosition, average_2x2
 from halodet.mixers.memory import warn_memory
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
@@ -67,22 +68,17 @@ class LesaMixer(Mixer):
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or channels % (2 * num_heads) or value_channels % num_heads:
+        check_integer("num_heads", num_heads)
+        if channels % (2 * num_heads) or value_channels % num_heads:
             raise ValueError(
                 f"num_heads={num_heads} is invalid: expected a divisor of half of the {channels} input channels and of "
                 f"the {value_channels} output channels"
             )
-        if binary not in BINARIES:
-            raise ValueError(f"binary={binary!r} is invalid: expected one of {', '.join(BINARIES)}")
-        if block_size < 1 or halo_size < 0:
-            raise ValueError(
-                f"block_size={block_size} with halo_size={halo_size} is invalid: expected a block of at least 1 pixel "
-                "and a halo of at least 0"
-            )
+        check_choice("binary", binary, BINARIES)
+        check_block(block_size, halo_size)
         if table_size is None:
             table_size = block_size + halo_size if binary == "halo" else GLOBAL_TABLE_SIZE
-        if table_size < 1:
-            raise ValueError(f"table_size={table_size} is invalid: expected at least 1 pixel")
+        check_integer("table_size", table_size)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.binary, self.block_size, self.halo_size, self.table_size = binary, block_size, halo_size, table_size
         self.depth, self.value_depth = channels // (2 * num_heads), value_channels // num_heads
@@ -140,8 +136,11 @@ class LesaMixer(Mixer):
         height, width = q.shape[-2:]
         if not torch.jit.is_tracing():  # sizes are tensors while tracing
             weights = q.shape[0] * self.num_heads * (height * width) ** 2 * q.element_size()
-            # Measured peaks in multiples of the weights, the larger one with a backward pass.
-            warn_memory("mixer lesa with binary='global'", (8 if torch.is_grad_enabled() else 4) * weights)
+            # Measured peaks in multiples of the weights, the larger ones with a backward pass. The softmax is float32.
+            training, inference = (8, 4) if q.element_size() >= 4 else (12, 6)
+            warn_memory(
+                "mixer lesa with binary='global'", (training if torch.is_grad_enabled() else inference) * weights
+            )
         queries, keys, values = (x.permute(0, 1, 3, 4, 2)[:, :, None, None] for x in (q, k, v))
         out = self._attend(queries, keys, values, 0, None, None)
         return out.reshape(*out.shape[:2], height, width, self.value_depth).permute(0, 1, 4, 2, 3)

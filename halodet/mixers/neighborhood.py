@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from halodet.mixers.halo import average_2x2, check_heads
+from halodet.mixers.checks import check_heads, check_integer, check_kernel_size
+from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.utils.exporting import channels_last
 
@@ -16,11 +17,11 @@ _BLOCK = 8  # pixels; larger blocks have more masked keys, smaller ones smaller 
 class NeighborhoodMixer(Mixer):
     """Attention of each pixel to exactly k x k pixels, with a learned bias for each offset and head.
 
-    At the border the neighbourhood moves inward instead of becoming smaller. With a dilation of r, the pixels of a
-    neighbourhood are r apart, and the rule holds among the pixels whose coordinates have the same remainder. On a map
-    of fewer than k * r pixels in a direction, first the dilation and then the neighbourhood is reduced.
+    At the border the neighborhood moves inward instead of becoming smaller. With a dilation of r, the pixels of a
+    neighborhood are r apart, and the rule holds among the pixels whose coordinates have the same remainder. On a map
+    of fewer than k * r pixels in a direction, first the dilation and then the neighborhood is reduced.
 
-    Blocks of queries attend to the window of all their neighbours, with a mask. This takes about four times the
+    Blocks of queries attend to the window of all their neighbors, with a mask. This takes about four times the
     multiply-adds of the definition, but in matrix products.
 
     Args:
@@ -28,8 +29,8 @@ class NeighborhoodMixer(Mixer):
         value_channels: number of output channels.
         stride: 1 or 2; with 2 the output of stride 1 is averaged over 2x2 pixels.
         num_heads: number of heads; divides both numbers of channels.
-        kernel_size: side of the neighbourhood in pixels, odd.
-        dilation: distance of the neighbourhood's pixels.
+        kernel_size: side of the neighborhood in pixels, odd.
+        dilation: distance of the neighborhood's pixels.
 
     Raises:
         ValueError: the heads do not divide the channels, ``kernel_size`` is even, or ``dilation`` is not positive.
@@ -52,10 +53,8 @@ class NeighborhoodMixer(Mixer):
     ) -> None:
         super().__init__()
         check_heads(num_heads, channels, value_channels)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} is invalid: expected an odd number of pixels")
-        if dilation < 1:
-            raise ValueError(f"dilation={dilation} is invalid: expected at least 1")
+        check_kernel_size(kernel_size)
+        check_integer("dilation", dilation)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.kernel_size, self.dilation, self.channels = kernel_size, dilation, channels
         self.qkv = nn.Conv2d(channels, 2 * channels + value_channels, 1)
@@ -117,24 +116,24 @@ class NeighborhoodMixer(Mixer):
 
 
 class Blocks(NamedTuple):
-    """Blocks of queries on a line, and the places around each that contain the neighbours of its queries."""
+    """Blocks of queries on a line, and the places around each that contain the neighbors of its queries."""
 
     queries: Tensor  # (blocks, block): places
     keys: Tensor  # (blocks, window): places; any one where there is none
-    mask: Tensor  # (blocks, block, window): 0 for the neighbours of a query, -inf for other keys
+    mask: Tensor  # (blocks, block, window): 0 for the neighbors of a query, -inf for other keys
     places: Tensor  # (size,): index of each place in the flattened queries
 
 
 def partition(size: int, kernel_size: int, dilation: int, device: torch.device) -> Blocks:
     """Divide a line into blocks of places whose coordinates have the same remainder.
 
-    A block's window reaches half a neighbourhood beyond it, also at the border: there it covers the neighbourhoods that
+    A block's window reaches half a neighborhood beyond it, also at the border: there it covers the neighborhoods that
     are moved inward. The last block of a remainder overlaps the one before it.
 
     Args:
         size: number of places.
-        kernel_size: number of neighbours, odd; fewer on a line with fewer places.
-        dilation: distance of neighbours; smaller on a line of fewer than ``kernel_size * dilation`` places.
+        kernel_size: number of neighbors, odd; fewer on a line with fewer places.
+        dilation: distance of neighbors; smaller on a line of fewer than ``kernel_size * dilation`` places.
         device: device of the result.
     """
     if dilation > 1:

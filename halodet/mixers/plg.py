@@ -1,6 +1,7 @@
 """Local and global attention in parallel, in the spirit of PLG-ViT."""
 
-from halodet.mixers.halo import HaloMixer, average_2x2, check_heads
+from halodet.mixers.checks import check_heads, check_integer
+from halodet.mixers.halo import HaloMixer, average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
 import torch
@@ -50,8 +51,7 @@ class PlgMixer(Mixer):
         check_heads(num_heads, channels, value_channels)
         if num_heads % 2:
             raise ValueError(f"num_heads={num_heads} is invalid: expected an even number")
-        if grid_size < 1:
-            raise ValueError(f"grid_size={grid_size} is invalid: expected at least 1 cell")
+        check_integer("grid_size", grid_size)
         self.out_channels, self.stride, self.grid_size = value_channels, stride, grid_size
         self.num_heads, self.qk_channels = num_heads // 2, channels // 2
         self.local = HaloMixer(

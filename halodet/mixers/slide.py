@@ -1,6 +1,7 @@
-"""Slide attention: local attention whose neighbours are gathered by one learned depthwise convolution."""
+"""Slide attention: local attention whose neighbors are gathered by one learned depthwise convolution."""
 
-from halodet.mixers.halo import average_2x2, check_heads
+from halodet.mixers.checks import check_choice, check_heads, check_kernel_size
+from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 
 import torch
@@ -23,7 +24,7 @@ class SlideMixer(Mixer):
         value_channels: number of output channels, and of queries and keys: they share the convolution of the values.
         stride: 1 or 2; with 2 the output of stride 1 is averaged over 2x2 pixels.
         num_heads: number of heads; divides ``value_channels``.
-        kernel_size: side of the neighbourhood in pixels, odd. Time grows with its fourth power.
+        kernel_size: side of the neighborhood in pixels, odd. Time grows with its fourth power.
         bias_on: what the bias per head and tap is added to: the ``"logits"``, or all channels of the ``"keys"`` as in
             the original, where the bias counts as many times as the sum of the scaled query.
 
@@ -47,11 +48,9 @@ class SlideMixer(Mixer):
         bias_on: str = "logits",
     ) -> None:
         super().__init__()
-        check_heads(num_heads, value_channels, value_channels)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} is invalid: expected an odd number of pixels")
-        if bias_on not in BIAS_TARGETS:
-            raise ValueError(f"bias_on={bias_on!r} is invalid: expected one of {', '.join(BIAS_TARGETS)}")
+        check_heads(num_heads, value_channels)
+        check_kernel_size(kernel_size)
+        check_choice("bias_on", bias_on, BIAS_TARGETS)
         self.out_channels, self.stride, self.num_heads = value_channels, stride, num_heads
         self.kernel_size, self.bias_on = kernel_size, bias_on
         depth, taps = value_channels // num_heads, kernel_size**2

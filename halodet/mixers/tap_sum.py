@@ -1,4 +1,4 @@
-"""Weighted sums over the neighbourhood of each pixel, with weights per head and pixel."""
+"""Weighted sums over the neighborhood of each pixel, with weights per head and pixel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sum_taps(weights: Tensor, values: Tensor, kernel_size: int, dilation: int = 
         dilation: distance of the taps.
 
     Returns:
-        Sums (B, heads, d, H, W), with zeros for values outside the map.
+        Sums (B, heads, d, H, W), with zeros for values outside the map. They are added up in at least float32.
     """
     weights, padded = weights.to(values.dtype), F.pad(values.contiguous(), (dilation * (kernel_size // 2),) * 4)
     if torch.jit.is_tracing() or is_exporting() or torch.compiler.is_compiling():
@@ -48,7 +48,8 @@ class _TapSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weights, padded), (kernel_size, dilation) = ctx.saved_tensors, ctx.sizes
-        grad_weights, grad_padded = torch.empty_like(weights), torch.zeros_like(padded)
+        grad_weights = torch.empty_like(weights)
+        grad_padded = torch.zeros_like(padded, dtype=torch.promote_types(padded.dtype, torch.float32))
         rows, shared = _rows_per_chunk(weights, padded), padded.shape[1] < weights.shape[1]
         parts = zip(
             grad.split(rows, 3),
@@ -67,15 +68,17 @@ class _TapSum(torch.autograd.Function):
                     grad_window += (weight * part).sum(1, keepdim=True)
                 else:
                     grad_window.addcmul_(weight, part)
-        return grad_weights, grad_padded, None, None
+        return grad_weights, grad_padded.to(padded.dtype), None, None
 
 
 def _sum_taps(weights: Tensor, padded: Tensor, kernel_size: int, dilation: int) -> Tensor:
     height, width = weights.shape[3:]
-    out = weights[:, :, 0].unsqueeze(2) * _window(padded, 0, kernel_size, dilation, height, width)
+    first = _window(padded, 0, kernel_size, dilation, height, width)
+    out = (weights[:, :, 0].unsqueeze(2) * first).to(torch.promote_types(padded.dtype, torch.float32))
     for tap in range(1, kernel_size**2):
-        out = out.addcmul_(weights[:, :, tap].unsqueeze(2), _window(padded, tap, kernel_size, dilation, height, width))
-    return out
+        window = _window(padded, tap, kernel_size, dilation, height, width)
+        out = out.addcmul_(weights[:, :, tap].unsqueeze(2), window)
+    return out.to(padded.dtype)
 
 
 def _window(padded: Tensor, tap: int, kernel_size: int, dilation: int, height: int, width: int) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from halodet.mixers import MIXERS, ExternalAttention, MixerSpec, build_mixer
+from halodet.mixers.checks import check_integer
 from halodet.models.act_checkpoint import Stage, check_stages
 from halodet.models.variants import HaloNetVariant, get_variant
 from halodet.utils.exporting import channels_last
@@ -340,6 +341,8 @@ def _mixers_per_block(variant: HaloNetVariant) -> list[tuple[str, ...]]:
         value = getattr(variant, name)
         if not isinstance(value, list | tuple) or len(value) != len(STAGES):
             raise ValueError(f"{name}={value!r} is invalid: expected {len(STAGES)} entries, one for each stage")
+    for slots in variant.external_slots:
+        check_integer("external_slots", slots, 0)
     mixers = []
     for stage, depth, mixer in zip(STAGES, variant.depths, variant.mixers, strict=True):
         if depth < 1:

@@ -88,7 +88,7 @@ VARIANTS: dict[str, HaloNetVariant] = {
     "R101-SE": _se(_R101, 8, 3, "conv"),
     "R101-SE-halo-b8h3": _se(_R101, 8, 3, "halo"),
     "R101-SE-halo-b32h3": _se(_R101, 32, 3, "halo"),
-    # A mixer in the last two stages, or where its authors place it in a ResNet.
+    # A mixer in the last two stages; botnet and lesa where their authors place them in a ResNet.
     "R50-blockwise": _r50("blockwise", "blockwise"),
     "R50-botnet": _r50("conv", "botnet", num_heads=(4, 4, 4, 4)),
     "R50-csa": _r50("csa", "csa"),

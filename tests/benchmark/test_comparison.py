@@ -13,8 +13,9 @@ from pathlib import Path
 
 from halodet.benchmark.chart import Bar, draw_bars
 from halodet.benchmark.comparison.main import main
-from halodet.benchmark.comparison.plan import config_names, folder_name
-from halodet.benchmark.comparison.summary import Spread, spread
+from halodet.benchmark.comparison.plan import Run, config_names, folder_name
+from halodet.benchmark.comparison.results import Result
+from halodet.benchmark.comparison.summary import Spread, spread, summarize
 from halodet.benchmark.comparison.training import last_error, lock_folder
 from halodet.errors import ConfigError
 
@@ -72,6 +73,16 @@ def test_means_and_standard_deviations(tmp_path, capsys):
 def test_one_run_has_no_deviation():
     assert spread([4.0, None]) == Spread(4.0, None) and str(spread([4.0])) == "4.00"
     assert spread([None]) is None
+
+
+def test_a_value_with_which_a_seed_failed_is_not_the_best():
+    def result(value, seed, ap):
+        run = Run("a", value, seed, Path("a"), Path("a.yaml"), (), {}, 4)
+        return Result(run, ap) if ap else Result(run, reason="diverged")
+
+    results = [result("0.1", 1, 30.0), result("0.1", 2, 30.2), result("0.4", 1, 30.3), result("0.4", 2, None)]
+    assert [row.best for row in summarize(results, [None, None])] == [True, False]
+    assert [row.best for row in summarize(results[2:], [None])] == [True], "where all values have failures"
 
 
 def test_rows_without_a_value_are_in_the_chart(tmp_path):

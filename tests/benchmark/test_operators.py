@@ -1,6 +1,6 @@
 """The comparison of all mixers: counts, forms that are skipped, the table."""
 
-from halodet.benchmark import operators
+from halodet.benchmark import lower_bounds, operators
 from halodet.benchmark.attention import MODES
 from halodet.benchmark.lower_bounds import LOWER_BOUNDS
 from halodet.benchmark.operators import (
@@ -95,12 +95,17 @@ def test_the_forms_have_the_same_weights():
     torch.testing.assert_close(*layers, rtol=1e-4, atol=1e-5)
 
 
-def test_the_bound_of_taps_covers_all_pixels():
-    x = torch.zeros(1, 16, 6, 7)
+def test_the_bound_of_taps_covers_all_pixels(monkeypatch):
+    """Of 49 taps of 16 channels: chunks of 21 of the 42 pixels are twice as many operations as one of all."""
     mixer = build_mixer("elsa", MixerSpec(16, 16, num_heads=2))
-    bound = LOWER_BOUNDS[type(mixer)](mixer, x)
-    assert len(bound.operations) >= 49
-    bound.run()
+    counts = []
+    for chunk in (16 * 42, 16 * 21):
+        monkeypatch.setattr(lower_bounds, "CHUNK", chunk)
+        bound = lower_bounds.LowerBound(torch.zeros(1, 16, 6, 7)).taps(49, 2, 8)
+        bound.run()
+        counts.append(len(bound.operations))
+    assert counts == [49, 98]
+    assert len(LOWER_BOUNDS[type(mixer)](mixer, torch.zeros(1, 16, 6, 7)).operations) >= 98
 
 
 def test_cases_are_ordered_by_size():

@@ -154,8 +154,8 @@ def test_detectron2s_query_and_nothing_else(files, tmp_path):
     checkpointer = Checkpointer(detector())
     checkpointer.load(f"{tmp_path / 'ends.pth'}?matching_heuristics=True")
     assert checkpointer.report.model_share == 1.0
-    with pytest.raises(CheckpointError, match="colour"):
-        checkpointer.load(f"{tmp_path / 'ends.pth'}?colour=red")
+    with pytest.raises(CheckpointError, match="color"):
+        checkpointer.load(f"{tmp_path / 'ends.pth'}?color=red")
 
 
 def test_a_run_resumes_only_from_all_of_its_model(files, tmp_path):

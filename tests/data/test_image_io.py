@@ -103,7 +103,7 @@ def test_16_bit_grey_is_not_stretched(tmp_path):
 
 def test_16_bit_rgb_is_scaled(tmp_path):
     pixels = np.array([[[65535, 32896, 0], [257, 65535, 40 * 257]]], dtype=">u2")
-    (tmp_path / "a.png").write_bytes(png(2, 1, b"\0" + pixels.tobytes(), bit_depth=16, colour_type=2))
+    (tmp_path / "a.png").write_bytes(png(2, 1, b"\0" + pixels.tobytes(), bit_depth=16, color_type=2))
     assert read_image(tmp_path / "a.png").tolist() == [[[0, 128, 255], [40, 255, 1]]]
 
 
@@ -153,7 +153,7 @@ def test_a_transparent_value_is_composited_on_white(tmp_path, mode):
 
 @pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])
 def test_the_first_frame_of_several_is_taken(tmp_path, suffix):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     options = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
     with Image.open(tmp_path / f"a.{suffix}") as image:

@@ -1,4 +1,4 @@
-"""draw on hand-made instances: what is drawn, where, in which colour, and on images of awkward sizes."""
+"""draw on hand-made instances: what is drawn, where, in which color, and on images of awkward sizes."""
 
 from halodet.inference import draw, visualize
 from halodet.inference.visualize import draw_output
@@ -79,15 +79,15 @@ def test_no_instances_leave_the_image_as_it_is():
 def test_a_class_keeps_its_colour_and_classes_differ():
     boxes = [[50, 50, 200, 350], [250, 50, 450, 350]]
 
-    def colours(classes):
+    def colors(classes):
         drawing = draw(
             grey(400, 500), instances(400, 500, boxes, [0.9, 0.8], classes, masks=True), NAMES, threshold=0.5
         )
         return drawing[250, 125].tolist(), drawing[250, 350].tolist()
 
-    cat, dog = colours([0, 1])
+    cat, dog = colors([0, 1])
     assert cat != dog
-    assert colours([1, 0]) == (dog, cat) and colours([0, 0]) == (cat, cat)
+    assert colors([1, 0]) == (dog, cat) and colors([0, 0]) == (cat, cat)
 
 
 @pytest.mark.parametrize("masks", [False, True])

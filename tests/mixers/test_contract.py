@@ -70,7 +70,7 @@ def test_checkpointed_mixer_has_the_same_gradients(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(MIXERS) - GLOBAL))
-def test_padding_of_a_batch_reaches_no_further_than_the_neighbourhood(name):
+def test_padding_of_a_batch_reaches_no_further_than_the_neighborhood(name):
     """Zeros on the right, as for a wider image in the same batch, leave the pixels far from them unchanged."""
     mixer = make(name, **({"block_size": 4, "halo_size": 2} if name == "blockwise" else {})).double().eval()
     x = torch.randn(1, 16, 12, 48, dtype=torch.float64)
@@ -88,3 +88,22 @@ def test_global_mixers_are_those_that_a_far_pixel_changes(name):
     changed[..., 47] += 1
     with torch.no_grad():
         assert (mixer(x) - mixer(changed))[..., 0].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("blockwise", "block_size", 8.0),
+        ("elsa", "kernel_size", 7.0),
+        ("external", "slots", 64.0),
+        ("focal", "focal_window", -1),
+        ("lambda", "key_channels", "16"),
+        ("lesa", "table_size", 0),
+        ("neighborhood", "dilation", 1.5),
+        ("plg", "grid_size", 7.0),
+        ("slide", "kernel_size", 2),
+    ],
+)
+def test_options_of_another_type_or_range_are_named(name, option, value):
+    with pytest.raises(ValueError, match=f"{option}={value!r} is invalid"):
+        make(name, **{option: value})

@@ -30,7 +30,7 @@ def reference(mixer, x):
     m, group = q * k, mixer.products.weight.shape[1]
     out = torch.zeros(mixer.out_channels, height, width, dtype=x.dtype)
 
-    def neighbours(y, z):
+    def neighbors(y, z):
         for tap in range(size**2):
             i, j = y + dilation * (tap // size - size // 2), z + dilation * (tap % size - size // 2)
             if 0 <= i < height and 0 <= j < width:
@@ -41,7 +41,7 @@ def reference(mixer, x):
             hidden = []
             for channel in range(mixer.qk_channels):
                 total = mixer.products.bias[channel].item()
-                for tap, i, j in neighbours(y, z):
+                for tap, i, j in neighbors(y, z):
                     for n in range(group):
                         kernel = mixer.products.weight[channel, n, tap // size, tap % size]
                         total += (kernel * m[channel // group * group + n, i, j]).item()
@@ -50,7 +50,7 @@ def reference(mixer, x):
             weights = logits.view(heads, size**2).softmax(1)
             for channel in range(mixer.out_channels):
                 head = channel // (mixer.out_channels // heads)
-                for tap, i, j in neighbours(y, z):
+                for tap, i, j in neighbors(y, z):
                     weight = weights[head, tap]
                     if mixer.ghost_multiply is not None:
                         weight = weight * mixer.ghost_multiply[channel, tap]

@@ -17,7 +17,7 @@ def make(seed, **options):
 
 
 def around(at, count, window):
-    """The pooled window of a block in one direction: of all that fit, the one whose centre is nearest to it."""
+    """The pooled window of a block in one direction: of all that fit, the one whose center is nearest to it."""
     window = min(window, count)
     return min((range(i, i + window) for i in range(count - window + 1)), key=lambda r: abs(sum(r) / window - at))
 
@@ -124,9 +124,9 @@ def test_a_block_sees_pooled_pixels_beyond_its_halo_and_none_beyond_its_pooled_w
     x = torch.randn(1, 6, 21, 21, dtype=torch.float64)  # 7 x 7 blocks
     focal, halo = torch.zeros(7, 7, dtype=torch.bool), torch.zeros(7, 7, dtype=torch.bool)
     focal[2:5, 2:5], halo[3, 3] = True, True
-    centre = 10, 10  # of block (3, 3), in no other halo
-    assert torch.equal(changed_blocks(make(4), x, centre), focal)
-    assert torch.equal(changed_blocks(make(4, focal_window=0), x, centre), halo)
+    center = 10, 10  # of block (3, 3), in no other halo
+    assert torch.equal(changed_blocks(make(4), x, center), focal)
+    assert torch.equal(changed_blocks(make(4, focal_window=0), x, center), halo)
 
 
 def test_nothing_wraps_around_and_border_windows_move_inward():
@@ -168,3 +168,12 @@ def test_pooling_and_positions_get_no_weight_decay():
     assert make(0, focal_window=0).no_weight_decay() == tables
     pooled = {"pool_weight", "focal_pos.height_rel", "focal_pos.width_rel"}
     assert make(0).no_weight_decay() == tables | pooled
+
+
+def test_bfloat16_gradients_of_pooling_add_up_the_pixels_of_a_large_map():
+    """Regression: sums over thousands of pixels in bfloat16, which were off by half."""
+    mixer = FocalMixer(4, 4, num_heads=2)
+    x = torch.rand(1, 4, 200, 334).bfloat16()
+    (actual,) = torch.autograd.grad(mixer._pool_blocks(x).float().sum(), mixer.pool_weight)
+    (expected,) = torch.autograd.grad(mixer.double()._pool_blocks(x.double()).sum(), mixer.pool_weight)
+    torch.testing.assert_close(actual.double(), expected, rtol=0.01, atol=0)

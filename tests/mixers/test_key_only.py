@@ -23,9 +23,7 @@ def reference(mixer, x):
     keys, values = projected.split((6, 8))
     keys, values = keys.view(heads, -1, height, width), values.view(heads, -1, height, width)
     scale = mixer.saliency.shape[1] ** -0.5
-    logits = torch.stack(
-        [(mixer.saliency[h, :, None, None] * keys[h]).sum(0) * scale + mixer.saliency_bias[h] for h in range(heads)]
-    )
+    logits = torch.stack([(mixer.saliency[h, :, None, None] * keys[h]).sum(0) * scale for h in range(heads)])
     out = torch.zeros_like(values)
     for h in range(heads):
         for y in range(height):

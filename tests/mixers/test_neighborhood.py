@@ -17,7 +17,7 @@ def make(seed=0, **options):
 
 
 def places(at, size, kernel, dilation):
-    """The neighbourhood of a place, by its rule: the window of its residue class that is nearest to being centred."""
+    """The neighborhood of a place, by its rule: the window of its residue class that is nearest to being centered."""
     while dilation > 1 and kernel * dilation > size:
         dilation -= 1
     same = [place for place in range(size) if place % dilation == at % dilation]
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_finite_differences():
 
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [3, 5, 19])
-def test_blocks_cover_each_place_and_its_neighbours(dilation, kernel):
+def test_blocks_cover_each_place_and_its_neighbors(dilation, kernel):
     for size in range(1, 60):
         blocks = partition(size, kernel, dilation, torch.device("cpu"))
         assert torch.equal(blocks.queries.flatten()[blocks.places], torch.arange(size))
@@ -94,7 +94,7 @@ def test_inside_the_map_it_is_attention_to_the_unfolded_pixels():
     torch.testing.assert_close(mixer(x)[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2])
 
 
-def test_a_neighbourhood_larger_than_the_map_is_the_map():
+def test_a_neighborhood_larger_than_the_map_is_the_map():
     mixer = make(kernel_size=9)
     torch.nn.init.zeros_(mixer.bias)
     x = torch.randn(1, 6, 4, 5, dtype=torch.float64)

@@ -34,7 +34,7 @@ def test_any_size_gives_the_documented_size(name, stride, block):
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
-def test_mixers_mix_neighbours(name):
+def test_mixers_mix_neighbors(name):
     mixer = build_mixer(name, spec())
     x = torch.randn(1, 16, 8, 8)
     changed = x.clone()

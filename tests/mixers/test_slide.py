@@ -120,7 +120,7 @@ def test_equal_logits_are_a_box_filter_and_the_mean_of_the_learned_kernels():
         torch.testing.assert_close(mixer(x), F.avg_pool2d(v, 3, 1, 1) + learned, rtol=1e-12, atol=1e-12)
 
 
-def test_a_pixel_matters_only_in_its_neighbourhood():
+def test_a_pixel_matters_only_in_its_neighborhood():
     mixer = make(4)
     x = torch.randn(1, 6, 7, 7, dtype=torch.float64)
     changed = x.clone()

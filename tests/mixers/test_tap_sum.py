@@ -35,3 +35,17 @@ def test_gradients_are_those_of_finite_differences(monkeypatch):
     monkeypatch.setattr(tap_sum, "CHUNK_BYTES", 1)
     for shared in (False, True):
         assert torch.autograd.gradcheck(lambda w, v: sum_taps(w, v, 3), inputs(shared), fast_mode=True)
+
+
+def test_bfloat16_taps_add_up_in_float32():
+    """The error of the sum, and of the gradient of the values, is that of one rounding (0.2 %), not of 81."""
+    torch.manual_seed(0)
+    weights = torch.randn(1, 2, 81, 12, 13).bfloat16().requires_grad_()
+    values = torch.randn(1, 2, 4, 12, 13).bfloat16().requires_grad_()
+    grad = torch.randn(1, 2, 4, 12, 13).bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        out = sum_taps(weights.to(dtype), values.to(dtype), 9)
+        results.append((out, torch.autograd.grad(out, values, grad.to(dtype))[0]))
+    for actual, expected in zip(*results, strict=True):
+        assert (actual.double() - expected.double()).norm() < 0.004 * expected.double().norm()

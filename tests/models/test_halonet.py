@@ -317,3 +317,5 @@ def test_external_attention_at_the_end_of_a_stage():
     assert not torch.equal(ours["res5"], theirs["res5"])
     with pytest.raises(ValueError, match="external_slots"):
         HaloNet(dataclasses.replace(SMALL, external_slots=(0, 0)))
+    with pytest.raises(ValueError, match=r"external_slots=1\.5"):
+        HaloNet(dataclasses.replace(SMALL, external_slots=(0, 0, 0, 1.5)))

@@ -106,7 +106,7 @@ def test_a_fourth_panel_starts_another_row(tmp_path):
 
 
 def test_the_curves_are_those_of_the_runs(tmp_path):
-    """The lines that matplotlib is given, in an SVG: one for each run and metric, each run in one colour."""
+    """The lines that matplotlib is given, in an SVG: one for each run and metric, each run in one color."""
     runs = [
         f"{name}={write(tmp_path / name, values)}"
         for name, values in (("rising", [1.0, 2.0, 9.0]), ("falling", [9.0, 2.0, 1.0]))
@@ -116,10 +116,10 @@ def test_the_curves_are_those_of_the_runs(tmp_path):
         r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: (#\w+)', (tmp_path / "ap.svg").read_text()
     )
     curves = [
-        ([float(n) for n in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], colour) for d, colour in paths if d.count("L") == 2
+        ([float(n) for n in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], color) for d, color in paths if d.count("L") == 2
     ]
     assert len(curves) == 4
-    assert [colour for _, colour in curves[:2]] == [colour for _, colour in curves[2:]] and curves[0][1] != curves[1][1]
+    assert [color for _, color in curves[:2]] == [color for _, color in curves[2:]] and curves[0][1] != curves[1][1]
     for heights, _ in curves[::2]:
         assert heights == sorted(heights, reverse=True)  # SVG counts from the top
     for heights, _ in curves[1::2]:
@@ -127,7 +127,7 @@ def test_the_curves_are_those_of_the_runs(tmp_path):
 
 
 def strokes(file):
-    """(heights, colour, dashed) of each curve of at least two points in an SVG."""
+    """(heights, color, dashed) of each curve of at least two points in an SVG."""
     found = re.findall(r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; ([^"]*)"', file.read_text())
     curves = [
         ([float(y) for y in re.findall(r"-?[\d.]+ (-?[\d.]+)", d)], style)
@@ -171,12 +171,12 @@ def test_default_metrics(tmp_path, capsys):
     ]  # fmt: skip
     assert ("segm/AP", "A") not in cells and ("segm/AP", "B") in cells and ("ema/bbox/AP", "B") in cells
     curves = strokes(tmp_path / "all.svg")
-    dashed = [(heights, colour) for heights, colour, is_dashed in curves if is_dashed]
-    solid = [(heights, colour) for heights, colour, is_dashed in curves if not is_dashed]
+    dashed = [(heights, color) for heights, color, is_dashed in curves if is_dashed]
+    solid = [(heights, color) for heights, color, is_dashed in curves if not is_dashed]
     assert len(dashed) == 2 and len(solid) == 2 * 5 + 1
-    (_, colour_a), (_, colour_b) = solid[:2]
-    assert colour_a != colour_b == dashed[0][1] == dashed[1][1], "a run and its average have one color"
-    bbox = next(heights for heights, colour in solid[4:] if colour == colour_b)
+    (_, color_a), (_, color_b) = solid[:2]
+    assert color_a != color_b == dashed[0][1] == dashed[1][1], "a run and its average have one color"
+    bbox = next(heights for heights, color in solid[4:] if color == color_b)
     assert dashed[0][0][0] < bbox[0], "30 is above 20, and SVG counts from the top"
 
 

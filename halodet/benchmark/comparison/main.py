@@ -54,7 +54,7 @@ def main(argv: list[str] | None, description: str, train_net: Path) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'} cannot be written: {error.strerror}", file=sys.stderr)
         return CheckpointWriteError.exit_code
     except (KeyboardInterrupt, SystemExit) as stop:
         print("Interrupted. Run the same command again to continue: finished runs are not repeated.", flush=True)

@@ -100,12 +100,15 @@ def _shared_settings(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _describe_file(path: Path) -> str:
-    if not path.is_file():
+    if path.is_dir():
         return str(path.resolve())
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     return f"{path.resolve()} (sha256 {digest.hexdigest()[:16]})"
 
 

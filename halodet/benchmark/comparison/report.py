@@ -109,7 +109,7 @@ def _model_cells(figures: ModelFigures | None) -> list[str]:
 def draw(folder: Path, rows: Sequence[Row], key: str | None) -> None:
     """Draw comparison.png: box and mask AP of each row with error bars of one standard deviation; a row must have one.
 
-    With ``--vary``, the best value of a name has the full colour.
+    With ``--vary``, the best value of a name has the full color.
     """
     panels: dict[str, list[Bar]] = {}
     for title, aps in (("box AP", [row.box_ap for row in rows]), ("mask AP", [row.mask_ap for row in rows])):
@@ -124,5 +124,5 @@ def draw(folder: Path, rows: Sequence[Row], key: str | None) -> None:
                 )
                 for row, ap in zip(rows, aps, strict=True)
             ]
-    title = "mean and standard deviation over the seeds" + (f"; full colour: the best {key}" if key else "")
+    title = "mean and standard deviation over the seeds" + (f"; full color: the best {key}" if key else "")
     draw_bars(panels, title, folder / CHART, "percent")

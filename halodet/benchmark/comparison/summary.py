@@ -76,11 +76,14 @@ def summarize(results: Iterable[Result], figures: Sequence[ModelFigures | None])
     """
     groups = group(results)
     spreads = {key: spread(result.box_ap for result in found) for key, found in groups.items()}
+    # A value with which seeds failed is the best only if it has failures everywhere: the others may be its lucky ones.
     best: dict[str, tuple[str, str | None]] = {}
+    ranks: dict[tuple[str, str | None], tuple[bool, float]] = {}
     for key, ap in spreads.items():
-        leading = spreads[best[key[0]]] if key[0] in best else None
-        if ap and not math.isnan(ap.mean) and (leading is None or ap.mean > leading.mean):
-            best[key[0]] = key
+        if ap and not math.isnan(ap.mean):
+            ranks[key] = (not any(result.reason for result in groups[key]), ap.mean)
+            if key[0] not in best or ranks[key] > ranks[best[key[0]]]:
+                best[key[0]] = key
     rows = []
     for (key, found), model in zip(groups.items(), figures, strict=True):
         finished = [result for result in found if not result.reason]
