@@ -1,6 +1,6 @@
 """The contract of all registered mixers; HaloMixer against timm with timm's weights."""
 
-from halodet.mixers import MIXERS, MixerSpec, build_mixer, register_mixer
+from halodet.mixers import MIXERS, Mixer, MixerSpec, build_mixer, register_mixer
 from halodet.mixers.halo import HaloMixer
 
 import pytest
@@ -118,7 +118,9 @@ def test_only_mixers_can_be_registered():
 def test_declared_tables_exist_and_keep_their_layout(name):
     mixer = build_mixer(name, spec())
     parameters = dict(mixer.named_parameters())
-    assert {n for n in parameters if n.endswith("_rel")} <= mixer.no_weight_decay() <= set(parameters)
+    inner = {prefix: module for prefix, module in mixer.named_modules() if isinstance(module, Mixer)}
+    declared = {f"{prefix}.{n}".lstrip(".") for prefix, module in inner.items() for n in module.no_weight_decay()}
+    assert {n for n in parameters if n.endswith("_rel")} <= declared <= set(parameters)
     layout = mixer.rel_pos_layout()
     for table in mixer.rel_pos_tables:
         rows = parameters[table].shape[0]
