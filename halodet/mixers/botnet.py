@@ -118,9 +118,10 @@ class BoTNetMixer(Mixer):
             interpolate_rel_pos(table, self.window or size, block, self.position)
             for table, size in ((self.pos_embed.height_rel, height), (self.pos_embed.width_rel, width))
         )
-        if self.backend == "unfold" and not self.window:  # other backends attend in chunks
-            logits = q.shape[0] * self.num_heads * block**4 * q.element_size()
-            warn_memory("mixer botnet with backend='unfold'", 3 * logits)  # of position, of both, and the weights
+        if not self.window and not (x.is_cuda and self.backend in ("auto", "triton")):  # Triton attends in tiles
+            unfolded = self.backend == "unfold"
+            logits = self.num_heads * (q.shape[0] * block**4 if unfolded else (height * width) ** 2) * q.element_size()
+            warn_memory("mixer botnet", (3 if unfolded else 2) * logits)  # the logits (of position), and the weights
         out = halo_attention(
             q, k, v, rel_h, rel_w, block_size=block, halo_size=0, border="mask", backend=self.backend
         ).flatten(1, 2)

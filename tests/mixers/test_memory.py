@@ -18,8 +18,9 @@ def no_earlier_warnings(monkeypatch):
     [
         (LesaMixer(8, 6, num_heads=2, binary="global"), "lesa.*482.8 GiB.*Fix: "),
         (BoTNetMixer(8, 6, num_heads=2, table_size=(8, 8), backend="unfold"), "botnet.*181.0 GiB.*Fix: "),
+        (BoTNetMixer(8, 6, num_heads=2, table_size=(8, 8)), "botnet.*120.7 GiB.*Fix: "),
     ],
-    ids=["lesa", "botnet"],
+    ids=["lesa", "botnet, unfold", "botnet"],
 )
 def test_warns_before_allocating(mixer, text):
     """The warning is an error here, which keeps the mixer from allocating the memory."""
