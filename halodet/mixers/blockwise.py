@@ -1,7 +1,7 @@
 """Block-wise attention: blocks that see their lower right neighbors only, or their upper left ones."""
 
 from halodet.attention import halo_attention
-from halodet.mixers.checks import check_backend, check_block, check_heads
+from halodet.mixers.checks import check_backend, check_block, check_choice, check_heads
 from halodet.mixers.halo import average_2x2
 from halodet.mixers.registry import Mixer, MixerSpec, register_mixer
 from halodet.utils.exporting import channels_last
@@ -17,7 +17,7 @@ class BlockwiseMixer(Mixer):
     The windows of the original are 36 pixels wide, and overlap by 12. Where they overlap, the last one counts: a pixel
     is a query of the window whose upper left part it is in. So a block of 24 x 24 pixels sees itself and 12 pixels
     below and to the right, and information moves up and to the left only. ``mirrored`` turns the direction: stages that
-    use both let it move everywhere.
+    use both let it move everywhere. In a network, the option ``mirrored: alternate`` turns it in every second block.
 
     Args:
         channels: number of input channels.
@@ -63,6 +63,9 @@ class BlockwiseMixer(Mixer):
     @classmethod
     def from_spec(cls, spec: MixerSpec) -> "BlockwiseMixer":
         options = spec.read_options(num_heads=1, block_size=24, halo_size=12, mirrored=False)
+        check_choice("mirrored", options["mirrored"], (False, True, "alternate"))
+        if options["mirrored"] == "alternate":
+            options["mirrored"] = spec.index % 2 == 1
         return cls(spec.channels, spec.value_channels, stride=spec.stride, backend=spec.backend, **options)
 
     def reset_parameters(self) -> None:

@@ -32,10 +32,10 @@ def check_heads(num_heads: int, *channels: int) -> None:
         raise ValueError(f"num_heads={num_heads} is invalid: expected a divisor of {counts} channels")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError if ``value`` is not one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is invalid: expected one of {', '.join(choices)}")
+        raise ValueError(f"{name}={value!r} is invalid: expected one of {', '.join(map(str, choices))}")
 
 
 def check_backend(backend: str) -> None:

@@ -20,6 +20,7 @@ class MixerSpec:
             mixer.
         stride: stride of the output, 1 or 2.
         dilation: dilation of convolutions; attention ignores it.
+        index: position of the block in its stage, from 0.
         num_heads: number of attention heads.
         block_size: side of an attention block in pixels.
         halo_size: width of the halo around a block in pixels.
@@ -34,6 +35,7 @@ class MixerSpec:
     value_channels: int
     stride: int = 1
     dilation: int = 1
+    index: int = 0
     num_heads: int = 8
     block_size: int = 8
     halo_size: int = 3

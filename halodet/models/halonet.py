@@ -281,6 +281,7 @@ class HaloNet(nn.Module):
                         stride=block_stride,
                         # The first block sees the map of the stage before it.
                         dilation=stage_dilation if blocks else dilation,
+                        index=len(blocks),
                         num_heads=variant.num_heads[s],
                         options=options.get(mixer, {}),
                     ),

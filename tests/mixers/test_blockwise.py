@@ -1,6 +1,7 @@
 """BlockwiseMixer against windows that are visited one after the other, each of which overwrites the overlap."""
 
 from halodet.mixers import BlockwiseMixer
+from halodet.models import HaloNet, get_variant
 
 import pytest
 import torch
@@ -75,3 +76,15 @@ def test_options_that_do_not_fit_are_named(options):
     (name, value), *_ = options.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         BlockwiseMixer(6, 8, **{"num_heads": 2, **options})
+
+
+def test_directions_alternate_between_the_blocks_of_a_stage():
+    variant = get_variant("R50-blockwise", depths=(1, 1, 3, 2), base_width=8, num_heads=(1,) * 4)
+    with torch.device("meta"):
+        model = HaloNet(variant, mixer_options={"blockwise": {"mirrored": "alternate"}})
+    assert [[block.mixer.mirrored for block in stage] for stage in (model.res4, model.res5)] == [
+        [False, True, False],
+        [False, True],
+    ]
+    with pytest.raises(ValueError, match="mirrored='both'"):
+        HaloNet(variant, mixer_options={"blockwise": {"mirrored": "both"}})
