@@ -90,18 +90,11 @@ class FocalMixer(HaloMixer):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
         x = channels_last(x)
-        weights = self.kv.weight.view(self.num_heads, self.depth + self.value_depth, -1, 1, 1)
-        k_weight, v_weight = (w.flatten(0, 1) for w in weights.split([self.depth, self.value_depth], dim=1))
         q = self._split_heads(self.q(x), self.depth)
-        k = self._split_heads(F.conv2d(x, k_weight), self.depth)
-        v = self._split_heads(F.conv2d(x, v_weight), self.value_depth)
+        k, v = self._project_kv(x)
         extra_k = extra_v = None
         if self.focal_window:
-            tokens = self._pool_blocks(x)
-            extra_k, extra_v = self._surround_blocks(
-                self._split_heads(F.conv2d(tokens, k_weight), self.depth),
-                self._split_heads(F.conv2d(tokens, v_weight), self.value_depth),
-            )
+            extra_k, extra_v = self._surround_blocks(*self._project_kv(self._pool_blocks(x)))
         out = halo_attention(
             q, k, v, self.pos_embed.height_rel, self.pos_embed.width_rel, block_size=self.block_size,
             halo_size=self.halo_size, border=self.border, extra_k=extra_k, extra_v=extra_v, backend=self.backend,

@@ -133,20 +133,25 @@ class HaloMixer(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, value_channels, ceil(H / stride), ceil(W / stride)), in channels last format."""
-        # Attention and 1x1 convolutions both prefer channels last. Keys and values are projected separately because
-        # splitting one map would copy their gradients into one again.
-        x = channels_last(x)
-        weights = self.kv.weight.view(self.num_heads, self.depth + self.value_depth, -1, 1, 1)
-        k_weight, v_weight = weights.split([self.depth, self.value_depth], dim=1)
+        x = channels_last(x)  # which attention and 1x1 convolutions both prefer
         q = self._split_heads(self.q(x), self.depth)
-        k = self._split_heads(F.conv2d(x, k_weight.flatten(0, 1)), self.depth)
-        v = self._split_heads(F.conv2d(x, v_weight.flatten(0, 1)), self.value_depth)
+        k, v = self._project_kv(x)
         out = _attend(
             q, k, v, self.pos_embed.height_rel, self.pos_embed.width_rel, self.block_size, self.halo_size, self.border,
             self.query_stride, self.backend,
         )  # fmt: skip
         out = out.flatten(1, 2)
         return average_2x2(out) if self.pool else out
+
+    def _project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, heads, d, H, W).
+
+        They are projected separately because splitting one map would copy their gradients into one again.
+        """
+        weights = self.kv.weight.view(self.num_heads, self.depth + self.value_depth, -1, 1, 1)
+        k_weight, v_weight = weights.split([self.depth, self.value_depth], dim=1)
+        k = self._split_heads(F.conv2d(x, k_weight.flatten(0, 1)), self.depth)
+        return k, self._split_heads(F.conv2d(x, v_weight.flatten(0, 1)), self.value_depth)
 
     def _split_heads(self, x: Tensor, depth: int) -> Tensor:
         return x.view(x.shape[0], self.num_heads, depth, x.shape[2], x.shape[3])
