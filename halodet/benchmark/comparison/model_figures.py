@@ -71,7 +71,7 @@ def count_model(config: Path, imports: Sequence[str], size: tuple[int, int] | No
 
     The number of multiply-adds of the heads depends on the proposals of random weights, which a fixed seed draws.
     """
-    for name in ("fvcore", "detectron2", "halodet"):
+    for name in ("fvcore", "detectron2", "halodet", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     projects = import_projects(imports)
     cfg = load_config(str(config), ["MODEL.DEVICE", "cpu"], add_configs=projects, train=False)

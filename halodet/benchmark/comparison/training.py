@@ -16,7 +16,7 @@ from halodet.benchmark.comparison.results import BOX_AP, Result, read_result
 from halodet.errors import ConfigError
 
 CONSOLE = "console.txt"
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _LOGGED_ERROR = re.compile(r"ERROR \[.*?\]: (.*)")
 _EXCEPTION = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Stopped)(?:: .*)?")
 
@@ -75,7 +75,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def last_error(text: str) -> str:
     """Return the last error of a log: a logged one or an exception, or else its last line."""
-    lines = [line.strip() for line in _COLOUR.sub("", text).splitlines() if line.strip()]
+    lines = [line.strip() for line in _COLOR.sub("", text).splitlines() if line.strip()]
     for line in reversed(lines):
         logged = _LOGGED_ERROR.fullmatch(line)
         if logged or _EXCEPTION.fullmatch(line):
