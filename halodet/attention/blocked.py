@@ -1,12 +1,13 @@
 """Halo attention in plain PyTorch, one chunk of blocks at a time, for any device and map size.
 
-Only one chunk of windows and scores exists at a time, small enough for the CPU cache. The backward stores the maps only
-and recomputes the scores: reusing the log-sum-exp would need ``exp``, which is slower than PyTorch's softmax.
+Only one chunk of windows and scores exists at a time, small enough for the CPU cache. The backward recomputes the
+attention weights of large maps: reusing the log-sum-exp would need ``exp``, which is slower than PyTorch's softmax.
+Weights of small maps are kept, which is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = {"cpu": 4 << 20}  # scores per chunk; fastest where they fit in the cache
 CHUNK_BYTES_ELSEWHERE = 256 << 20  # a GPU needs more work per kernel launch
+KEPT_BYTES = {"cpu": 64 << 20}  # attention weights of one call that are kept for its backward; elsewhere none
 
 
 def halo_attention_blocked(
@@ -46,23 +48,31 @@ class _HaloAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.layout = arguments
-        ctx.save_for_backward(*tensors)
-        return attend(*tensors, ctx.layout)
+        kept: list[Tensor] = []
+        out = attend(*arguments, kept=kept if any(ctx.needs_input_grad) else None)
+        ctx.save_for_backward(*tensors, *kept)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *attend_backward(grad, *ctx.saved_tensors, ctx.layout), None
+        tensors = ctx.saved_tensors
+        return *attend_backward(grad, *tensors[:7], ctx.layout, kept=tensors[7:]), None
 
 
-def attend(*arguments: Any) -> Tensor:
-    """Compute :func:`halo_attention_blocked` without autograd."""
+def attend(*arguments: Any, kept: list[Tensor] | None = None) -> Tensor:
+    """Compute :func:`halo_attention_blocked` without autograd; append attention weights to ``kept`` if they are few."""
     *tensors, layout = arguments
     with _without_autocast(tensors[0].device):
         work = _Work(*tensors, layout)
         out = work.v.new_empty(*work.q.shape[:4], work.v.shape[4])
-        for tile in work:
-            weights, _, _ = work.weights(tile)
+        tiles = list(work)
+        keep = kept is not None and work.weight_bytes(tiles) <= KEPT_BYTES.get(out.device.type, 0)
+        for tile in tiles:
+            queries, keys = work.queries_and_keys(tile)
+            weights = work.weights(tile, queries, keys, reuse_buffer=not keep)
+            if kept is not None and keep:
+                kept.append(weights)
             mixed = work.buffer("out", len(weights), tile.queries, out.shape[4])
             torch.bmm(weights, work.windows(tile, work.v, work.extra_v, "values"), out=mixed)
             part = work.queries_of(out, tile)
@@ -70,8 +80,11 @@ def attend(*arguments: Any) -> Tensor:
     return _channels_third(out)
 
 
-def attend_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the tensors that :func:`attend` takes; None for absent extra keys and values."""
+def attend_backward(grad: Tensor, *arguments: Any, kept: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the tensors that :func:`attend` takes; None for absent extra keys and values.
+
+    ``kept`` has the attention weights of each tile, or is empty.
+    """
     *tensors, layout = arguments
     with _without_autocast(grad.device):
         work = _Work(*tensors, layout)
@@ -82,8 +95,9 @@ def attend_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
         # Sums over the whole map are accumulated in float32 at least.
         exact = torch.promote_types(work.q.dtype, torch.float32)
         grad_h, grad_w = (torch.zeros_like(x, dtype=exact) for x in (work.rel_h, work.rel_w))
-        for tile in work:
-            weights, queries, keys = work.weights(tile)
+        for index, tile in enumerate(work):
+            queries, keys = work.queries_and_keys(tile)
+            weights = kept[index] if kept else work.weights(tile, queries, keys)
             values = work.windows(tile, work.v, work.extra_v, "values")
             grad_out = work.buffer("out", len(weights), tile.queries, grad.shape[4])
             part = work.queries_of(grad, tile)
@@ -184,6 +198,16 @@ class _Work:
                         for some_columns in _split(columns, column_step):
                             yield _Tile(image, min(image_step, batch - image), some_rows, some_columns)
 
+    def weight_bytes(self, tiles: Sequence[_Tile]) -> int:
+        """Return the size of the attention weights of these tiles."""
+        extra = 0 if self.extra_k is None else self.extra_k.shape[4]
+        counts = (
+            tile.images * tile.rows.count * tile.columns.count * tile.queries
+            * (tile.rows.window * tile.columns.window + extra)
+            for tile in tiles
+        )  # fmt: skip
+        return sum(counts) * self.q.shape[3] * self.q.element_size()
+
     def buffer(self, name: str, *size: int) -> Tensor:
         """Return a view of a buffer that all tiles share."""
         count = torch.Size(size).numel()
@@ -258,30 +282,30 @@ class _Work:
             (blocks, *size, columns.window), (block, row, count - 1, 1), start + columns.queries - 1
         )
 
-    def weights(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute attention weights (N, queries, keys); also return queries (N, queries, d) and keys (N, keys, d)."""
+    def queries_and_keys(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        """Copy the queries (N, queries, d) and keys (N, keys, d) of a tile."""
         view = self.queries_of(self.q, tile)
         queries = self.buffer("queries", *view.shape).copy_(view).view(-1, tile.queries, view.shape[6])
-        keys = self.windows(tile, self.k, self.extra_k, "keys")
+        return queries, self.windows(tile, self.k, self.extra_k, "keys")
+
+    def weights(self, tile: _Tile, queries: Tensor, keys: Tensor, reuse_buffer: bool = True) -> Tensor:
+        """Compute attention weights (N, queries, keys)."""
         table = self.table(tile)
         products = torch.mm(
             queries.flatten(0, 1), table.t(), out=self.buffer("products", queries.shape[0] * tile.queries, len(table))
         )
-        scores = self.buffer("scores", *queries.shape[:2], keys.shape[1])
+        size = (*queries.shape[:2], keys.shape[1])
+        scores = self.buffer("scores", *size) if reuse_buffer else queries.new_empty(size)
         along_h, along_w = self.positions_of(products, tile)
-        size = tile.rows.window * tile.columns.window
+        pixels = tile.rows.window * tile.columns.window
         inside = (
-            scores[..., :size].unflatten(-1, (tile.rows.window, tile.columns.window)).unflatten(1, along_h.shape[1:3])
+            scores[..., :pixels].unflatten(-1, (tile.rows.window, tile.columns.window)).unflatten(1, along_h.shape[1:3])
         )
         torch.add(along_h.unsqueeze(-1), along_w.unsqueeze(-2), out=inside)
         if self.extra_k is not None:
-            scores[..., size:] = 0
+            scores[..., pixels:] = 0
         scores.baddbmm_(queries, keys.transpose(1, 2), alpha=self.layout.scale)
-        return (
-            (torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)),
-            queries,
-            keys,
-        )
+        return torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
 
     def grad_positions(self, tile: _Tile, grad_scores: Tensor) -> Tensor:
         """Backpropagate score gradients to the query-table products: sums over the other direction."""

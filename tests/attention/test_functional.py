@@ -197,20 +197,34 @@ def test_bfloat16_stays_near_float32():
     assert (half.float() - exact).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.parametrize("kept", [0, blocked.KEPT_BYTES["cpu"]], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("budget", [1, 40_000])
-def test_chunk_size_does_not_change_the_result(budget, monkeypatch):
+def test_chunk_size_and_kept_weights_do_not_change_the_result(budget, kept, monkeypatch):
     """One block at a time and an uneven number of rows at a time equal one chunk."""
     arguments = make(2, 2, 3, 4, 23, 9, block=4, halo=2)
+    extra = [torch.randn(2, 2, 6, 3, 5, d, dtype=torch.float64, requires_grad=True) for d in (3, 4)]
     options = {"block_size": 4, "halo_size": 2, "border": "mask", "backend": "blocked"}
 
     def run():
-        out = halo_attention(*arguments, **options)
-        return [out, *torch.autograd.grad(out.sin().sum(), arguments)]
+        out = halo_attention(*arguments, extra_k=extra[0], extra_v=extra[1], **options)
+        return [out, *torch.autograd.grad(out.sin().sum(), [*arguments, *extra])]
 
     at_once = run()
     monkeypatch.setitem(blocked.CHUNK_BYTES, "cpu", budget)
+    monkeypatch.setitem(blocked.KEPT_BYTES, "cpu", kept)
     for actual, expected in zip(run(), at_once, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [0, blocked.KEPT_BYTES["cpu"]], ids=["recomputed", "kept"])
+def test_weights_are_kept_below_the_limit_only(kept, monkeypatch):
+    """Without them, the graph holds seven arguments; with them, one tensor more for each chunk."""
+    monkeypatch.setitem(blocked.KEPT_BYTES, "cpu", kept)
+    arguments = make(1, 1, 2, 2, 8, 8, block=4, halo=0)
+    out = halo_attention(*arguments, block_size=4, halo_size=0, border="zero", backend="blocked")
+    weights = [x for x in out.grad_fn.saved_tensors if x is not None and x.shape == (4, 16, 16)]
+    assert len(weights) == (1 if kept else 0)
+    assert len(out.grad_fn.saved_tensors) == 7 + len(weights)
 
 
 def test_maps_in_any_memory_format():
