@@ -7,6 +7,7 @@ from halodet.attention.layout import BlockLayout
 from halodet.utils.exporting import is_exporting
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,9 +24,10 @@ def halo_attention_unfold(
     """Compute halo attention with all windows in memory; tensors as in :func:`halodet.attention.halo_attention`."""
     halo = [layout.top, layout.bottom, layout.left, layout.right]
     least = 2 if is_exporting() and extra_k is None and isinstance(layout.block, int) else 1
+    training = torch.compiler.is_compiling() and not is_exporting() and torch.is_grad_enabled()
     return attend_windows(
         q, k, v, rel_h, rel_w, extra_k, extra_v, layout.height, layout.width, layout.block, halo, layout.stride,
-        layout.mask, layout.scale, least,
+        layout.mask, layout.scale, least, training,
     )  # fmt: skip
 
 
@@ -45,11 +47,13 @@ def attend_windows(
     mask: bool,
     scale: float,
     least: int = 1,
+    training: bool = False,
 ) -> Tensor:
     """Compute :func:`halo_attention_unfold` from the fields of its layout; TorchScript can compile this function.
 
     ``least`` is the minimum number of block rows and columns. With 2, the last block of a map with one is repeated:
-    torch.export would bind the graph to one block, or to several.
+    torch.export would bind the graph to one block, or to several. ``training`` selects the form with the faster
+    backward pass under ``torch.compile``.
     """
     device, (top, bottom, left, right) = q.device, halo
     rows, columns = (height - 1) // block + 1, (width - 1) // block + 1
@@ -63,59 +67,59 @@ def attend_windows(
     query_x, key_x = block_positions(columns, width, block, side, left, window_width, device)
     inside_y, inside_x = (key_y >= 0) & (key_y < height), (key_x >= 0) & (key_x < width)
 
-    # Coordinates outside the map read its edge; those queries are cropped at the end, keys and values zeroed or masked.
+    # Queries outside the map read its edge and are cropped at the end. Keys and values outside it read zeros.
     queries = gather_blocks(q, query_y.clamp(max=query_height - 1), query_x.clamp(max=query_width - 1))
-    key_y, key_x = key_y.clamp(0, height - 1), key_x.clamp(0, width - 1)
-    keys, values = gather_blocks(k, key_y, key_x), gather_blocks(v, key_y, key_x)
-    if not mask:
-        inside = (inside_y[:, None, :, None] & inside_x[None, :, None, :]).unsqueeze(-1)
-        keys, values = keys * inside, values * inside
+    key_y, key_x = torch.where(inside_y, key_y, height), torch.where(inside_x, key_x, width)
+    keys = gather_blocks(F.pad(k, [0, 1, 0, 1]), key_y, key_x).flatten(-3, -2)
+    values = gather_blocks(F.pad(v, [0, 1, 0, 1]), key_y, key_x).flatten(-3, -2)
 
     # Table rows of each query, indexed as in timm so that its weights load unchanged.
     i = torch.arange(side, device=device).unsqueeze(1)
     rows_h = window_height - 1 + torch.arange(window_height, device=device) - i  # (queries, window)
     rows_w = window_width - 1 + torch.arange(window_width, device=device) - i
-    logits_h = torch.einsum("bnyxijd,iwd->bnyxijw", [queries, rel_h[rows_h]])
-    logits_w = torch.einsum("bnyxijd,jwd->bnyxijw", [queries, rel_w[rows_w]])
-    if mask:
-        # -inf in either term masks their sum. Every block has a pixel of the map, so no query loses all its keys.
-        logits_h = logits_h.masked_fill(~inside_y[:, None, None, None, :], float("-inf"))
-        logits_w = logits_w.masked_fill(~inside_x[:, None, None, :], float("-inf"))
-    position = (logits_h.unsqueeze(-1) + logits_w.unsqueeze(-2)).flatten(-2).flatten(-3, -2)
+    logits_h = torch.matmul(queries, rel_h[rows_h].transpose(1, 2))
+    logits_w = torch.matmul(queries.transpose(-3, -2), rel_w[rows_w].transpose(1, 2)).transpose(-3, -2)
 
-    queries, keys, values = queries.flatten(-3, -2) * scale, keys.flatten(-3, -2), values.flatten(-3, -2)
-    scores = torch.matmul(queries, keys.transpose(-1, -2)) + position
-    if extra_k is not None and extra_v is not None:
-        scores = torch.cat((scores, torch.matmul(queries, extra_k.transpose(-1, -2))), -1)
+    outside = ~(inside_y[:, None, :, None] & inside_x[None, :, None, :]).flatten(2)
+    if training:
+        content = torch.matmul(queries.flatten(-3, -2) * scale, keys.transpose(-1, -2))
+        position = logits_h.unsqueeze(-1) + logits_w.unsqueeze(-2)
+        scores = content + position.flatten(-2).flatten(-3, -2)
+        if mask:
+            scores = scores.masked_fill(outside.unsqueeze(-2), float("-inf"))
+        if extra_k is not None:
+            content = torch.matmul(queries.flatten(-3, -2) * scale, extra_k.transpose(-1, -2))
+            scores = torch.cat((scores, content), -1)
+    else:
+        # One matrix product adds all terms: q·k, and the logits of the row and column of each key, selected by ones.
+        # Sums of tensors of the size of the scores take longer, above all in the runtimes of exported models.
+        row = torch.eye(window_height, dtype=q.dtype, device=device).repeat_interleave(window_width, 0)
+        terms = torch.cat((row, torch.eye(window_width, dtype=q.dtype, device=device).repeat(window_height, 1)), 1)
+        queries = torch.cat((queries * scale, logits_h, logits_w), -1)
+        if mask:
+            # A logit that makes the weight exactly 0 and that all types can represent.
+            masked = outside.unsqueeze(-1).to(q.dtype) * -30000.0
+            terms = torch.cat((terms.expand([rows, columns, -1, -1]), masked), -1)
+            queries = F.pad(queries, [0, 1], value=1.0)
+        keys = torch.cat((keys, terms.expand([q.shape[0], q.shape[1], rows, columns, -1, -1])), -1)
+        if extra_k is not None:
+            keys = torch.cat((keys, F.pad(extra_k, [0, keys.shape[-1] - extra_k.shape[-1]])), -2)
+        scores = torch.matmul(queries.flatten(-3, -2), keys.transpose(-1, -2))
+    if extra_v is not None:
         values = torch.cat((values, extra_v), -2)
     out = torch.matmul(scores.softmax(-1).to(values.dtype), values)
-
-    # Not unflatten, which ONNX has from opset 13 on.
     out = out.reshape(q.shape[0], q.shape[1], rows, columns, side, side, v.shape[2])
-    if not torch.jit.is_scripting():
-        if least > 1:
-            return crop_exported_blocks(out, query_height, query_width)
     return crop_blocks(out, query_height, query_width)
 
 
 def crop_blocks(out: Tensor, height: int, width: int) -> Tensor:
     """Order blocks (B, heads, rows, columns, h, w, d) as a map (B, heads, d, height, width) without their padding.
 
-    A slice would bind an exported graph to maps that the block size does (or does not) divide; indexing by quotient and
-    remainder is miscompiled by some versions of torch.compile (12 × 18 in blocks of 12).
+    Selects, because a slice would bind an exported graph to maps that the block size does (or does not) divide.
     """
     out = out.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-    y, x = torch.arange(height, device=out.device).unsqueeze(1), torch.arange(width, device=out.device)
-    return out[:, :, y, x].permute(0, 1, 4, 2, 3)
-
-
-def crop_exported_blocks(out: Tensor, height: int, width: int) -> Tensor:
-    """Crop as :func:`crop_blocks` without tensors whose layout tells a map of one pixel from a larger one."""
-    depth = out.shape[6]
-    out = out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-    y, x = (torch.ones(depth, size, dtype=torch.int64, device=out.device).cumsum(1) - 1 for size in (height, width))
-    channel = torch.arange(depth, device=out.device).unsqueeze(1).unsqueeze(1)
-    return out[:, :, channel, y.unsqueeze(2), x.unsqueeze(1)]
+    y, x = torch.arange(height, device=out.device), torch.arange(width, device=out.device)
+    return out.index_select(2, y).index_select(3, x).permute(0, 1, 4, 2, 3)
 
 
 def block_positions(
@@ -128,5 +132,10 @@ def block_positions(
 
 
 def gather_blocks(x: Tensor, y: Tensor, x_positions: Tensor) -> Tensor:
-    """Gather (B, heads, d, H, W) at rows (rows, h) and columns (columns, w) as (B, heads, rows, columns, h, w, d)."""
-    return x[:, :, :, y[:, None, :, None], x_positions[:, None, :]].permute(0, 1, 3, 4, 5, 6, 2)
+    """Gather (B, heads, d, H, W) at rows (rows, h) and columns (columns, w) as (B, heads, rows, columns, h, w, d).
+
+    Two selections of whole rows and pixels are faster than one with an index for both.
+    """
+    x = x.permute(0, 1, 3, 4, 2).index_select(2, y.flatten()).index_select(3, x_positions.flatten())
+    size = [x.shape[0], x.shape[1], y.shape[0], y.shape[1], x_positions.shape[0], x_positions.shape[1], x.shape[4]]
+    return x.reshape(size).transpose(3, 4)

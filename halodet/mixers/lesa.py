@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from halodet.attention.unfold import block_positions, crop_blocks, crop_exported_blocks
+from halodet.attention.unfold import block_positions, crop_blocks, gather_blocks
 from halodet.mixers.checks import check_block, check_choice, check_integer
 from halodet.mixers.halo import RelativePosition, average_2x2
 from halodet.mixers.memory import warn_memory
@@ -160,15 +160,15 @@ class LesaMixer(Mixer):
         valid_x = (query_x < width).unsqueeze(2) & inside_x.unsqueeze(1)
         key_y, key_x = key_y.clamp(0, height - 1), key_x.clamp(0, width - 1)
         out = self._attend(
-            _gather_blocks(q, query_y.clamp(max=height - 1), query_x.clamp(max=width - 1)),
-            _gather_blocks(k, key_y, key_x),
-            _gather_blocks(v, key_y, key_x),
+            gather_blocks(q, query_y.clamp(max=height - 1), query_x.clamp(max=width - 1)),
+            gather_blocks(k, key_y, key_x),
+            gather_blocks(v, key_y, key_x),
             halo,
             inside_y[:, None, :, None] & inside_x[:, None, :],
             valid_y[:, None, :, None, :, None] & valid_x[:, None, :, None, :],
         )
         out = out.reshape(*out.shape[:2], rows, columns, block, block, self.value_depth)
-        return (crop_exported_blocks if is_exporting() else crop_blocks)(out, height, width)
+        return crop_blocks(out, height, width)
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, halo: int, inside: Tensor | None, valid: Tensor | None
@@ -242,13 +242,6 @@ class LesaMixer(Mixer):
         """Resize a table so that every offset keeps its row; offsets that it does not have take its nearest row."""
         old, new = layout["table_size"] - 1, self.table_size - 1
         return table[(torch.arange(-new, new + 1, device=table.device).clamp(-old, old) + old)]
-
-
-def _gather_blocks(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Gather (B, heads, d, H, W) at rows (R, h) and columns (C, w) as (B, heads, R, C, h, w, d)."""
-    # Two selections of whole rows and pixels are faster than one with an index for both.
-    x = x.permute(0, 1, 3, 4, 2).index_select(2, rows.flatten()).index_select(3, columns.flatten())
-    return x.reshape(x.shape[0], x.shape[1], *rows.shape, *columns.shape, x.shape[4]).transpose(3, 4)
 
 
 def _scale_of(norm: nn.Module) -> Tensor | None:
