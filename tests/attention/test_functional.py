@@ -1,12 +1,17 @@
-"""All backends against the reference and finite differences; invalid arguments."""
+"""All backends against the reference and finite differences; invalid arguments.
+
+HALODET_ATTENTION_SETTINGS sets the number of random settings (14).
+"""
 
 import functools
+import os
 import random
 
 from halodet.attention import blocked, halo_attention
 from halodet.attention.functional import BACKENDS, BORDERS
 from halodet.attention.layout import BlockLayout
 from halodet.attention.reference import attend
+from halodet.attention.unfold import attend_windows
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ import torch
 # Triton does not support float64; see test_triton_ops.py.
 EXACT = sorted(set(BACKENDS) - {"triton"})
 FAST = sorted(set(EXACT) - {"reference"})
+SETTINGS = int(os.environ.get("HALODET_ATTENTION_SETTINGS", "14"))
 
 
 def make(batch, heads, depth, value_depth, height, width, block, halo, stride=1, seed=0, extra=0):
@@ -118,7 +124,7 @@ def expect_random_case(seed):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", range(SETTINGS))
 def test_random_cases_equal_reference(backend, seed):
     """Outputs and gradients of a few queries, with all options mixed."""
     tensors, options = draw_case(seed)
@@ -128,6 +134,21 @@ def test_random_cases_equal_reference(backend, seed):
     actual = torch.stack([out[..., y, x] for y, x in places], -1)
     assert_near(actual, expected, 1e-12)
     for a, e in zip(torch.autograd.grad(weigh(actual, seed), tensors), gradients, strict=True):
+        assert_near(a, e, 1e-12)
+    out = call([x.detach().float() for x in tensors], **options, backend=backend)
+    assert_near(torch.stack([out[..., y, x] for y, x in places], -1).double(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(SETTINGS))
+def test_form_for_compiled_training_equals_the_exported_form(seed):
+    tensors, options = draw_case(seed)
+    halo = options["halo_size"] if isinstance(options["halo_size"], tuple) else (options["halo_size"],) * 4
+    extra = tensors[5:] or [None, None]
+    size = [*tensors[1].shape[-2:], options["block_size"], list(halo), options["stride"], options["border"] == "mask"]
+    exported, training = (attend_windows(*tensors[:5], *extra, *size, 0.3, 1, form) for form in (False, True))
+    assert_near(training, exported, 1e-12)
+    gradients = [torch.autograd.grad(weigh(out, seed), tensors) for out in (exported, training)]
+    for a, e in zip(*gradients, strict=True):
         assert_near(a, e, 1e-12)
 
 
