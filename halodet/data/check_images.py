@@ -17,9 +17,9 @@ from typing import Any
 
 from halodet.data.coco import ValidatedCoco
 from halodet.data.coco_validator import SKIPPED_IN_TRAINING
-from halodet.data.image_io import read_image
 from halodet.data.issues import Issue
 from halodet.errors import DatasetError, ImageError
+from halodet.utils.image_io import read_image
 
 from tqdm import tqdm
 

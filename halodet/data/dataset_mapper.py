@@ -10,9 +10,9 @@ from typing import Any
 from halodet.data.annotations import InvalidAnnotation
 from halodet.data.bad_images import SKIPPED_KEY, Skipped, TooManyBadImages
 from halodet.data.copy_paste import choose_objects, paste_objects
-from halodet.data.image_io import read_image
 from halodet.data.transforms import build_augmentations
 from halodet.errors import ImageError
+from halodet.utils.image_io import read_image
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ _BLANK = 32  # pixels; side of the image evaluated in place of one that cannot b
 
 
 class RobustDatasetMapper(DatasetMapper):
-    """Map a dataset dict to a sample; images are read by :func:`halodet.data.image_io.read_image`.
+    """Map a dataset dict to a sample; images are read by :func:`halodet.utils.image_io.read_image`.
 
     An image is skipped if it cannot be read, its size differs from the dataset's, or all of its annotations are
     invalid. In training a skipped image maps to None, for which the loader draws another image; in evaluation it maps

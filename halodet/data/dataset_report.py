@@ -17,7 +17,6 @@ import halodet
 from halodet.data.annotations import is_int
 from halodet.data.coco import ValidatedCoco
 from halodet.data.coco_validator import SKIPPED_IN_TRAINING
-from halodet.data.image_io import read_image
 from halodet.data.issues import Issue
 from halodet.data.report_charts import (
     count_bins,
@@ -32,6 +31,7 @@ from halodet.data.report_charts import (
 from halodet.data.report_style import STYLE
 from halodet.data.thumbnails import CROWD_COLOR, MAX_DRAWN, Color, choose_colors, draw_annotations, jpeg_data_uri
 from halodet.errors import ImageError
+from halodet.utils.image_io import read_image
 from halodet.utils.io import atomic_write
 
 import numpy as np

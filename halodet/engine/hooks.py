@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from halodet.checkpoint import Checkpointer
-from halodet.data.image_io import read_image
 from halodet.errors import ImageError
 from halodet.inference.visualize import draw_output
+from halodet.utils.image_io import read_image
 
 import numpy as np
 import torch

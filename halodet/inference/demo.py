@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from halodet.data.image_io import read_image
 from halodet.errors import ConfigError, HalodetError, ImageError
 from halodet.inference.predictor import Predictor, to_coco
 from halodet.inference.visualize import draw_output
+from halodet.utils.image_io import read_image
 from halodet.utils.io import write_json
 
 import pycocotools.mask as mask_util

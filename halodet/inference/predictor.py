@@ -8,9 +8,9 @@ from typing import Any
 from halodet.checkpoint import classes_of, load_weights, read_weights
 from halodet.config.validate import one_line
 from halodet.data.classes import count_classes, read_classes
-from halodet.data.image_io import read_image, to_bgr
 from halodet.data.transforms import ResizeShortestEdge
 from halodet.errors import CheckpointError, ConfigError, HalodetError
+from halodet.utils.image_io import read_image, to_bgr
 
 import numpy as np
 import torch

@@ -13,8 +13,8 @@ from halodet.data import validate_coco, write_shapes
 from halodet.data.annotations import validate_record
 from halodet.data.check_images import CheckInterrupted, check_images
 from halodet.data.dataset_mapper import RobustDatasetMapper
-from halodet.data.image_io import read_image
 from halodet.errors import ImageError
+from halodet.utils.image_io import read_image
 
 import pytest
 from detectron2.data.datasets import load_coco_json

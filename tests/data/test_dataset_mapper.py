@@ -15,8 +15,8 @@ from halodet.data.annotations import validate_record
 from halodet.data.bad_images import SKIPPED_KEY, TooManyBadImages
 from halodet.data.build import build_test_loader, build_train_loader
 from halodet.data.dataset_mapper import RobustDatasetMapper
-from halodet.data.image_io import read_image
 from halodet.errors import ImageError
+from halodet.utils.image_io import read_image
 
 import numpy as np
 import pycocotools.mask as mask_util

@@ -8,10 +8,10 @@ from pathlib import Path
 from halodet.config import load_config
 from halodet.data import write_shapes
 from halodet.data.bad_images import TooManyBadImages
-from halodet.data.image_io import read_image
 from halodet.data.user_datasets import register_user_data
 from halodet.engine import Trainer
 from halodet.errors import ImageError
+from halodet.utils.image_io import read_image
 
 import pytest
 import torch

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from halodet.errors import ImageError
 
 import numpy as np
-from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from PIL import Image, UnidentifiedImageError
 
+__all__ = ["STDERR_LOCK", "apply_exif_orientation", "read_image", "to_bgr"]
+
+STDERR_LOCK = threading.RLock()  # held while file descriptor 2 is redirected: hold it to print from another thread
 _WHITE = 255
+_ORIENTATION = 274  # EXIF tag
+_UPRIGHT: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -39,8 +53,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         raise ImageError(f"{path} is an empty file (0 bytes).")
     try:
         # Pillow warns about every unusual tag, and about images above half its limit, which are accepted here.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _IGNORE_WARNINGS:
             with Image.open(path) as image:
                 # A TIFF is rotated while it loads, so its orientation tag must be read afterwards.
                 with _silence_libtiff(image.format):
@@ -66,14 +79,39 @@ def _silence_libtiff(image_format: str | None) -> Iterator[None]:
     if image_format != "TIFF":
         yield
         return
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(null)
-        os.close(stderr)
+    with STDERR_LOCK:
+        stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(null)
+            os.close(stderr)
+
+
+class _IgnoreWarnings:
+    """Ignore warnings while any thread is inside; the filters are global, and nesting across threads mixes them up."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._saved = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.close()
+
+
+_IGNORE_WARNINGS = _IgnoreWarnings()
 
 
 def to_bgr(image: Image.Image) -> np.ndarray:
@@ -85,7 +123,7 @@ def to_bgr(image: Image.Image) -> np.ndarray:
     if 0 in image.size:
         raise ImageError(f"the image has no pixels ({image.width} x {image.height}).")
     image_format = image.format
-    image = _apply_exif_orientation(image)  # Detectron2's own, so that images are rotated as in its training
+    image = apply_exif_orientation(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return np.repeat(_to_8_bit(image, image_format)[:, :, None], 3, axis=2)
     if image.mode == "La":  # Pillow has no conversion from premultiplied grey to RGBA
@@ -93,7 +131,19 @@ def to_bgr(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (_WHITE,) * 4), image)
-    return np.ascontiguousarray(convert_PIL_to_numpy(image, "BGR"))
+    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+
+
+def apply_exif_orientation(image: Image.Image) -> Image.Image:
+    """Return the image upright; broken EXIF is ignored.
+
+    Source: Detectron2's ``_apply_exif_orientation``, so that images are rotated as in its training.
+    """
+    try:
+        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # a broken header may raise anything
+        return image
+    return image if method is None else image.transpose(method)
 
 
 def _to_8_bit(image: Image.Image, image_format: str | None) -> np.ndarray:

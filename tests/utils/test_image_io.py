@@ -4,13 +4,15 @@ import io
 import os
 import struct
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from halodet.data.image_io import read_image
 from halodet.errors import ImageError
+from halodet.utils.image_io import apply_exif_orientation, read_image, to_bgr
 
 import numpy as np
 import pytest
+from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from helpers import png
 from PIL import Image
 
@@ -53,6 +55,30 @@ def test_exif_orientation_is_applied(tmp_path, photo, orientation, suffix):
     exif[274] = orientation
     stored.save(tmp_path / f"a.{suffix}", exif=exif)
     assert np.array_equal(read_image(tmp_path / f"a.{suffix}"), bgr(photo))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB"])
+@pytest.mark.parametrize("orientation", [*range(10), "6", 6.0])
+def test_conversion_equals_detectron2s(photo, orientation, mode):
+    image = photo.convert("RGB" if mode == "LAB" else mode)
+    if mode == "LAB":
+        image = Image.fromarray(np.asarray(photo), "LAB")
+    image.getexif()[274] = orientation
+    expected = _apply_exif_orientation(image)
+    assert np.array_equal(np.asarray(apply_exif_orientation(image)), np.asarray(expected))
+    assert np.array_equal(to_bgr(image), convert_PIL_to_numpy(expected, "BGR"))
+
+
+def test_threads_restore_warnings_and_stderr(tmp_path, photo, capfd):
+    for index in range(8):
+        photo.resize((200, 200)).save(tmp_path / f"{index}.tif")
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(read_image, [tmp_path / f"{index % 8}.tif" for index in range(80)]))
+    assert len({image.tobytes() for image in images}) == 1
+    assert warnings.filters == filters
+    os.write(2, b"restored")
+    assert capfd.readouterr().err == "restored"
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # from Image.open in the test itself
