@@ -1,6 +1,6 @@
 """draw on hand-made instances: what is drawn, where, in which color, and on images of awkward sizes."""
 
-from halodet.inference import draw, visualize
+from halodet.inference import Detections, draw, fonts, visualize
 from halodet.inference.visualize import draw_output
 
 import numpy as np
@@ -49,13 +49,83 @@ def test_names_are_drawn_as_they_are(name):
     assert changed(drawn)[:60].any()
 
 
-def test_letters_without_a_font_are_one_warning(caplog, recwarn, monkeypatch):
-    monkeypatch.setattr(visualize, "_installed_fonts", frozenset)
-    visualize._warn_of_font.cache_clear()
-    found = instances(400, 500, [[100, 50, 300, 350], [10, 50, 90, 350]], [0.9, 0.8], [0, 0])
+@pytest.fixture
+def fresh_fonts():
+    """Forget what is known of the fonts, before and after a test that changes them."""
+
+    def forget():
+        for function in (fonts._installed_fonts, fonts._fonts, fonts._has_letter, fonts.render_text):
+            getattr(function, "cache_clear", lambda: None)()
+        fonts._warned.clear()
+
+    forget()
+    yield
+    forget()
+
+
+def test_letters_without_a_font_are_one_warning(caplog, monkeypatch, fresh_fonts):
+    monkeypatch.setattr(fonts, "_FONTS", ())
+    found = instances(400, 500, [[100, 50, 300, 350], [10, 50, 90, 350]], [0.9, 0.8], [0, 1])
     for _ in range(2):
-        draw(grey(400, 500), found, ["猫の耳"], threshold=0.5)
-    assert caplog.text.count("猫の耳") == 1 and not [w for w in recwarn if "Glyph" in str(w.message)]
+        draw(grey(400, 500), found, ["猫の耳", "犬"], threshold=0.5)
+    assert caplog.text.count("No installed font") == 1 and "猫の耳" in caplog.text
+    assert "fonts-noto-cjk" in caplog.text
+
+
+def test_a_letter_is_drawn_with_the_first_font_that_has_it(caplog, monkeypatch, fresh_fonts):
+    if "dejavusans.ttf" not in fonts._installed_fonts():
+        pytest.skip("DejaVu Sans is not installed")
+    missing = next(letter for letter in "ΩЖשع" if not fonts._has_letter(len(fonts._fonts(16)) - 1, letter))
+    both = fonts.render_text(f"cat {missing}", 16)
+    assert not caplog.text and fonts._has_letter(0, missing)
+    # Pillow's own font has no such letter: with it in front, only the letter comes from DejaVu Sans.
+    first = fonts._fonts(16)
+    monkeypatch.setattr(fonts, "_fonts", lambda size: first[::-1])
+    fonts._has_letter.cache_clear()
+    fonts.render_text.cache_clear()
+    assert [run for _, run in fonts._runs(f"cat {missing}", 16)] == ["cat ", missing]
+    assert not np.array_equal(fonts.render_text(f"cat {missing}", 16), both) and not caplog.text
+
+
+@pytest.mark.parametrize("name", ["", " ", "two\nlines\tand a tab", "e\u0301", "a" * 300, "\x00"])
+def test_any_name_is_one_line(name):
+    found = instances(400, 500, [[100, 50, 300, 350]], [0.9], [0])
+    height = fonts.render_text("x", 12).shape[0]
+    assert fonts.render_text(name, 12).shape[0] == height
+    assert changed(draw(grey(400, 500), found, [name], threshold=0.5))[:66, 104:110].any()
+
+
+def test_a_class_without_a_name_is_drawn_by_its_number():
+    found = instances(400, 500, [[100, 50, 300, 350]], [0.9], [2])
+    assert np.array_equal(
+        draw(grey(400, 500), found, NAMES, threshold=0.5),
+        draw(grey(400, 500), found, [*NAMES, "class 2"], threshold=0.5),
+    )
+
+
+def test_labels_do_not_cover_each_other_where_there_is_room():
+    boxes = [[100, 50, 300, 350], [100, 50, 310, 340], [102, 52, 290, 345]]
+    one = changed(draw(grey(400, 500), instances(400, 500, boxes[:1], [0.9], [0]), NAMES, threshold=0.5))
+    three = draw(grey(400, 500), instances(400, 500, boxes, [0.9, 0.8, 0.7], [0, 0, 0]), NAMES, threshold=0.5)
+    lines = sum(changed(draw(grey(400, 500), instances(400, 500, [b], [0.9], [0]), [""], threshold=0.5)) for b in boxes)
+    label = one[55:70, 105:160].mean()
+    assert label > 0.5 and (changed(three) & (lines == 0)).sum() > 2 * 500  # two more labels elsewhere
+
+
+def test_numpy_detections_are_drawn_as_instances():
+    found = instances(400, 500, [[100, 50, 300, 350], [20, 30, 60, 70]], [0.9, 0.8], [0, 1], masks=True)
+    found.pred_keypoints = torch.rand(2, 3, 3) * 100
+    for image in (grey(400, 500), grey(100, 120), grey(9000, 4000)):
+        drawings = [draw(image, f, NAMES, threshold=0.5) for f in (found, Detections.from_instances(found))]
+        assert np.array_equal(*drawings)
+    outputs = {"instances": found}, {"instances": Detections.from_instances(found)}
+    assert np.array_equal(*(draw_output(grey(400, 500), output, NAMES, threshold=0.5) for output in outputs))
+
+
+def test_colors_of_the_first_classes_differ():
+    colors = np.array([visualize._color(k) for k in range(20)], float)
+    distances = np.abs(colors[:, None] - colors[None]).max(axis=2) + 1000 * np.eye(20)
+    assert distances.min() > 20 and all(np.abs(colors[k] - colors[k + 1]).max() > 80 for k in range(19))
 
 
 def test_the_mask_is_filled():
@@ -151,10 +221,22 @@ def test_segments_are_filled_with_the_color_of_their_class(kind):
     scale = drawn.shape[1] / 360
     colors = [drawn[int(20 * scale), int(x * scale)].astype(int) for x in (60, 180, 300)]
     assert np.abs(colors[1] - colors[2]).max() > 30
+    numpy_output = {kind: (labels.numpy(), infos) if kind == "panoptic_seg" else labels.numpy()}
+    names = ["sky", "sea", "sand"]
+    assert np.array_equal(draw_output(grey(200, 360), numpy_output, NAMES, names, threshold=0.5), drawn)
     if kind == "panoptic_seg":
         assert np.abs(colors[0] - 40).max() <= 2, "void is not drawn"
     else:
         assert np.abs(colors[0] - 40).max() > 10
+
+
+def test_classes_without_a_name_are_not_drawn():
+    labels = np.zeros((200, 360), np.int64)
+    labels[:, 100:] = 255
+    drawn = changed(draw_output(grey(200, 360), {"sem_seg": labels}, NAMES, ["sky"], threshold=0.5))
+    width = drawn.shape[1]
+    assert drawn[:, : width * 90 // 360].mean() > 0.9 and not drawn[:, width * 180 // 360 :].any()
+    assert not changed(draw_output(grey(200, 360), {"sem_seg": labels}, NAMES, [], threshold=0.5)).any()
 
 
 def test_a_large_panoptic_map_is_shrunk():
