@@ -2,19 +2,18 @@
 
 ``import halodet`` registers the backbones, the ``shapes`` dataset and ``timm://`` paths with Detectron2 where it is
 installed. The names in ``__all__`` and all submodules are imported on first use; :mod:`halodet.attention`,
-:mod:`halodet.mixers` and :mod:`halodet.models` need only torch and torchvision.
+:mod:`halodet.mixers` and :mod:`halodet.models` need only torch and torchvision, and :class:`ExportedPredictor` needs
+neither.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.util
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from halodet.utils.import_errors import explain_import_errors, is_installed
 from halodet.utils.threads import set_thread_defaults
 
 if TYPE_CHECKING:
@@ -24,12 +23,13 @@ if TYPE_CHECKING:
     from halodet.config.defaults import add_halodet_config
     from halodet.config.load import load_config
     from halodet.engine import Trainer
-    from halodet.inference import Predictor
+    from halodet.inference import ExportedPredictor, Predictor
     from halodet.mixers import build_mixer, register_mixer
     from halodet.models import HaloNet
 
 __version__ = "0.1.0"
 __all__ = [
+    "ExportedPredictor",
     "HaloNet",
     "Predictor",
     "TimmBackbone",
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ExportedPredictor": "inference",
     "HaloNet": "models",
     "Predictor": "inference",
     "TimmBackbone": "backbones",
@@ -59,7 +60,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'halodet' has no attribute {name!r}")
-    with _explain_import_errors():
+    with explain_import_errors():
         value = getattr(importlib.import_module(f"halodet.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
@@ -69,19 +70,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-@contextlib.contextmanager
-def _explain_import_errors() -> Iterator[None]:
-    """Add the fix to an error raised while a dependency is imported."""
-    try:
-        yield
-    except Exception as error:
-        if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note("halodet: a dependency is missing or broken. Fix: run python -m halodet.utils.collect_env")
-        raise
-
-
 def _register_with_detectron2() -> None:
-    with _explain_import_errors(), warnings.catch_warnings():
+    with explain_import_errors(), warnings.catch_warnings():
         # Detectron2 uses the deprecated torch.jit.script at import
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         for room in ("backbones", "checkpoint", "data"):
@@ -91,5 +81,5 @@ def _register_with_detectron2() -> None:
 set_thread_defaults()  # before PyTorch is imported
 
 # collect_env reports a broken Detectron2, so it must be able to start with one.
-if importlib.util.find_spec("detectron2") is not None and "halodet.utils.collect_env" not in sys.orig_argv:
+if is_installed("torch") and is_installed("detectron2") and "halodet.utils.collect_env" not in sys.orig_argv:
     _register_with_detectron2()

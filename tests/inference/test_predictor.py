@@ -4,11 +4,13 @@ import json
 
 from halodet.data.classes import ClassesError, read_classes, write_classes
 from halodet.errors import CheckpointError, ConfigError
-from halodet.inference import Predictor, PredictorError, to_coco
-from halodet.inference.predictor import as_bgr
+from halodet.inference import Detections, ExportedPredictor, Predictor, PredictorError, draw, to_coco
+from halodet.inference.as_bgr import as_bgr
 
 import cv2
+import exported_models
 import numpy as np
+import onnx
 import pycocotools.mask as mask_util
 import pytest
 import torch
@@ -16,6 +18,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from helpers import CreatesFile, noise
@@ -74,6 +77,23 @@ def test_predictions_are_detectron2s_in_pixels_of_the_image(trained):
     assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor) and torch.equal(
         found.scores, expected.scores
     )
+
+
+def test_a_batch_gives_the_results_of_single_images(trained):
+    predictor = Predictor(trained)
+    calls, model = [], predictor.model
+    predictor.model = lambda inputs: calls.append(len(inputs)) or model(inputs)
+    images = [noise(60, 90, 0), noise(90, 60, 1), noise(60, 90, 2), noise(120, 180, 3)]
+    batch = predictor.predict_batch(images)
+    assert calls == [3, 1], "images of the same size after resizing share a call"
+    for image, result in zip(images, batch, strict=True):
+        found, expected = result["instances"], predictor(image)
+        assert found.image_size == image.shape[:2] and len(found) == len(expected) > 0
+        assert torch.equal(found.pred_classes, expected.pred_classes)
+        assert torch.allclose(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-3)
+        assert torch.allclose(found.scores, expected.scores, atol=1e-3)
+        assert (found.pred_masks != expected.pred_masks).float().mean() < 1e-3
+    assert predictor.predict_batch([]) == []
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 8000), (8000, 3)])
@@ -253,3 +273,50 @@ def test_classes_that_cannot_be_written_leave_the_old_file(tmp_path):
     with pytest.raises(OSError):
         write_classes(tmp_path / "none" / "classes.json", [])
     assert json.loads(path.read_text()) == [{"id": 1, "name": "a"}]
+
+
+class Traced(torch.nn.Module):
+    """A detector as an exported model: (3, H, W) image -> boxes, scores, classes, masks in pixels of that image."""
+
+    def __init__(self, model):
+        super().__init__()
+
+        def infer(model, inputs):
+            found = model.inference(inputs, do_postprocess=False)[0]
+            return found.pred_boxes.tensor, found.scores, found.pred_classes, found.pred_masks[:, 0]
+
+        self.adapter = TracingAdapter(model, [{"image": torch.zeros(3, 96, 144)}], infer)
+
+    def forward(self, image):
+        with torch.no_grad():
+            return self.adapter(image)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["torchscript", "onnx"])
+def test_an_exported_model_gives_the_results_of_the_predictor(trained, tmp_path, kind):
+    predictor, file = Predictor(trained), tmp_path / f"model.{kind}"
+    torch.nn.init.normal_(predictor.model.roi_heads.mask_head.predictor.weight, std=1.0)
+    metadata = exported_models.metadata(min_size=96, max_size=160, score_threshold=0.05, classes=predictor.classes)
+    model, image = Traced(predictor.model).eval(), torch.from_numpy(noise(96, 144)).permute(2, 0, 1).float()
+    if kind == "torchscript":
+        traced = torch.jit.trace(model, image, check_trace=False)
+        torch.jit.save(traced, file, {"halodet.json": metadata.to_json()})
+    else:
+        pytest.importorskip("onnxruntime")
+        names = {"input_names": ["image"], "output_names": ["boxes", "scores", "classes", "masks"]}
+        axes = {"dynamic_axes": {"image": {1: "height", 2: "width"}}, "opset_version": 17, "dynamo": False}
+        torch.onnx.export(model, (image,), file, **names, **axes)
+        exported = onnx.load(file)
+        onnx.helper.set_model_props(exported, {"halodet": metadata.to_json()})
+        onnx.save(exported, file)
+    exported = ExportedPredictor(file)
+    for size in ((60, 90), (300, 450), (90, 60), (77, 200)):
+        expected, found = Detections.from_instances(predictor(noise(*size))), exported(noise(*size))
+        assert len(found) == len(expected) > 0 and np.array_equal(found.classes, expected.classes)
+        assert np.allclose(found.boxes, expected.boxes, atol=1e-2) and np.allclose(
+            found.scores, expected.scores, atol=1e-4
+        )
+        assert expected.masks.sum() > 100 and (found.masks != expected.masks).sum() <= 1e-3 * expected.masks.sum()
+        drawings = [draw(noise(*size), results, ["a", "b"], threshold=0.5) for results in (expected, found)]
+        assert (drawings[0] != drawings[1]).mean() < 0.02

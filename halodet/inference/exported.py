@@ -1,0 +1,116 @@
+"""Inference with an exported model, without PyTorch and Detectron2."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from halodet.errors import ImageError
+from halodet.inference.as_bgr import ImageLike, as_bgr
+from halodet.inference.detections import Detections
+from halodet.inference.export_metadata import ExportedModelError
+from halodet.inference.postprocessing import (
+    combine_panoptic,
+    label_map,
+    paste_masks,
+    resize_shortest_edge,
+    resized_size,
+    scale_boxes,
+)
+from halodet.inference.runtimes import load_model, one_line
+
+import numpy as np
+
+__all__ = ["ExportedModelError", "ExportedPredictor"]
+
+
+class ExportedPredictor:
+    """Predictor of an exported model, with the results of :class:`~halodet.inference.Predictor` as numpy arrays.
+
+    It needs numpy, Pillow, OpenCV and the runtime: onnxruntime for .onnx files, openvino for .xml files, PyTorch for
+    .torchscript files.
+
+    Args:
+        file: exported model.
+        num_threads: number of CPU threads; by default the runtime chooses it.
+
+    Attributes:
+        classes: dataset id and name of each class in the order of the model's outputs.
+        stuff_classes: name of each class of its semantic segmentation; empty without one.
+        input_format: order of the model's input channels, ``"BGR"`` or ``"RGB"``.
+        metadata: the :class:`~halodet.inference.ExportMetadata` of the file.
+
+    Raises:
+        ExportedModelError: the file cannot be used; see :func:`~halodet.inference.runtimes.load_model`.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], *, num_threads: int | None = None) -> None:
+        if num_threads is not None and num_threads < 1:
+            raise ExportedModelError(f"num_threads={num_threads} is invalid: expected a positive integer or None.")
+        self._file = os.fspath(file)
+        self.metadata, self._run = load_model(file, num_threads)
+        self.classes: list[dict[str, Any]] = [dict(entry) for entry in self.metadata.classes]
+        self.stuff_classes = list(self.metadata.stuff_classes)
+        self.input_format = self.metadata.input_format
+
+    def __call__(self, image: ImageLike) -> Detections:
+        """Detect objects in an image; boxes and masks are in pixels of that image.
+
+        Args:
+            image: see :func:`~halodet.inference.as_bgr.as_bgr`.
+
+        Raises:
+            ExportedModelError: the model detects no objects, or fails on the image.
+            PredictorError: the image has another shape or type.
+            ImageError: a file cannot be read, or the image is too large for the model.
+        """
+        if "boxes" not in self.metadata.outputs:
+            raise ExportedModelError(f"{self._file} is invalid: expected a model that detects objects.")
+        return self.predict(image)["instances"]
+
+    def predict(self, image: ImageLike) -> dict[str, Any]:
+        """Return all that the model predicts for an image.
+
+        Returns:
+            ``instances``, a :class:`~halodet.inference.Detections`; ``sem_seg``, the (H, W) int32 semantic class of
+            each pixel; ``panoptic_seg``, the (H, W) int32 segment of each pixel, 0 for none, and a list of descriptions
+            of the segments. Each is there if the model predicts it.
+
+        Raises:
+            See :meth:`__call__`.
+        """
+        bgr, metadata = as_bgr(image), self.metadata
+        size = bgr.shape[0], bgr.shape[1]
+        height, width = resized_size(*size, metadata.min_size, metadata.max_size)
+        if metadata.max_pixels is not None and height * width > metadata.max_pixels:
+            name = f"{os.fspath(image)}: " if isinstance(image, str | os.PathLike) else ""
+            raise ImageError(
+                f"{name}image of {size[1]} x {size[0]} pixels is too large: resized to {width} x {height} it has "
+                f"{height * width} pixels, expected at most {metadata.max_pixels}."
+            )
+        channels = bgr[:, :, ::-1] if self.input_format == "RGB" else bgr
+        resized = resize_shortest_edge(channels, metadata.min_size, metadata.max_size)
+        try:
+            outputs = self._run(np.ascontiguousarray(resized.transpose(2, 0, 1), dtype=np.float32))
+        except Exception as error:  # the exceptions of the runtimes have no common base
+            raise ExportedModelError(
+                f"{self._file} failed on an image of {width} x {height} pixels: {one_line(error)}."
+            ) from error
+        result: dict[str, Any] = {}
+        if "boxes" in outputs:
+            result["instances"] = self._detections(outputs, (height, width), size)
+        if "sem_seg" in outputs:
+            result["sem_seg"] = label_map(outputs["sem_seg"], metadata.sem_seg_stride, (height, width), size)
+        if metadata.panoptic is not None:
+            result["panoptic_seg"] = combine_panoptic(result["instances"], result["sem_seg"], **metadata.panoptic)
+        return result
+
+    def _detections(
+        self, outputs: dict[str, np.ndarray], resized: tuple[int, int], size: tuple[int, int]
+    ) -> Detections:
+        boxes, kept = scale_boxes(outputs["boxes"], resized, size)
+        boxes, scores, classes = boxes[kept], outputs["scores"][kept], outputs["classes"][kept]
+        masks = None
+        if "masks" in outputs:
+            masks = paste_masks(outputs["masks"][kept], boxes, size, self.metadata.mask_threshold)
+        return Detections(size, boxes, scores, classes.astype(np.int64, copy=False), masks)
