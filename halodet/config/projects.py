@@ -5,32 +5,18 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from halodet.errors import ConfigError
+from halodet.utils.project_arguments import add_project_arguments
 
 from detectron2.config import CfgNode
 
+__all__ = ["AddConfig", "add_project_arguments", "import_projects"]
+
 AddConfig = Callable[[CfgNode], object]
 _CONFIG_FUNCTION = re.compile(r"add_(\w+_)?config")
-
-
-def add_project_arguments(parser: ArgumentParser) -> None:
-    """Add ``--import`` and ``--allow-unsafe-config`` to the command line of a tool."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="module or .py file to run first: it may register datasets, heads and mixers, and its functions "
-        "add_*_config(cfg) add config keys; may be given several times",
-    )
-    parser.add_argument(
-        "--allow-unsafe-config", action="store_true", help="read config files with Python tags, which may run code"
-    )
 
 
 def import_projects(modules: Iterable[str]) -> list[AddConfig]:

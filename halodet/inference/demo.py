@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import itertools
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
 
 from halodet.errors import ConfigError, HalodetError, ImageError
-from halodet.inference.predictor import Predictor, to_coco
+from halodet.inference.detections import Detections, to_coco
 from halodet.inference.visualize import draw_output
-from halodet.utils.image_io import read_image
+from halodet.utils.image_io import STDERR_LOCK, read_image
 from halodet.utils.io import write_json
 
-import pycocotools.mask as mask_util
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-__all__ = ["DETECTIONS_FILE", "NOT_IMAGES", "draw_images", "find_images"]
+__all__ = ["DETECTIONS_FILE", "NOT_IMAGES", "ImagePredictor", "draw_images", "find_images"]
 
 DETECTIONS_FILE = "detections.json"
 NOT_IMAGES = frozenset(
     ".bz2 .cfg .csv .doc .docx .gz .htm .html .ini .ipynb .json .jsonl .log .md .mp4 .npy .npz .pdf .pickle .pkl .pth "
     ".pt .py .rst .sh .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
 )
+
+_THREADS = 2  # that read, and that draw and write
+_PROGRESS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+class ImagePredictor(Protocol):
+    """What :func:`draw_images` needs of a predictor; ``predict_batch(images)`` is used where there is one."""
+
+    classes: list[dict[str, Any]]
+    stuff_classes: list[str]
+
+    def predict(self, image: Any, /) -> dict[str, Any]:
+        """Return what the model predicts for an image."""
 
 
 def find_images(inputs: Sequence[str], output: str) -> list[str]:
@@ -53,19 +70,27 @@ def find_images(inputs: Sequence[str], output: str) -> list[str]:
 
 
 def draw_images(
-    predictor: Predictor, files: Sequence[str], output: str, *, threshold: float, absolute_paths: bool = False
+    predictor: ImagePredictor,
+    files: Sequence[str],
+    output: str,
+    *,
+    threshold: float,
+    absolute_paths: bool = False,
+    batch_size: int = 1,
 ) -> int:
     """Draw the predictions for each file into the folder ``output``, and save them in :data:`DETECTIONS_FILE`.
 
     Images that cannot be read are reported and skipped. The predictions so far are saved whatever happens. In the JSON,
-    ``file_name`` is relative to ``info.root``, the folder that contains all files.
+    ``file_name`` is relative to ``info.root``, the folder that contains all files. While an image is predicted, other
+    threads read the next ones, and draw and write those before.
 
     Args:
-        predictor: a :class:`~halodet.inference.Predictor`.
+        predictor: a :class:`~halodet.inference.Predictor` or :class:`~halodet.inference.ExportedPredictor`.
         files: paths of the images.
         output: an existing folder.
         threshold: minimum score.
         absolute_paths: write absolute paths as ``file_name``.
+        batch_size: number of images that the model predicts at a time, if the predictor has ``predict_batch``.
 
     Returns:
         Exit code: 0, 1 if an image failed or cannot be written, 130 after Ctrl-C, or that of another expected error.
@@ -73,15 +98,11 @@ def draw_images(
     categories = [{"id": entry["id"], "name": entry["name"]} for entry in predictor.classes]
     root = "" if absolute_paths else _common_folder(files)
     coco: dict[str, Any] = {"info": {"root": root}, "images": [], "annotations": [], "categories": categories}
-    used = {DETECTIONS_FILE}
-    failed, code = 0, 0
+    drawings = _Drawings(predictor, output, threshold, coco)
+    code = 0
     try:
-        for file in tqdm(files, unit="image", disable=len(files) < 2):
-            try:
-                _draw_image(predictor, file, output, threshold, coco, used)
-            except ImageError as error:
-                failed += 1
-                _print(str(error))
+        with tqdm(total=len(files), unit=" images", disable=len(files) < 2, bar_format=_PROGRESS) as bar:
+            drawings.run(files, batch_size if hasattr(predictor, "predict_batch") else 1, bar)
     except KeyboardInterrupt:
         code = 130
         _print("Stopped by Ctrl-C")
@@ -98,40 +119,113 @@ def draw_images(
             code = code or 1
             _print(f"{os.path.join(output, DETECTIONS_FILE)} cannot be written ({error.strerror or error}).")
     drawn = len(coco["images"])
-    rest = len(files) - drawn - failed
-    print(f"{drawn} drawn, {failed} failed{f', {rest} not processed' if rest else ''}: {output}")
-    return code or int(failed > 0)
+    rest = len(files) - drawn - drawings.failed
+    print(f"{drawn} drawn, {drawings.failed} failed{f', {rest} not processed' if rest else ''}: {output}")
+    return code or int(drawings.failed > 0)
 
 
-def _draw_image(
-    predictor: Predictor,
-    file: str,
-    output: str,
-    threshold: float,
-    coco: dict[str, Any],
-    used: set[str],
-) -> None:
-    image = read_image(file)
-    prediction = predictor.predict(image)
-    names = [entry["name"] for entry in predictor.classes]
-    drawing = draw_output(image, prediction, names, predictor.stuff_classes, threshold=threshold)
-    name = _unused_name(os.path.basename(file), used)
-    Image.fromarray(drawing[:, :, ::-1]).save(os.path.join(output, name), quality=95)
-    image_id, first_id = len(coco["images"]) + 1, len(coco["annotations"]) + 1
-    results = []
-    if "instances" in prediction:
-        kept = prediction["instances"][prediction["instances"].scores >= threshold]
-        results = to_coco(kept, image_id, [entry["id"] for entry in predictor.classes])
-    # Recorded last, so that the JSON never names a drawing that does not exist.
-    used.add(name.casefold())
-    height, width = image.shape[:2]
-    root, path = coco["info"]["root"], os.path.abspath(file)
-    path = os.path.relpath(path, root).replace(os.sep, "/") if root else path
-    coco["images"].append({"id": image_id, "file_name": path, "width": width, "height": height, "drawing": name})
-    for number, result in enumerate(results, first_id):
-        mask = result.get("segmentation")
-        area = float(mask_util.area(mask)) if mask else result["bbox"][2] * result["bbox"][3]
-        coco["annotations"].append({"id": number, **result, "area": area, "iscrowd": 0})
+_Record = tuple[dict[str, Any], list[dict[str, Any]]]  # image and annotations in COCO's format
+
+
+class _Drawings:
+    """Reads, predicts and draws files, and records them in their order.
+
+    Attributes:
+        failed: number of images that cannot be read or predicted.
+    """
+
+    def __init__(self, predictor: ImagePredictor, output: str, threshold: float, coco: dict[str, Any]) -> None:
+        self._predictor, self._output, self._threshold, self._coco = predictor, output, threshold, coco
+        self._names = {DETECTIONS_FILE}
+        self._drawing: deque[Future[_Record]] = deque()
+        self.failed = 0
+
+    def run(self, files: Sequence[str], batch_size: int, bar: tqdm) -> None:
+        """Process the files; after an error, those that are being drawn are recorded before it is raised."""
+        with ThreadPoolExecutor(_THREADS) as readers, ThreadPoolExecutor(_THREADS) as writers:
+            try:
+                reading = _read_ahead(files, readers, batch_size + _THREADS)
+                while batch := list(itertools.islice(reading, batch_size)):
+                    self._predict(batch, writers, bar)
+                    # A drawing holds the masks of its image, so few of them wait.
+                    while len(self._drawing) > max(_THREADS, batch_size) or (self._drawing and self._drawing[0].done()):
+                        self._record(bar)
+                while self._drawing:
+                    self._record(bar)
+            finally:
+                readers.shutdown(wait=False, cancel_futures=True)
+                while self._drawing:
+                    with contextlib.suppress(OSError):  # one error is enough
+                        self._record(bar)
+
+    def _predict(self, batch: Sequence[tuple[str, Future[np.ndarray]]], writers: ThreadPoolExecutor, bar: tqdm) -> None:
+        """Predict a batch, and start to draw it."""
+        read: list[tuple[str, np.ndarray]] = []
+        for file, future in batch:
+            try:
+                read.append((file, future.result()))
+            except ImageError as error:
+                self._fail(str(error), bar)
+        try:
+            if len(read) > 1:
+                predictions = self._predictor.predict_batch([image for _, image in read])  # type: ignore[attr-defined]
+            else:
+                predictions = [self._predictor.predict(image) for _, image in read]
+        except ImageError as error:
+            for file, _ in read:
+                self._fail(f"{file}: {error}", bar)
+            return
+        for (file, image), prediction in zip(read, predictions, strict=True):
+            name = _unused_name(os.path.basename(file), self._names)
+            self._names.add(name.casefold())
+            self._drawing.append(writers.submit(self._draw, file, image, prediction, name))
+
+    def _draw(self, file: str, image: np.ndarray, prediction: dict[str, Any], name: str) -> _Record:
+        """Draw and write one image, in another thread."""
+        classes = self._predictor.classes
+        names = [entry["name"] for entry in classes]
+        drawing = draw_output(image, prediction, names, self._predictor.stuff_classes, threshold=self._threshold)
+        Image.fromarray(drawing[:, :, ::-1]).save(os.path.join(self._output, name), quality=95)
+        annotations = []
+        if "instances" in prediction:
+            found = prediction["instances"]
+            found = found if isinstance(found, Detections) else Detections.from_instances(found)
+            kept = found[np.flatnonzero(found.scores >= self._threshold)]
+            for k, result in enumerate(to_coco(kept, 0, [entry["id"] for entry in classes])):
+                area = result["bbox"][2] * result["bbox"][3] if kept.masks is None else float(kept.masks[k].sum())
+                annotations.append({**result, "area": area, "iscrowd": 0})
+        height, width = image.shape[:2]
+        root, path = self._coco["info"]["root"], os.path.abspath(file)
+        path = os.path.relpath(path, root).replace(os.sep, "/") if root else path
+        return {"file_name": path, "width": width, "height": height, "drawing": name}, annotations
+
+    def _record(self, bar: tqdm) -> None:
+        """Record the first image that is being drawn, once its drawing exists."""
+        wait(list(self._drawing)[:1])  # Ctrl-C while waiting leaves it in the queue
+        image, annotations = self._drawing.popleft().result()
+        images, recorded = self._coco["images"], self._coco["annotations"]
+        images.append({"id": len(images) + 1, **image})
+        for annotation in annotations:
+            recorded.append({"id": len(recorded) + 1, **annotation, "image_id": images[-1]["id"]})
+        bar.update()
+
+    def _fail(self, message: str, bar: tqdm) -> None:
+        self.failed += 1
+        _print(message)
+        bar.update()
+
+
+def _read_ahead(
+    files: Sequence[str], readers: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[str, Future[np.ndarray]]]:
+    """Return files in order while at most ``ahead`` of them are being read."""
+    reading: deque[tuple[str, Future[np.ndarray]]] = deque()
+    for file in files:
+        reading.append((file, readers.submit(read_image, file)))
+        if len(reading) >= ahead:
+            yield reading.popleft()
+    while reading:
+        yield reading.popleft()
 
 
 def _common_folder(files: Sequence[str]) -> str:
@@ -165,4 +259,5 @@ def _walk(folder: str, output: str) -> Iterator[str]:
 
 
 def _print(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
+    with STDERR_LOCK:  # a thread that reads a TIFF redirects it
+        tqdm.write(message, file=sys.stderr)

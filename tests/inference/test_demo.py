@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
+import time
 
-from halodet.errors import ConfigError
+from halodet.errors import ConfigError, ImageError
 from halodet.inference import demo
 
 import numpy as np
@@ -30,6 +32,21 @@ class FixedPredictor:
         found.pred_masks = torch.zeros(2, height, width, dtype=torch.bool)
         found.pred_masks[0, 1:4, 2:6] = True
         return {"instances": found}
+
+
+class BatchPredictor(FixedPredictor):
+    """Finds in each image as many dogs as the image has columns modulo 7; remembers the sizes of its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def predict(self, image):
+        return self.predict_batch([image])[0]
+
+    def predict_batch(self, images):
+        self.batches.append(len(images))
+        found = [super(BatchPredictor, self).predict(image)["instances"] for image in images]
+        return [{"instances": f[[0] * (i.shape[1] % 7)]} for f, i in zip(found, images, strict=True)]
 
 
 @pytest.fixture
@@ -176,3 +193,94 @@ def test_what_was_found_is_kept_whatever_stops_the_run(photos, tmp_path, capsys,
         assert "1 drawn, 0 failed, 2 not processed" in capsys.readouterr().out
     coco = json.loads((tmp_path / "detections.json").read_text())
     assert len(coco["images"]) == 1 and len(coco["annotations"]) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 50])
+def test_results_do_not_depend_on_the_batch_size(tmp_path, batch_size):
+    files = []
+    for index in range(11):
+        files.append(str(tmp_path / f"{index % 4}" / f"{index // 4}.tif"))
+        os.makedirs(os.path.dirname(files[-1]), exist_ok=True)
+        Image.new("RGB", (20 + index, 30), "red").save(files[-1])
+    (tmp_path / "1" / "1.tif").write_bytes(b"no image")
+    (tmp_path / "out").mkdir()
+    predictor = BatchPredictor()
+    assert demo.draw_images(predictor, files, str(tmp_path / "out"), threshold=0.5, batch_size=batch_size) == 1
+    assert max(predictor.batches) == min(batch_size, 10) and sum(predictor.batches) == 10
+    coco = json.loads((tmp_path / "out" / "detections.json").read_text())
+    expected = [index for index in range(11) if index != 5]
+    assert [image["width"] for image in coco["images"]] == [20 + index for index in expected]
+    assert [image["id"] for image in coco["images"]] == list(range(1, 11))
+    assert [a["id"] for a in coco["annotations"]] == list(range(1, len(coco["annotations"]) + 1))
+    counts = [sum(a["image_id"] == image for a in coco["annotations"]) for image in range(1, 11)]
+    assert counts == [(20 + index) % 7 for index in expected]
+    names = ["0.tif.png", "0.tif_2.png", "0.tif_3.png", "0.tif_4.png", "1.tif.png", "1.tif_2.png", "1.tif_3.png"]
+    assert [image["drawing"] for image in coco["images"]] == [*names, "2.tif.png", "2.tif_2.png", "2.tif_3.png"]
+
+
+def test_a_drawing_that_cannot_be_written_stops_the_run_and_keeps_the_others(tmp_path, capsys, monkeypatch):
+    files = [str(tmp_path / f"{index}.png") for index in range(9)]
+    for file in files:
+        Image.new("RGB", (20, 30)).save(file)
+    output, save = tmp_path / "out", Image.Image.save
+    output.mkdir()
+
+    def fail(image, path, **options):
+        if os.path.basename(path) == "2.png":
+            raise OSError(28, "No space left on device")
+        save(image, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    assert demo.draw_images(FixedPredictor(), files, str(output), threshold=0.5) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("No space left on device") == 1 and "not processed" in printed.out
+    coco = json.loads((output / "detections.json").read_text())
+    drawn = [image["drawing"] for image in coco["images"]]
+    assert drawn[:2] == ["0.png", "1.png"] and "2.png" not in drawn and len(drawn) < 8
+    assert {path.name for path in output.iterdir()} == {*drawn, "detections.json"}
+
+
+def test_an_image_that_the_model_cannot_take_is_reported_and_skipped(photos, tmp_path, capsys):
+    class TooLarge(FixedPredictor):
+        def predict(self, image):
+            raise ImageError("image of 12 x 8 pixels is too large.")
+
+    assert demo.draw_images(TooLarge(), [str(photos / "a" / "x.jpg")], str(tmp_path), threshold=0.5) == 1
+    printed = capsys.readouterr()
+    assert "x.jpg: image of 12 x 8 pixels is too large." in printed.err and "0 drawn, 1 failed" in printed.out
+
+
+def test_messages_are_printed_while_a_tiff_is_read(tmp_path, capfd):
+    """Regression: reading a TIFF redirects file descriptor 2."""
+    files = []
+    for index in range(40):
+        Image.new("RGB", (300, 300), "red").save(tmp_path / f"{index}.tif", compression="tiff_lzw")
+        (tmp_path / f"{index}.jpg").write_bytes(b"broken")
+        files += [str(tmp_path / f"{index}.tif"), str(tmp_path / f"{index}.jpg")]
+    (tmp_path / "out").mkdir()
+    assert demo.draw_images(FixedPredictor(), files, str(tmp_path / "out"), threshold=0.5) == 1
+    printed = capfd.readouterr()
+    assert all(f"{index}.jpg is not an image" in printed.err for index in range(40)) and "images/s" in printed.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_ctrl_c_saves_what_is_drawn(tmp_path, capsys):
+    files = [str(tmp_path / f"{index}.png") for index in range(6)]
+    for file in files:
+        Image.new("RGB", (20, 30)).save(file)
+    (tmp_path / "out").mkdir()
+
+    class Interrupts(FixedPredictor):
+        calls = 0
+
+        def predict(self, image):
+            self.calls += 1
+            if self.calls == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+            return super().predict(image)
+
+    assert demo.draw_images(Interrupts(), files, str(tmp_path / "out"), threshold=0.5) == 130
+    assert "3 drawn, 0 failed, 3 not processed" in capsys.readouterr().out
+    coco = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [image["drawing"] for image in coco["images"]] == ["0.png", "1.png", "2.png"]

@@ -7,6 +7,7 @@ import sys
 
 from halodet.data.classes import write_classes
 
+import exported_models
 import numpy as np
 import pytest
 import torch
@@ -127,3 +128,60 @@ def test_mistakes_of_use_end_with_2_and_one_sentence(run_folder, photos, tmp_pat
     with pytest.raises(SystemExit) as stopped:
         demo.main(["--config-file", "x", "--input", "x", "--output", "x", "--confidence-threshold", "1.5"])
     assert stopped.value.code == 2 and "1.5" in capsys.readouterr().err
+
+
+def test_a_batch_writes_the_files_of_single_images(run_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for index in range(5):
+        noise = np.random.default_rng(index).integers(0, 256, (60, 90 - index % 2, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "in" / f"{index}.png")
+    found = []
+    for size in (1, 3):
+        options = ["--config-file", run_folder / "config.yaml", "--input", tmp_path / "in", "--batch-size", size]
+        options += ["--output", tmp_path / f"out{size}", "--confidence-threshold", "0.2"]
+        weights = ["--opts", "MODEL.WEIGHTS", run_folder / "model_final.pth"]
+        assert load_tool("demo").main([str(word) for word in (*options, *weights)]) == 0
+        found.append(json.loads((tmp_path / f"out{size}" / "detections.json").read_text()))
+    assert found[0]["images"] == found[1]["images"] and found[0]["annotations"]
+    for one, three in zip(found[0]["annotations"], found[1]["annotations"], strict=True):
+        assert (one["image_id"], one["category_id"]) == (three["image_id"], three["category_id"])
+        assert one["bbox"] == pytest.approx(three["bbox"], abs=1e-2)
+
+
+def test_an_exported_model_is_run_without_pytorch(photos, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = exported_models.write_onnx(tmp_path / "model.onnx", exported_models.metadata(score_threshold=0.6))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "for name in 'torch torchvision detectron2 fvcore iopath pycocotools matplotlib omegaconf yaml'.split():\n"
+        "    sys.modules[name] = None\n"
+    )
+    options = ["--model", model, "--input", photos, "--output", tmp_path / "out", "--batch-size", 4]
+    command = [sys.executable, ROOT / "tools/demo.py", *options, "--confidence-threshold", 0.5]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 1, done.stderr
+    assert "1 drawn, 1 failed" in done.stdout and "broken.png" in done.stderr and "Traceback" not in done.stderr
+    assert "score threshold 0.6" in done.stderr and "images/s" in done.stderr
+    coco = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert coco["categories"] == CLASSES and [a["category_id"] for a in coco["annotations"]] == [18, 17]
+    assert (tmp_path / "out" / "noise.png").is_file()
+
+
+def test_mistakes_with_an_exported_model(photos, tmp_path, capsys):
+    demo = load_tool("demo")
+    paths = ["--input", str(photos / "noise.png"), "--output", str(tmp_path / "out")]
+    assert demo.main(["--model", str(tmp_path / "none.onnx"), *paths]) == 2
+    printed = capsys.readouterr()
+    assert "none.onnx" in printed.err and printed.err.count("\n") == 1 and not (tmp_path / "out").exists()
+    model = str(exported_models.write_onnx(tmp_path / "model.onnx", exported_models.metadata()))
+    for words, reason in (
+        ([], "--config-file --model"),
+        (["--model", model, "--config-file", "x"], "--config-file: not allowed with argument --model"),
+        (["--model", model, "--import", "x"], "--import: not allowed with argument --model"),
+        (["--model", model, "--opts", "MODEL.WEIGHTS", "x"], "--opts: not allowed with argument --model"),
+        (["--model", model, "--batch-size", "0"], "--batch-size: 0 is invalid: expected a positive integer"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            demo.main([*paths, *words])
+        assert stopped.value.code == 2 and reason in capsys.readouterr().err
