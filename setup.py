@@ -9,6 +9,23 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+# Detectron2 is missing on purpose: the index does not have it under its own name (tools/install_detectron2.py installs
+# it), and a user's own build must never be replaced.
+TRAIN = [
+    "torch>=2.6,<2.16",
+    "torchvision>=0.21,<0.30",
+    "pycocotools>=2.0.8,<3",
+    "safetensors>=0.4,<1",
+    "fvcore>=0.1.5,<0.1.6",
+    "iopath>=0.1.7,<0.1.10",
+    "tabulate",
+    "PyYAML>=6",
+    # Detectron2 and fvcore import pkg_resources, which setuptools 81 and later no longer have.
+    "setuptools<81",
+]
+RUNTIME = ["onnxruntime>=1.20,<2", "openvino>=2025.0,<2027"]
+TIMM = ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"]  # timm itself asks for any huggingface_hub
+
 setup(
     name="halodet",
     version=VERSION,
@@ -20,38 +37,24 @@ setup(
     packages=[*find_packages(include=["halodet", "halodet.*"]), "halodet.configs"],
     package_dir={"halodet.configs": "configs"},
     package_data={"halodet": ["py.typed"], "halodet.configs": ["**/*.yaml", "lazy/**/*.py"]},
-    # Detectron2 is missing on purpose: the index does not have it under its own name (tools/install_detectron2.py
-    # installs it), and a user's own build must never be replaced.
-    install_requires=[
-        "torch>=2.6,<2.16",
-        "torchvision>=0.21,<0.30",
-        "numpy>=1.26.4,<3",
-        "Pillow>=11,<14",
-        "opencv-python>=4.10,<6",
-        "pycocotools>=2.0.8,<3",
-        "safetensors>=0.4,<1",
-        "fvcore>=0.1.5,<0.1.6",
-        "iopath>=0.1.7,<0.1.10",
-        "tabulate",
-        "tqdm>=4.60",
-        "PyYAML>=6",
-        # Detectron2 and fvcore import pkg_resources, which setuptools 81 and later no longer have.
-        "setuptools<81",
-    ],
+    # What halodet.inference needs besides a runtime; everything else is in the extra "train".
+    install_requires=["numpy>=1.26.4,<3", "Pillow>=11,<14", "opencv-python>=4.10,<6", "tqdm>=4.60"],
     extras_require={
-        # timm itself asks for any huggingface_hub.
-        "timm": ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"],
-        "benchmark": ["timm>=1.0.31,<1.1", "halonet-pytorch>=0.0.5,<0.1"],
+        "train": TRAIN,
+        "runtime": RUNTIME,
+        "timm": [*TRAIN, *TIMM],
+        "benchmark": [*TRAIN, TIMM[0], "halonet-pytorch>=0.0.5,<0.1"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
+            *TRAIN,
+            *RUNTIME,
             "pytest>=8,<9.2",  # pytest-xdist 3.8 ignores its groups with pytest 9.2
             "pytest-xdist>=3.6,<4",
             "mypy>=1.15,<3",
             "ruff>=0.17,<0.18",
-            "timm>=1.0.31,<1.1",
+            TIMM[0],
             "halonet-pytorch>=0.0.5,<0.1",
             "onnx>=1.17,<2",
-            "onnxruntime>=1.20,<2",
             "onnxscript>=0.3,<1",
         ],
     },

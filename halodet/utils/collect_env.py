@@ -30,9 +30,11 @@ REQUIRED = {
     "detectron2": ("detectron2", INSTALL_DETECTRON2),
 }
 # Detectron2 imports many dependencies on first use only.
-USED = ("detectron2.engine", "halodet.engine", "halodet.inference")
+USED = ("detectron2.engine", "halodet.engine", "halodet.inference.predictor")
 OPTIONAL = {
     "timm": "pip install 'halodet[timm]' for timm backbones and ImageNet weights",
+    "onnxruntime": "pip install 'halodet[runtime]' to run exported .onnx models",
+    "openvino": "pip install 'halodet[runtime]' to run exported OpenVINO models",
     "tensorboard": "pip install tensorboard for TensorBoard logs",
     "triton": "included in PyTorch for CUDA on Linux; needed for the Triton attention kernels on a GPU",
 }
