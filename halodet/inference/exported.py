@@ -69,15 +69,12 @@ class ExportedPredictor:
         return self.predict(image)["instances"]
 
     def predict(self, image: ImageLike) -> dict[str, Any]:
-        """Return all that the model predicts for an image.
+        """Return all that the model predicts for an image; arguments and errors are those of :meth:`__call__`.
 
         Returns:
             ``instances``, a :class:`~halodet.inference.Detections`; ``sem_seg``, the (H, W) int32 semantic class of
             each pixel; ``panoptic_seg``, the (H, W) int32 segment of each pixel, 0 for none, and a list of descriptions
             of the segments. Each is there if the model predicts it.
-
-        Raises:
-            See :meth:`__call__`.
         """
         bgr, metadata = as_bgr(image), self.metadata
         size = bgr.shape[0], bgr.shape[1]

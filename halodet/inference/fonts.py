@@ -120,4 +120,4 @@ _warned: list[str] = []
 def _warn_of_font(text: str) -> None:
     if not _warned:
         _warned.append(text)
-        logger.warning("No installed font can draw class names such as %s. Fix: install one (fonts-noto-cjk).", text)
+        logger.warning("No installed font can draw labels such as %s. Fix: install one (fonts-noto-cjk).", text)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-__all__ = ["combine_panoptic", "label_map", "paste_masks", "resize_shortest_edge", "scale_boxes"]
+__all__ = ["combine_panoptic", "label_map", "paste_masks", "resize_shortest_edge", "resized_size", "scale_boxes"]
 
 
 def resize_shortest_edge(image: np.ndarray, min_size: int, max_size: int) -> np.ndarray:
