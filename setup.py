@@ -24,6 +24,7 @@ TRAIN = [
     "setuptools<81",
 ]
 RUNTIME = ["onnxruntime>=1.20,<2", "openvino>=2025.0,<2027"]
+ONNX = "onnx>=1.17,<2"
 TIMM = ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"]  # timm itself asks for any huggingface_hub
 
 setup(
@@ -42,6 +43,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "runtime": RUNTIME,
+        "export": [*TRAIN, *RUNTIME, ONNX],
         "timm": [*TRAIN, *TIMM],
         "benchmark": [*TRAIN, TIMM[0], "halonet-pytorch>=0.0.5,<0.1"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
@@ -54,7 +56,7 @@ setup(
             "ruff>=0.17,<0.18",
             TIMM[0],
             "halonet-pytorch>=0.0.5,<0.1",
-            "onnx>=1.17,<2",
+            ONNX,
             "onnxscript>=0.3,<1",
         ],
     },

@@ -44,7 +44,7 @@ class ImagePredictor(Protocol):
         """Return what the model predicts for an image."""
 
 
-def find_images(inputs: Sequence[str], output: str) -> list[str]:
+def find_images(inputs: Sequence[str], output: str | None = None) -> list[str]:
     """List the files that ``inputs`` (files, folders, glob patterns) name, each once, sorted inside folders.
 
     Folders are searched with their subfolders, without hidden files and files with a suffix in :data:`NOT_IMAGES`.
@@ -62,7 +62,7 @@ def find_images(inputs: Sequence[str], output: str) -> list[str]:
         for file in files:
             found.setdefault(os.path.realpath(file), file)
     for real, file in found.items():
-        if os.path.dirname(real) == os.path.realpath(output):
+        if output is not None and os.path.dirname(real) == os.path.realpath(output):
             raise ConfigError(
                 f"--output {output} is invalid: a drawing could overwrite the input {file}. Fix: use another folder."
             )
@@ -246,8 +246,8 @@ def _unused_name(name: str, used: set[str]) -> str:
     return candidate
 
 
-def _walk(folder: str, output: str) -> Iterator[str]:
-    output = os.path.realpath(output)
+def _walk(folder: str, output: str | None) -> Iterator[str]:
+    output = None if output is None else os.path.realpath(output)
     for root, folders, names in os.walk(folder):
         # The drawings of an earlier run are not inputs.
         folders[:] = sorted(

@@ -11,12 +11,21 @@ from typing import Any
 from halodet import __version__
 from halodet.errors import HalodetError
 
-__all__ = ["FORMAT_VERSION", "METADATA_KEY", "OUTPUTS", "TORCHSCRIPT_FILE", "ExportMetadata", "ExportedModelError"]
+__all__ = [
+    "BACKBONE",
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "OUTPUTS",
+    "TORCHSCRIPT_FILE",
+    "ExportMetadata",
+    "ExportedModelError",
+]
 
 FORMAT_VERSION = 1
 METADATA_KEY = "halodet"  # in ONNX's metadata_props and in OpenVINO's rt_info
 TORCHSCRIPT_FILE = "halodet.json"  # extra file of a TorchScript archive
 OUTPUTS = ("boxes", "scores", "classes", "masks", "sem_seg")
+BACKBONE = "backbone"  # ``detector`` of a file that has a backbone only; its outputs are feature maps
 _PANOPTIC = "overlap_threshold, stuff_area_limit, instances_confidence_threshold"
 _PRECISIONS = ("float32", "float16", "int8")
 
@@ -83,7 +92,11 @@ class ExportMetadata:
             ("stuff_classes", _is_list(self.stuff_classes, str), "a list of names"),
             ("score_threshold", _is_share(self.score_threshold), "a number from 0 to 1"),
             ("mask_threshold", _is_share(self.mask_threshold), "a number from 0 to 1"),
-            ("outputs", names and names <= set(OUTPUTS), f"a list of some of {', '.join(OUTPUTS)}"),
+            (
+                "outputs",
+                names and (self.detector == BACKBONE or names <= set(OUTPUTS)),
+                f"a list of some of {', '.join(OUTPUTS)}",
+            ),
             ("outputs", instances <= names or not names & {*instances, "masks"}, "boxes, scores and classes together"),
             ("sem_seg_stride", _is_int(self.sem_seg_stride, 1), "a positive integer"),
             (

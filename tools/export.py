@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Export a trained detector to a file that runs without Detectron2, and compare the file with the model.
+
+    python tools/export.py --config-file configs/mask_rcnn_halo_h4.yaml --format onnx --output model.onnx \\
+        --opts MODEL.WEIGHTS output/mask_rcnn_halo_h4/model_final.pth
+
+The file takes images of any size, one at a time, and has their preprocessing, the class names, thresholds and a hash of
+the weights in its metadata. halodet.inference.ExportedPredictor and tools/demo.py --model read it. Both run on five
+image sizes, and a table of differences is printed.
+
+Exit code: 0 if the file agrees with the model, 1 if it does not, 2 for invalid arguments, config, weights or images,
+74 if the file cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from halodet.config import load_config
+from halodet.config.lazy import is_lazy_config, load_lazy_config
+from halodet.config.projects import add_project_arguments, import_projects
+from halodet.errors import HalodetError
+from halodet.export import FORMATS
+from halodet.export.main import export_detector
+from halodet.inference import Predictor
+from halodet.inference.demo import find_images
+from halodet.utils.warning_filters import ignore_detectron2_warnings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = _parser().parse_args(argv)
+    ignore_detectron2_warnings()
+    try:
+        projects = import_projects(args.imports)
+        unsafe = args.allow_unsafe_config
+        if is_lazy_config(args.config_file):
+            cfg = load_lazy_config(args.config_file, [*args.opts, "train.device=cpu"], allow_unsafe=unsafe)
+        else:
+            opts = [*args.opts, "MODEL.DEVICE", "cpu"]
+            cfg = load_config(args.config_file, opts, train=False, add_configs=projects, allow_unsafe=unsafe)
+        calibration = find_images(args.calibration) if args.calibration else []
+        images = find_images(args.images) if args.images else []
+        agrees = export_detector(
+            Predictor(cfg, allow_pickle=args.allow_pickle),
+            args.output,
+            args.format,
+            half=args.half,
+            int8=args.int8,
+            calibration=calibration,
+            images=images,
+            backbone_only=args.backbone_only,
+        )
+    except HalodetError as error:
+        print(f"export.py: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"export.py: error: {args.output} cannot be written ({error.strerror or error}).", file=sys.stderr)
+        return 74
+    return 0 if agrees else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="config that the weights were trained with"
+    )
+    parser.add_argument("--format", required=True, choices=list(FORMATS), help="format of the file")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--half", action="store_true", help="store weights in float16 (onnx and openvino)")
+    parser.add_argument("--int8", action="store_true", help="quantize to int8 (onnx and openvino)")
+    parser.add_argument("--calibration", nargs="+", metavar="PATH", help="images from which int8 ranges are measured")
+    parser.add_argument("--images", nargs="+", metavar="PATH",
+                        help="images to compare with (default: scenes of simple shapes)")  # fmt: skip
+    parser.add_argument("--backbone-only", action="store_true", help="export the backbone without the heads")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pickle files, which may run code")
+    add_project_arguments(parser)
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides; must come last"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
