@@ -30,7 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     ignore_detectron2_warnings()  # they would break the progress bar
     try:
         files = find_images(args.input, args.output)
-        predictor = ExportedPredictor(args.model) if args.model else _load_predictor(args)
+        if args.model:
+            predictor = ExportedPredictor(args.model, score_threshold=args.confidence_threshold)
+        else:
+            predictor = _load_predictor(args)
         os.makedirs(args.output, exist_ok=True)
     except HalodetError as error:
         print(f"demo.py: error: {error}", file=sys.stderr)

@@ -95,12 +95,14 @@ def attend_windows(
         # Sums of tensors of the size of the scores take longer, above all in the runtimes of exported models.
         row = torch.eye(window_height, dtype=q.dtype, device=device).repeat_interleave(window_width, 0)
         terms = torch.cat((row, torch.eye(window_width, dtype=q.dtype, device=device).repeat(window_height, 1)), 1)
-        queries = torch.cat((queries * scale, logits_h, logits_w), -1)
+        parts = [queries * scale, logits_h, logits_w]
         if mask:
             # A logit that makes the weight exactly 0 and that all types can represent.
             masked = outside.unsqueeze(-1).to(q.dtype) * -30000.0
             terms = torch.cat((terms.expand([rows, columns, -1, -1]), masked), -1)
-            queries = F.pad(queries, [0, 1], value=1.0)
+            ones = torch.ones([1], dtype=q.dtype, device=device)
+            parts.append(ones.expand([q.shape[0], q.shape[1], rows, columns, side, side, 1]))
+        queries = torch.cat(parts, -1)
         keys = torch.cat((keys, terms.expand([q.shape[0], q.shape[1], rows, columns, -1, -1])), -1)
         if extra_k is not None:
             keys = torch.cat((keys, F.pad(extra_k, [0, keys.shape[-1] - extra_k.shape[-1]])), -2)

@@ -33,10 +33,12 @@ class ExportedPredictor:
     Args:
         file: exported model.
         num_threads: number of CPU threads; by default the runtime chooses it.
+        score_threshold: minimum score of detections, from 0 to 1. Those below that of the export are never returned.
 
     Attributes:
         classes: dataset id and name of each class in the order of the model's outputs.
         stuff_classes: name of each class of its semantic segmentation; empty without one.
+        score_threshold: minimum score of detections.
         input_format: order of the model's input channels, ``"BGR"`` or ``"RGB"``.
         metadata: the :class:`~halodet.inference.ExportMetadata` of the file.
 
@@ -44,10 +46,14 @@ class ExportedPredictor:
         ExportedModelError: the file cannot be used; see :func:`~halodet.inference.runtimes.load_model`.
     """
 
-    def __init__(self, file: str | os.PathLike[str], *, num_threads: int | None = None) -> None:
+    def __init__(
+        self, file: str | os.PathLike[str], *, num_threads: int | None = None, score_threshold: float = 0.0
+    ) -> None:
         if num_threads is not None and num_threads < 1:
             raise ExportedModelError(f"num_threads={num_threads} is invalid: expected a positive integer or None.")
-        self._file = os.fspath(file)
+        if not 0 <= score_threshold <= 1:
+            raise ExportedModelError(f"score_threshold={score_threshold} is invalid: expected a number from 0 to 1.")
+        self._file, self.score_threshold = os.fspath(file), score_threshold
         self.metadata, self._run = load_model(file, num_threads)
         self.classes: list[dict[str, Any]] = [dict(entry) for entry in self.metadata.classes]
         self.stuff_classes = list(self.metadata.stuff_classes)
@@ -106,6 +112,7 @@ class ExportedPredictor:
         self, outputs: dict[str, np.ndarray], resized: tuple[int, int], size: tuple[int, int]
     ) -> Detections:
         boxes, kept = scale_boxes(outputs["boxes"], resized, size)
+        kept &= outputs["scores"] >= self.score_threshold
         boxes, scores, classes = boxes[kept], outputs["scores"][kept], outputs["classes"][kept]
         masks = None
         if "masks" in outputs:

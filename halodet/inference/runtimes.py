@@ -60,6 +60,8 @@ def _load_onnx(path: Path, num_threads: int | None) -> LoadedModel:
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised as well
     options.intra_op_num_threads = num_threads or 0
+    # Threads that wait for work would take the CPUs of those that read and draw.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     available = runtime.get_available_providers()
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
     try:

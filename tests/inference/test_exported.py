@@ -283,6 +283,18 @@ def test_a_failure_of_the_runtime_names_file_and_image(tmp_path, monkeypatch):
         predictor(noise(100, 150))
 
 
+def test_minimum_score(tmp_path):
+    file, image = write(tmp_path), noise(100, 150)
+    everything = ExportedPredictor(file)(image)
+    score = float(np.sort(everything.scores)[1])
+    found = ExportedPredictor(file, score_threshold=score)(image)
+    assert 0 < len(found) < len(everything)
+    np.testing.assert_array_equal(found.scores, everything.scores[everything.scores >= score])
+    np.testing.assert_array_equal(found.masks, everything.masks[everything.scores >= score])
+    with pytest.raises(ExportedModelError, match=r"score_threshold=1\.5"):
+        ExportedPredictor(file, score_threshold=1.5)
+
+
 def test_invalid_number_of_threads(tmp_path):
     with pytest.raises(ExportedModelError, match="num_threads=0"):
         ExportedPredictor(write(tmp_path), num_threads=0)
