@@ -4,7 +4,7 @@ All accesses are by index, so one exported graph works for maps of any height an
 """
 
 from halodet.attention.layout import BlockLayout
-from halodet.utils.exporting import is_exporting
+from halodet.utils.exporting import is_counting, is_exporting
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ def halo_attention_unfold(
     halo = [layout.top, layout.bottom, layout.left, layout.right]
     least = 2 if is_exporting() and extra_k is None and isinstance(layout.block, int) else 1
     training = torch.compiler.is_compiling() and not is_exporting() and torch.is_grad_enabled()
+    training = training or (torch.jit.is_tracing() and is_counting())
     return attend_windows(
         q, k, v, rel_h, rel_w, extra_k, extra_v, layout.height, layout.width, layout.block, halo, layout.stride,
         layout.mask, layout.scale, least, training,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from halodet.utils.exporting import counting_operations
+
 import torch
 from detectron2.export import TracingAdapter
 from detectron2.utils.analysis import FlopCountAnalysis
@@ -37,7 +39,9 @@ def analyze(model: nn.Module, height: int, width: int) -> list[tuple[str, float,
     activations = ActivationCountAnalysis(adapter, adapter.flattened_inputs)
     for count in (flops, activations):
         count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    parameters, by_module = parameter_count(model), (flops.by_module(), activations.by_module())
+    parameters = parameter_count(model)
+    with counting_operations():
+        by_module = flops.by_module(), activations.by_module()
     rows = []
     for row, name in module_rows(model).items():
         # Both counts wrap the model and prefix its module names.

@@ -1,7 +1,28 @@
-"""What torch.export needs so that one exported graph takes images of any size."""
+"""What torch.export needs so that one exported graph takes images of any size, and the mode that counts operations."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+_counting = False
+
+
+@contextmanager
+def counting_operations() -> Iterator[None]:
+    """Trace the multiply-adds of the definition, without those that make an exported model faster."""
+    global _counting
+    _counting = True
+    try:
+        yield
+    finally:
+        _counting = False
+
+
+def is_counting() -> bool:
+    """Return whether :func:`counting_operations` is active."""
+    return _counting
 
 
 # A constant, because some versions of PyTorch return True in all code that they trace.

@@ -39,7 +39,7 @@ def run(*arguments):
 def test_timm_script_trains_a_halodet_model(tmp_path):
     pytest.importorskip("timm", reason="timm is not installed")
     (tmp_path / "train.py").write_text(SCRIPT)
-    (tmp_path / "helper.py").write_text("KWARGS = dict(base_width=8, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1))\n")
+    (tmp_path / "helper.py").write_text("KWARGS = dict(base_width=16, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1))\n")
     result = run(tmp_path / "train.py", "--model", "halodet_halonet_h0", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     checkpoint = read_checkpoint(tmp_path / "last.pth.tar")
