@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from halodet.utils.import_errors import explain_import_errors, is_installed
+from halodet.utils.import_errors import explain_import_errors, is_installed, lazy_names
 from halodet.utils.threads import set_thread_defaults
 
 if TYPE_CHECKING:
@@ -57,17 +57,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'halodet' has no attribute {name!r}")
-    with explain_import_errors():
-        value = getattr(importlib.import_module(f"halodet.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(globals(), _MODULES)
 
 
 def _register_with_detectron2() -> None:

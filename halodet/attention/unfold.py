@@ -25,10 +25,10 @@ def halo_attention_unfold(
     halo = [layout.top, layout.bottom, layout.left, layout.right]
     least = 2 if is_exporting() and extra_k is None and isinstance(layout.block, int) else 1
     training = torch.compiler.is_compiling() and not is_exporting() and torch.is_grad_enabled()
-    training = training or (torch.jit.is_tracing() and is_counting())
+    add_terms = training or (torch.jit.is_tracing() and is_counting())
     return attend_windows(
         q, k, v, rel_h, rel_w, extra_k, extra_v, layout.height, layout.width, layout.block, halo, layout.stride,
-        layout.mask, layout.scale, least, training,
+        layout.mask, layout.scale, least, add_terms,
     )  # fmt: skip
 
 
@@ -48,13 +48,13 @@ def attend_windows(
     mask: bool,
     scale: float,
     least: int = 1,
-    training: bool = False,
+    add_terms: bool = False,
 ) -> Tensor:
     """Compute :func:`halo_attention_unfold` from the fields of its layout; TorchScript can compile this function.
 
     ``least`` is the minimum number of block rows and columns. With 2, the last block of a map with one is repeated:
-    torch.export would bind the graph to one block, or to several. ``training`` selects the form with the faster
-    backward pass under ``torch.compile``.
+    torch.export would bind the graph to one block, or to several. With ``add_terms``, the terms of the logits are
+    added instead of taken from one product: fewer multiply-adds, and a faster backward pass under ``torch.compile``.
     """
     device, (top, bottom, left, right) = q.device, halo
     rows, columns = (height - 1) // block + 1, (width - 1) // block + 1
@@ -82,7 +82,7 @@ def attend_windows(
     logits_w = torch.matmul(queries.transpose(-3, -2), rel_w[rows_w].transpose(1, 2)).transpose(-3, -2)
 
     outside = ~(inside_y[:, None, :, None] & inside_x[None, :, None, :]).flatten(2)
-    if training:
+    if add_terms:
         content = torch.matmul(queries.flatten(-3, -2) * scale, keys.transpose(-1, -2))
         position = logits_h.unsqueeze(-1) + logits_w.unsqueeze(-2)
         scores = content + position.flatten(-2).flatten(-3, -2)

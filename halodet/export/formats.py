@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from halodet.export.detector import ExportableBackbone, ExportableDetector, ExportError
 from halodet.export.quantization import quantize
 from halodet.inference.export_metadata import METADATA_KEY, TORCHSCRIPT_FILE, ExportMetadata
+from halodet.utils.import_errors import is_installed
 
 import numpy as np
 import torch
@@ -62,14 +61,15 @@ def export_model(
     if half and calibration:
         raise ExportError("half and int8 are invalid together: expected one of them")
     for package in _PACKAGES[form]:
-        if not _is_installed(package):
+        if not is_installed(package):
             raise ExportError(f"{package} is not installed. Fix: pip install 'halodet[export]'")
     # A folder beside the file: a rename moves a finished file, and an interrupted export leaves no file of that name.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         target = Path(folder) / path.name
-        with _quiet_tracing(), torch.no_grad(), patch_builtin_len():
+        with warnings.catch_warnings(), torch.no_grad(), patch_builtin_len():
+            warnings.simplefilter("ignore")  # of constants in the trace: the file is compared with the model later
             FORMATS[form](model, target, metadata, example, half, calibration)
-        files = sorted(Path(folder).glob(f"{path.stem}.*"))
+        files = sorted(Path(folder).iterdir())
         for file in files:
             os.replace(file, path.parent / file.name)
     return [path.parent / file.name for file in files]
@@ -186,22 +186,6 @@ def _store_in_float16(proto: Any) -> None:
     nodes = [*casts, *proto.graph.node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _quiet_tracing() -> Iterator[None]:
-    """Hide warnings about constants of the trace: the exported file is compared with the model afterwards."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from halodet.data.synthetic_shapes import shape_scene
 from halodet.export.check import SIZES, TOLERANCES, Comparison, compare_detectors
 from halodet.export.detector import ExportableBackbone, ExportableDetector, ExportError
 from halodet.export.formats import export_model
-from halodet.export.runtimes import open_backbone
 from halodet.inference import ExportedPredictor, Predictor
 from halodet.inference.export_metadata import BACKBONE, ExportMetadata
+from halodet.inference.runtimes import load_model
 from halodet.utils.image_io import read_image
 
 import numpy as np
@@ -63,15 +63,16 @@ def export_detector(
         ExportError: the model, format or options do not fit.
         ImageError: an image cannot be read.
     """
-    if int8 and not calibration:
-        raise ExportError("int8 needs images to measure ranges. Fix: add --calibration DIR, 20 images or more.")
+    if int8 != bool(calibration):
+        raise ExportError("--int8 and --calibration need each other: give both, with 20 images or more, or neither.")
     precision = "float16" if half else "int8" if int8 else "float32"
     pictures = [read_image(file) for file in images[:_SCENES]] or [_scene(index) for index in range(_SCENES)]
     start = time.perf_counter()
     model = ExportableBackbone(predictor.model.backbone) if backbone_only else ExportableDetector(predictor.model)
     metadata = describe(predictor, model, precision)
-    example = model_input(predictor, pictures[0])
-    measured = [model_input(predictor, read_image(file)) for file in tqdm(_some(calibration), "reading", unit="image")]
+    example = predictor.model_input(pictures[0])["image"]
+    progress = tqdm(_some(calibration), "reading", unit="image", disable=not calibration)
+    measured = [predictor.model_input(read_image(file))["image"] for file in progress]
     if backbone_only:
         example, measured = normalize(predictor.model, example), [normalize(predictor.model, x) for x in measured]
     files = export_model(model, path, form, metadata, example, half=half, calibration=[x.numpy() for x in measured])
@@ -119,13 +120,6 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_input(predictor: Predictor, bgr: np.ndarray) -> torch.Tensor:
-    """Resize an image as for evaluation, and return it as (3, H, W) float32 in the model's channel order."""
-    augmented = T.AugInput(bgr[:, :, ::-1] if predictor.input_format == "RGB" else bgr)
-    predictor.aug(augmented)
-    return torch.as_tensor(np.ascontiguousarray(augmented.image.astype(np.float32).transpose(2, 0, 1)))
-
-
 def normalize(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     """Return an image as the backbone takes it, (1, 3, H, W)."""
     return ((image - model.pixel_mean) / model.pixel_std)[None]
@@ -141,11 +135,11 @@ def _check_detector(
     tolerance = TOLERANCES[precision]
     comparisons = list(
         tqdm(
-            compare_detectors(predictor, exported, images, margin=2 * tolerance.score),
+            compare_detectors(predictor, exported, images, margin=tolerance.margin),
             "comparing",
             unit="image",
             total=len(SIZES),
-        )  # fmt: skip
+        )
     )
     show(comparison_table(comparisons))
     if not any(comparison.usable for comparison in comparisons):
@@ -178,15 +172,15 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 def _check_backbone(
     model: ExportableBackbone, path: Path, form: str, precision: str, show: Callable[[str], None]
 ) -> bool:
-    run, rows, worst = open_backbone(path, form), [], 0.0
+    run, rows, worst = _open_backbone(path, form, model.outputs), [], 0.0
     generator = torch.Generator().manual_seed(0)
     for number, (height, width) in enumerate(SIZES):
         images = torch.randn(1 + number % 2, 3, height, width, generator=generator)
         with torch.no_grad():
-            expected = model(images)
-        found = run(images.numpy())
+            expected, found = model(images), run(images.numpy())
         relative = [
-            float((b - torch.from_numpy(a)).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+            float((feature - torch.as_tensor(found[name])).abs().max() / feature.abs().max())
+            for name, feature in zip(model.outputs, expected, strict=True)
         ]
         rows.append([f"{len(images)}×{height}×{width}", *(f"{x:.1e}" for x in relative)])
         worst = max(worst, *relative)
@@ -195,6 +189,13 @@ def _check_backbone(
     limit = f"{worst:.1e} of the largest value, limit {_BACKBONE_TOLERANCE[precision]:.0e}"
     show(f"The file {'agrees' if good else 'disagrees'} with the model: {limit}.")
     return good
+
+
+def _open_backbone(path: Path, form: str, names: Sequence[str]) -> Callable[[np.ndarray], Mapping[str, Any]]:
+    if form != "pt2":
+        return load_model(path).run
+    module = torch.export.load(str(path)).module()
+    return lambda images: dict(zip(names, module(torch.from_numpy(images)), strict=True))
 
 
 def _resize_of(augmentation: Any) -> T.ResizeShortestEdge | None:

@@ -6,10 +6,9 @@ does.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from halodet.utils.import_errors import explain_import_errors
+from halodet.utils.import_errors import lazy_names
 
 if TYPE_CHECKING:
     from halodet.inference.as_bgr import PredictorError
@@ -45,14 +44,4 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'halodet.inference' has no attribute {name!r}")
-    with explain_import_errors():
-        value = getattr(importlib.import_module(f"halodet.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(globals(), _MODULES)

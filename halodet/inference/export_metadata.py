@@ -53,7 +53,6 @@ class ExportMetadata:
         panoptic: ``overlap_threshold``, ``stuff_area_limit`` and ``instances_confidence_threshold``; None without
             panoptic segmentation.
         precision: ``"float32"``, ``"float16"`` or ``"int8"``.
-        max_pixels: maximum number of pixels of a resized image; None without a limit.
         halodet: version of halodet that exported the model.
         format_version: version of this description.
 
@@ -74,7 +73,6 @@ class ExportMetadata:
     sem_seg_stride: int = 4
     panoptic: dict[str, float] | None = None
     precision: str = "float32"
-    max_pixels: int | None = None
     halodet: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -107,7 +105,6 @@ class ExportMetadata:
             ("panoptic", self.panoptic is None or {"masks", "sem_seg"} <= names, "null without masks and sem_seg"),
             ("weights_sha256", bool(re.fullmatch("[0-9a-f]{64}", str(self.weights_sha256))), "64 hexadecimal digits"),
             ("precision", self.precision in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
-            ("max_pixels", self.max_pixels is None or _is_int(self.max_pixels, 1), "null or a positive integer"),
         ]
         for name, valid, expected in checks:
             if not valid:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from halodet.errors import ImageError
 from halodet.inference.as_bgr import ImageLike, as_bgr
 from halodet.inference.detections import Detections
-from halodet.inference.export_metadata import ExportedModelError
+from halodet.inference.export_metadata import BACKBONE, ExportedModelError
 from halodet.inference.postprocessing import (
     combine_panoptic,
     label_map,
@@ -55,6 +54,8 @@ class ExportedPredictor:
             raise ExportedModelError(f"score_threshold={score_threshold} is invalid: expected a number from 0 to 1.")
         self._file, self.score_threshold = os.fspath(file), score_threshold
         self.metadata, self._run = load_model(file, num_threads)
+        if self.metadata.detector == BACKBONE:
+            raise ExportedModelError(f"{self._file} has a backbone only: expected a detector.")
         self.classes: list[dict[str, Any]] = [dict(entry) for entry in self.metadata.classes]
         self.stuff_classes = list(self.metadata.stuff_classes)
         self.input_format = self.metadata.input_format
@@ -68,7 +69,7 @@ class ExportedPredictor:
         Raises:
             ExportedModelError: the model detects no objects, or fails on the image.
             PredictorError: the image has another shape or type.
-            ImageError: a file cannot be read, or the image is too large for the model.
+            ImageError: a file cannot be read.
         """
         if "boxes" not in self.metadata.outputs:
             raise ExportedModelError(f"{self._file} is invalid: expected a model that detects objects.")
@@ -85,12 +86,6 @@ class ExportedPredictor:
         bgr, metadata = as_bgr(image), self.metadata
         size = bgr.shape[0], bgr.shape[1]
         height, width = resized_size(*size, metadata.min_size, metadata.max_size)
-        if metadata.max_pixels is not None and height * width > metadata.max_pixels:
-            name = f"{os.fspath(image)}: " if isinstance(image, str | os.PathLike) else ""
-            raise ImageError(
-                f"{name}image of {size[1]} x {size[0]} pixels is too large: resized to {width} x {height} it has "
-                f"{height * width} pixels, expected at most {metadata.max_pixels}."
-            )
         channels = bgr[:, :, ::-1] if self.input_format == "RGB" else bgr
         resized = resize_shortest_edge(channels, metadata.min_size, metadata.max_size)
         try:

@@ -99,7 +99,7 @@ class Predictor(DefaultPredictor):
         Images that have the same size after resizing share a call of the model. Others do not: the padding to a common
         size would change what is found near their borders.
         """
-        inputs = [self._model_input(as_bgr(image)) for image in images]
+        inputs = [self.model_input(as_bgr(image)) for image in images]
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, entry in enumerate(inputs):
             groups.setdefault(tuple(entry["image"].shape), []).append(index)
@@ -111,7 +111,8 @@ class Predictor(DefaultPredictor):
                     results[index]["instances"] = output["instances"].to("cpu")
         return results
 
-    def _model_input(self, bgr: np.ndarray) -> dict[str, Any]:
+    def model_input(self, bgr: np.ndarray) -> dict[str, Any]:
+        """Return an (H, W, 3) uint8 BGR image as the model takes it: resized, (3, H, W), in its channel order."""
         height, width = bgr.shape[:2]
         resized = T.AugInput(bgr[:, :, ::-1] if self.input_format == "RGB" else bgr)
         self.aug(resized)

@@ -1,10 +1,12 @@
-"""The fix that is added to errors raised while a dependency is imported."""
+"""Imports on first use, and the fix that is added to errors raised while a dependency is imported."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 _COLLECT_ENV = "halodet: a dependency is missing or broken. Fix: run python -m halodet.utils.collect_env"
 _NO_TORCH = "halodet: this needs PyTorch and Detectron2. Fix: pip install 'halodet[train]'"
@@ -28,3 +30,23 @@ def is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+
+
+def lazy_names(
+    namespace: dict[str, Any], modules: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return ``__getattr__`` and ``__dir__`` of a package whose names are imported on first use (PEP 562).
+
+    Args:
+        namespace: ``globals()`` of the package.
+        modules: module below ``halodet`` that has each name.
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {namespace['__name__']!r} has no attribute {name!r}")
+        with explain_import_errors():
+            namespace[name] = getattr(importlib.import_module(f"halodet.{modules[name]}"), name)
+        return namespace[name]
+
+    return get, lambda: sorted({*namespace, *modules})

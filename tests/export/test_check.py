@@ -49,6 +49,7 @@ def test_differences():
     missing = compare(A[np.array([0, 2])])
     assert (missing.expected, missing.found, missing.matched) == (3, 2, 2)
     assert not missing.agrees(TOLERANCES["float32"])
+    assert not missing.agrees(TOLERANCES["int8"])
     # The one with the lowest score may be on the other side of the threshold.
     assert compare(A[np.array([0, 1])], margin=0.01).agrees(TOLERANCES["float32"])
 

@@ -3,12 +3,13 @@
 from halodet.data.synthetic_shapes import shape_scene
 from halodet.export import ExportableBackbone, ExportableDetector, ExportError, export_model
 from halodet.export.check import SIZES, TOLERANCES, compare_detectors
-from halodet.export.main import describe, export_detector, hash_weights, model_input
-from halodet.inference import ExportedPredictor
+from halodet.export.main import describe, export_detector, hash_weights
+from halodet.inference import ExportedModelError, ExportedPredictor
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ def scene(index):
 def write(predictor, path, form, **options):
     model = ExportableDetector(predictor.model)
     metadata = describe(predictor, model, "float32")
-    return export_model(model, path, form, metadata, model_input(predictor, scene(0)), **options)
+    return export_model(model, path, form, metadata, predictor.model_input(scene(0))["image"], **options)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,9 @@ def test_backbone_of_any_size_and_batch(detector, tmp_path, form):
     assert export_detector(predictor, tmp_path / f"backbone{SUFFIX[form]}", form, backbone_only=True, show=lines.append)
     assert len(ExportableBackbone(predictor.model.backbone).outputs) == 5
     assert any("2×640×480" in line for line in lines)
+    if form == "onnx":
+        with pytest.raises(ExportedModelError, match="backbone only"):
+            ExportedPredictor(tmp_path / "backbone.onnx")
 
 
 def test_int8_keeps_most_detections(detector, tmp_path):
@@ -183,6 +187,8 @@ def test_tool(detector, tool, tmp_path, capsys):
     assert "--images" in capsys.readouterr().out
     assert tool([*given, "--int8"], "export") == 2
     assert "--calibration" in capsys.readouterr().err
+    assert tool([*given, "--calibration", str(ROOT / "docs" / "demo.jpg")], "export") == 2
+    assert "--int8" in capsys.readouterr().err
     assert tool([*given, "--opts", "MODEL.WEIGHTS", ""], "export") == 2
     assert "MODEL.WEIGHTS" in capsys.readouterr().err
     (tmp_path / "bad.png").write_bytes(b"no image")

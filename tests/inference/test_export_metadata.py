@@ -22,7 +22,6 @@ VALUES = {
     "panoptic": {"overlap_threshold": 0.5, "stuff_area_limit": 4096, "instances_confidence_threshold": 0.5},
     "weights_sha256": "0" * 64,
     "precision": "float32",
-    "max_pixels": None,
 }
 
 
@@ -71,8 +70,6 @@ def test_unknown_keys_are_ignored_and_optional_ones_have_defaults():
         ("panoptic", {"overlap_threshold": 0.5}),
         ("weights_sha256", "abc"),
         ("precision", "float64"),
-        ("max_pixels", 0),
-        ("max_pixels", True),
     ],
 )
 def test_an_invalid_value_is_named(key, value):

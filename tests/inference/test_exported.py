@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 from halodet import ExportedPredictor
-from halodet.errors import ImageError
 from halodet.inference import Detections, PredictorError
 from halodet.inference.demo import draw_images
 from halodet.inference.export_metadata import ExportedModelError
@@ -160,16 +159,6 @@ def test_torchscript_is_run_with_pytorch(tmp_path):
     torch.jit.save(traced, tmp_path / "plain.torchscript")
     with pytest.raises(ExportedModelError, match="plain.torchscript has no halodet metadata"):
         ExportedPredictor(tmp_path / "plain.torchscript")
-
-
-def test_an_image_that_is_too_large_for_the_model(tmp_path):
-    predictor = ExportedPredictor(write(tmp_path, description=models.metadata(max_pixels=48 * 72)))
-    assert len(predictor(noise(100, 150))) == 3
-    with pytest.raises(ImageError, match="150 x 90 .*80 x 48 it has 3840 pixels, expected at most 3456"):
-        predictor(noise(90, 150))
-    Image.new("RGB", (150, 90)).save(tmp_path / "large.png")
-    with pytest.raises(ImageError, match="large.png: image"):
-        predictor(tmp_path / "large.png")
 
 
 def newer(folder):
