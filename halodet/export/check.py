@@ -35,11 +35,16 @@ class Tolerance:
     pixels: float
     margin: float
 
+    def __str__(self) -> str:
+        limits = f"scores {self.score}, boxes {self.box} px, masks {self.mask:.0%}, segments {self.pixels:.1%}"
+        return f"{limits}, without a partner {self.unmatched:.0%}"
+
 
 TOLERANCES = {
     "float32": Tolerance(score=1e-3, box=0.1, mask=0.02, unmatched=0.0, pixels=1e-3, margin=2e-3),
     "float16": Tolerance(score=0.02, box=2.0, mask=0.1, unmatched=0.05, pixels=0.02, margin=0.04),
-    "int8": Tolerance(score=0.5, box=32.0, mask=0.8, unmatched=0.3, pixels=0.2, margin=0.1),
+    # Rounding to 8 bits moves boxes and scores, so only what is found counts: class and an overlap of one half.
+    "int8": Tolerance(score=1.0, box=float("inf"), mask=1.0, unmatched=0.1, pixels=0.2, margin=0.1),
 }
 
 

@@ -151,7 +151,8 @@ def _check_detector(
     wrong = [c for c in comparisons if not c.agrees(tolerance)]
     if wrong:
         sizes = ", ".join(f"{c.size[0]}×{c.size[1]}" for c in wrong)
-        show(f"The file disagrees with the model at {len(wrong)} of {len(comparisons)} sizes: {sizes}. {tolerance}")
+        count = f"{len(wrong)} of {len(comparisons)} sizes"
+        show(f"The file disagrees with the model at {count}: {sizes}. Limits: {tolerance}.")
     else:
         show(f"The file agrees with the model at {len(comparisons)} sizes.")
     return not wrong
