@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
 
 from halodet.errors import HalodetError
 from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, ImagePredictor, draw_images, find_images
@@ -59,23 +58,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _load_predictor(args: argparse.Namespace) -> ImagePredictor:
     """Load the weights and the config, of either kind, with the score threshold of the command line."""
-    # An exported model needs none of these.
-    from halodet.config import load_config
-    from halodet.config.lazy import is_lazy_config, load_lazy_config, set_score_threshold
+    # An exported model needs neither of these.
     from halodet.config.projects import import_projects
     from halodet.inference import Predictor
 
-    projects = import_projects(args.imports)
-    unsafe, threshold = args.allow_unsafe_config, args.confidence_threshold
-    cfg: Any
-    if is_lazy_config(args.config_file):
-        cfg = load_lazy_config(args.config_file, args.opts, allow_unsafe=unsafe)
-        set_score_threshold(cfg, threshold)
-    else:
-        cfg = load_config(args.config_file, args.opts, train=False, add_configs=projects, allow_unsafe=unsafe).clone()
-        cfg.defrost()
-        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
-    return Predictor(cfg, allow_pickle=args.allow_pickle)
+    return Predictor.from_pretrained(
+        args.config_file,
+        device=None,
+        score_threshold=args.confidence_threshold,
+        opts=args.opts,
+        add_configs=import_projects(args.imports),
+        allow_pickle=args.allow_pickle,
+        allow_unsafe_config=args.allow_unsafe_config,
+    )
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

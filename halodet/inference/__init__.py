@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from halodet.inference.export_metadata import ExportMetadata
     from halodet.inference.exported import ExportedModelError, ExportedPredictor
     from halodet.inference.predictor import Predictor
+    from halodet.inference.result import Result, ResultError
     from halodet.inference.visualize import draw
     from halodet.utils.image_io import read_image
 
@@ -26,6 +27,8 @@ __all__ = [
     "ExportedPredictor",
     "Predictor",
     "PredictorError",
+    "Result",
+    "ResultError",
     "draw",
     "read_image",
     "to_coco",
@@ -38,6 +41,8 @@ _MODULES = {
     "ExportedPredictor": "inference.exported",
     "Predictor": "inference.predictor",
     "PredictorError": "inference.as_bgr",
+    "Result": "inference.result",
+    "ResultError": "inference.result",
     "draw": "inference.visualize",
     "read_image": "utils.image_io",
     "to_coco": "inference.detections",

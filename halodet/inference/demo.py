@@ -13,13 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 from halodet.errors import ConfigError, HalodetError, ImageError
-from halodet.inference.detections import Detections, to_coco
-from halodet.inference.visualize import draw_output
+from halodet.inference.result import Result
 from halodet.utils.image_io import STDERR_LOCK, read_image
 from halodet.utils.io import write_json
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 __all__ = ["DETECTIONS_FILE", "NOT_IMAGES", "ImagePredictor", "draw_images", "find_images"]
@@ -182,22 +180,13 @@ class _Drawings:
 
     def _draw(self, file: str, image: np.ndarray, prediction: dict[str, Any], name: str) -> _Record:
         """Draw and write one image, in another thread."""
-        classes = self._predictor.classes
-        names = [entry["name"] for entry in classes]
-        drawing = draw_output(image, prediction, names, self._predictor.stuff_classes, threshold=self._threshold)
-        Image.fromarray(drawing[:, :, ::-1]).save(os.path.join(self._output, name), quality=95)
-        annotations = []
-        if "instances" in prediction:
-            found = prediction["instances"]
-            found = found if isinstance(found, Detections) else Detections.from_instances(found)
-            kept = found[np.flatnonzero(found.scores >= self._threshold)]
-            for k, result in enumerate(to_coco(kept, 0, [entry["id"] for entry in classes])):
-                area = result["bbox"][2] * result["bbox"][3] if kept.masks is None else float(kept.masks[k].sum())
-                annotations.append({**result, "area": area, "iscrowd": 0})
+        result = Result(image, prediction, self._predictor.classes, self._predictor.stuff_classes)
+        result = result.filter(self._threshold)
+        result.draw().save(os.path.join(self._output, name), quality=95)
         height, width = image.shape[:2]
         root, path = self._coco["info"]["root"], os.path.abspath(file)
         path = os.path.relpath(path, root).replace(os.sep, "/") if root else path
-        return {"file_name": path, "width": width, "height": height, "drawing": name}, annotations
+        return {"file_name": path, "width": width, "height": height, "drawing": name}, result.to_coco()
 
     def _record(self, bar: tqdm) -> None:
         """Record the first image that is being drawn, once its drawing exists."""

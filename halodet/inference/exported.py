@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from halodet.inference.as_bgr import ImageLike, as_bgr
+from halodet.inference.base_predictor import BasePredictor
 from halodet.inference.detections import Detections
 from halodet.inference.export_metadata import BACKBONE, ExportedModelError
 from halodet.inference.postprocessing import (
@@ -23,8 +24,8 @@ import numpy as np
 __all__ = ["ExportedModelError", "ExportedPredictor"]
 
 
-class ExportedPredictor:
-    """Predictor of an exported model, with the results of :class:`~halodet.inference.Predictor` as numpy arrays.
+class ExportedPredictor(BasePredictor):
+    """Predictor of an exported model, with the results of :class:`~halodet.inference.Predictor`.
 
     It needs numpy, Pillow, OpenCV and the runtime: onnxruntime for .onnx files, openvino for .xml files, PyTorch for
     .torchscript files.
@@ -60,28 +61,21 @@ class ExportedPredictor:
         self.stuff_classes = list(self.metadata.stuff_classes)
         self.input_format = self.metadata.input_format
 
-    def __call__(self, image: ImageLike) -> Detections:
-        """Detect objects in an image; boxes and masks are in pixels of that image.
+    def predict(self, image: ImageLike) -> dict[str, Any]:
+        """Return all that the model predicts for an image.
 
         Args:
             image: see :func:`~halodet.inference.as_bgr.as_bgr`.
-
-        Raises:
-            ExportedModelError: the model detects no objects, or fails on the image.
-            PredictorError: the image has another shape or type.
-            ImageError: a file cannot be read.
-        """
-        if "boxes" not in self.metadata.outputs:
-            raise ExportedModelError(f"{self._file} is invalid: expected a model that detects objects.")
-        return self.predict(image)["instances"]
-
-    def predict(self, image: ImageLike) -> dict[str, Any]:
-        """Return all that the model predicts for an image; arguments and errors are those of :meth:`__call__`.
 
         Returns:
             ``instances``, a :class:`~halodet.inference.Detections`; ``sem_seg``, the (H, W) int32 semantic class of
             each pixel; ``panoptic_seg``, the (H, W) int32 segment of each pixel, 0 for none, and a list of descriptions
             of the segments. Each is there if the model predicts it.
+
+        Raises:
+            ExportedModelError: the model fails on the image.
+            PredictorError: the image has another shape or type.
+            ImageError: a file cannot be read.
         """
         bgr, metadata = as_bgr(image), self.metadata
         size = bgr.shape[0], bgr.shape[1]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from halodet.checkpoint import classes_of, load_weights, read_weights
+from halodet.config.lazy import is_lazy_config, load_lazy_config, set_score_threshold
+from halodet.config.load import load_config
+from halodet.config.projects import AddConfig
 from halodet.config.validate import one_line
 from halodet.data.classes import count_classes, read_classes
 from halodet.data.transforms import ResizeShortestEdge
 from halodet.errors import CheckpointError, ConfigError
 from halodet.inference.as_bgr import ImageLike, PredictorError, as_bgr
+from halodet.inference.base_predictor import BasePredictor
 from halodet.inference.detections import to_coco
 
 import numpy as np
@@ -20,16 +26,19 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
-from detectron2.structures import Instances
 from omegaconf import DictConfig
 
 __all__ = ["ImageLike", "Predictor", "PredictorError", "as_bgr", "to_coco"]
 
+EXPORTED = (".onnx", ".xml", ".torchscript", ".pt2")
 _BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-class Predictor(DefaultPredictor):
+class Predictor(BasePredictor, DefaultPredictor):
     """Detectron2's predictor, for which weights that are missing or incomplete are an error.
+
+    Calling it with an image returns a :class:`~halodet.inference.Result`; :meth:`predict` returns what Detectron2's
+    predictor returns.
 
     Args:
         cfg: config of the detector, or a LazyConfig with ``model``, ``dataloader.test`` and ``train.init_checkpoint``.
@@ -72,21 +81,64 @@ class Predictor(DefaultPredictor):
         self.input_format = cfg.model.input_format if lazy else cfg.INPUT.FORMAT
         load_weights(self.model, weights, preloaded=loaded)
 
-    def __call__(self, original_image: ImageLike) -> Instances:
-        """Detect objects in an image; the instances are on the CPU, in pixels of that image.
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        weights: str | os.PathLike[str] | None = None,
+        device: str | None = "auto",
+        *,
+        score_threshold: float = 0.5,
+        opts: Sequence[str] = (),
+        add_configs: Iterable[AddConfig] = (),
+        allow_pickle: bool = False,
+        allow_unsafe_config: bool = False,
+    ) -> Predictor:
+        """Load a trained detector.
 
         Args:
-            original_image: see :func:`as_bgr`.
+            source: the ``OUTPUT_DIR`` of a run, of which the latest checkpoint is loaded, or a config file.
+            weights: checkpoint; by default that of the run, or the one that the config names.
+            device: ``"auto"`` for the GPU if there is one, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for that of
+                the config.
+            score_threshold: minimum score of detections, from 0 to 1.
+            opts: overrides of the config, as on the command line.
+            add_configs: functions of other projects that add their keys to a YAML config.
+            allow_pickle: whether to run code that pickle files hold.
+            allow_unsafe_config: whether to run code that a YAML config holds, as that of a run with a LazyConfig.
 
         Raises:
-            ConfigError: the model returns no instances.
-            PredictorError: the image has another shape or type.
-            ImageError: a file cannot be read.
+            ConfigError: the config or an argument is invalid.
+            CheckpointError: the weights are missing or unreadable, or do not provide all of the model.
         """
-        predictions = self.predict(original_image)
-        if "instances" not in predictions:
-            raise ConfigError(f"{type(self.model).__name__} is invalid: expected a model that detects instances.")
-        return predictions["instances"]
+        if not 0 <= score_threshold <= 1:
+            raise ConfigError(f"score_threshold={score_threshold} is invalid: expected a number from 0 to 1.")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        config_file = os.fspath(source)
+        if os.path.isdir(source):
+            config_file = os.path.join(config_file, "config.yaml")
+            if not os.path.isfile(config_file):
+                raise ConfigError(f"{os.fspath(source)} has no config.yaml: expected the OUTPUT_DIR of a run.")
+            weights = _latest_weights(Path(source)) if weights is None else weights
+        elif config_file.endswith(EXPORTED):
+            raise ConfigError(f"{config_file} is an exported model. Fix: ExportedPredictor({config_file!r}).")
+        cfg: Any
+        if is_lazy_config(config_file):
+            given = {"train.device": device, "train.init_checkpoint": weights}
+            changes = [f"{key}={value}" for key, value in given.items() if value is not None]
+            cfg = load_lazy_config(config_file, [*changes, *opts], allow_unsafe=allow_unsafe_config)
+            set_score_threshold(cfg, score_threshold)
+        else:
+            given = {"MODEL.DEVICE": device, "MODEL.WEIGHTS": weights}
+            changes = [word for key, value in given.items() if value is not None for word in (key, os.fspath(value))]
+            cfg = load_config(
+                config_file, [*changes, *opts], train=False, add_configs=add_configs, allow_unsafe=allow_unsafe_config
+            ).clone()
+            cfg.defrost()
+            cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = score_threshold
+            cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = score_threshold
+        return cls(cfg, allow_pickle=allow_pickle)
 
     def predict(self, original_image: ImageLike) -> dict[str, Any]:
         """Return all that the model predicts for an image, see :func:`as_bgr`; instances are on the CPU."""
@@ -126,3 +178,13 @@ def _resize(cfg: CfgNode) -> T.Augmentation:
 
 def _lazy_augmentations(cfg: DictConfig) -> T.Augmentation:
     return T.AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
+
+
+def _latest_weights(folder: Path) -> str:
+    """Return the checkpoint that ``last_checkpoint`` names, or ``model_final.pth``."""
+    tag = folder / "last_checkpoint"
+    named = folder / tag.read_text(encoding="utf-8").strip() if tag.is_file() else folder
+    for file in (named, folder / "model_final.pth"):
+        if file.is_file():
+            return str(file)
+    raise CheckpointError(f"{folder} has no model_final.pth. Fix: give the weights of another folder.")

@@ -145,7 +145,7 @@ def test_the_predictor_equals_the_model_in_evaluation(config, trained):
     tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
     with torch.no_grad():
         expected = predictor.model([{"image": tensor, "height": 60, "width": 90}])[0]["instances"]
-    found = predictor(image)
+    found = predictor.predict(image)["instances"]
     assert len(found) and torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 

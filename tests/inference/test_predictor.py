@@ -1,6 +1,7 @@
 """Predictor, to_coco and the class list, on a small Mask R-CNN whose weights are made here."""
 
 import json
+import shutil
 
 from halodet.data.classes import ClassesError, read_classes, write_classes
 from halodet.errors import CheckpointError, ConfigError
@@ -70,7 +71,7 @@ def trained(tmp_path_factory):
 
 def test_predictions_are_detectron2s_in_pixels_of_the_image(trained):
     image = noise(60, 90)
-    found = Predictor(trained)(image)
+    found = Predictor(trained).predict(image)["instances"]
     assert len(found) > 0 and (found.pred_boxes.area() > 1).any()
     assert found.image_size == (60, 90) and found.pred_masks.shape[1:] == (60, 90) and found.scores.device.type == "cpu"
     expected = DefaultPredictor(trained)(image)["instances"]
@@ -87,7 +88,7 @@ def test_a_batch_gives_the_results_of_single_images(trained):
     batch = predictor.predict_batch(images)
     assert calls == [3, 1], "images of the same size after resizing share a call"
     for image, result in zip(images, batch, strict=True):
-        found, expected = result["instances"], predictor(image)
+        found, expected = result["instances"], predictor.predict(image)["instances"]
         assert found.image_size == image.shape[:2] and len(found) == len(expected) > 0
         assert torch.equal(found.pred_classes, expected.pred_classes)
         assert torch.allclose(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-3)
@@ -143,9 +144,9 @@ def test_other_images_are_named(image, named):
 def test_the_predictor_takes_a_file_and_a_pillow_image(trained, tmp_path):
     predictor, image = Predictor(trained), noise(80, 96)
     cv2.imwrite(str(tmp_path / "a.png"), image)
-    expected = predictor(image)
+    expected = predictor.predict(image)["instances"]
     for other in (tmp_path / "a.png", Image.fromarray(image[:, :, ::-1])):
-        found = predictor(other)
+        found = predictor.predict(other)["instances"]
         assert len(found) > 0 and torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
@@ -186,15 +187,6 @@ def test_weights_that_bring_code_are_refused_and_do_not_run_it(trained, tmp_path
     with pytest.raises(CheckpointError, match="io.open"):
         Predictor(cfg)
     assert not (tmp_path / "made").exists()
-
-
-def test_a_model_without_instances_is_refused(trained, tmp_path):
-    cfg = trained.clone()
-    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
-    DetectionCheckpointer(build_model(cfg), str(tmp_path)).save("rpn")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "rpn.pth")
-    with pytest.raises(ConfigError, match="ProposalNetwork"):
-        Predictor(cfg)(noise(60, 90))
 
 
 def test_to_coco_maps_classes_and_keeps_boxes_and_masks():
@@ -312,10 +304,70 @@ def test_an_exported_model_gives_the_results_of_the_predictor(trained, tmp_path,
         onnx.save(exported, file)
     exported = ExportedPredictor(file)
     for size in ((60, 90), (300, 450), (90, 60), (77, 200)):
-        expected, found = Detections.from_instances(predictor(noise(*size))), exported(noise(*size))
+        expected, found = (
+            Detections.from_instances(predictor.predict(noise(*size))["instances"]),
+            exported(noise(*size)).detections,
+        )
         assert len(found) == len(expected) > 0 and np.array_equal(found.classes, expected.classes)
         assert np.allclose(found.boxes, expected.boxes, atol=1e-2)
         assert np.allclose(found.scores, expected.scores, atol=1e-4)
         assert expected.masks.sum() > 100 and (found.masks != expected.masks).sum() <= 1e-3 * expected.masks.sum()
         drawings = [draw(noise(*size), results, ["a", "b"], threshold=0.5) for results in (expected, found)]
         assert (drawings[0] != drawings[1]).mean() < 0.02
+
+
+@pytest.fixture(scope="module")
+def run_folder(trained, tmp_path_factory):
+    """The OUTPUT_DIR of a run: config.yaml, checkpoints, class names."""
+    folder = tmp_path_factory.mktemp("output")
+    cfg = trained.clone()
+    cfg.MODEL.WEIGHTS = ""
+    cfg.OUTPUT_DIR = str(folder)
+    (folder / "config.yaml").write_text(cfg.dump())
+    shutil.copy(trained.MODEL.WEIGHTS, folder / "model_final.pth")
+    write_classes(folder / "classes.json", [{"id": 5, "name": "nut"}, {"id": 3, "name": "fig"}])
+    return folder
+
+
+def test_from_pretrained_loads_a_run_or_a_config(trained, run_folder):
+    image = noise(60, 90)
+    expected = Predictor(trained).predict(image)["instances"]
+    expected = expected[expected.scores > 0.5]
+    weights = run_folder / "model_final.pth"
+    for arguments in ((run_folder,), (str(run_folder),), (run_folder / "config.yaml", weights)):
+        predictor = Predictor.from_pretrained(*arguments)
+        assert [entry["name"] for entry in predictor.classes] == ["nut", "fig"]
+        found = predictor(image)
+        assert len(found) == len(expected) > 0 and np.allclose(found.boxes, expected.pred_boxes.tensor.numpy())
+        assert found.names == [["nut", "fig"][k] for k in expected.pred_classes]
+    opts = ("MODEL.ROI_HEADS.NMS_THRESH_TEST", "0.9")
+    assert Predictor.from_pretrained(run_folder, device="cpu", opts=opts).cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST == 0.9
+
+
+def test_from_pretrained_takes_the_latest_checkpoint(run_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    checkpoint = torch.load(folder / "model_final.pth", weights_only=False)
+    for value in checkpoint["model"].values():
+        value.zero_()
+    torch.save(checkpoint, folder / "model_0000009.pth")
+    (folder / "last_checkpoint").write_text("model_0000009.pth")
+    assert not Predictor.from_pretrained(folder).model.roi_heads.box_predictor.cls_score.weight.any()
+    (folder / "model_0000009.pth").unlink()
+    assert Predictor.from_pretrained(folder).model.roi_heads.box_predictor.cls_score.weight.any()
+    (folder / "model_final.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"model_final\.pth"):
+        Predictor.from_pretrained(folder)
+
+
+def test_from_pretrained_names_what_is_wrong(run_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        Predictor.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="ExportedPredictor"):
+        Predictor.from_pretrained("model.onnx")
+    with pytest.raises(ConfigError, match=r"score_threshold=1\.5"):
+        Predictor.from_pretrained(run_folder, score_threshold=1.5)
+    with pytest.raises(ConfigError, match=r"MODEL\.DEVICE=cuba"):
+        Predictor.from_pretrained(run_folder, device="cuba")
+    with pytest.raises(CheckpointError, match=r"none\.pth"):
+        Predictor.from_pretrained(run_folder, "none.pth")
