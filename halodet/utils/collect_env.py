@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
 import warnings
 from pathlib import Path
+
+from halodet.utils.import_errors import is_installed
 
 INSTALL_DETECTRON2 = (
     "run 'python tools/install_detectron2.py' in a checkout of halodet, or build it: "
@@ -29,6 +30,8 @@ REQUIRED = {
     "safetensors": ("safetensors", "pip install safetensors"),
     "detectron2": ("detectron2", INSTALL_DETECTRON2),
 }
+RUNTIMES = ("onnxruntime", "openvino")
+FOR_EXPORTED = ("numpy", "PIL", "cv2")
 # Detectron2 imports many dependencies on first use only.
 USED = ("detectron2.engine", "halodet.engine", "halodet.inference.predictor")
 OPTIONAL = {
@@ -77,7 +80,10 @@ def describe_devices() -> list[str]:
 
 
 def main() -> int:
-    """Print the report; return 1 if a required dependency is missing, else 0."""
+    """Print the report; return 1 if a required dependency is missing, else 0.
+
+    Without PyTorch, only what exported models need is required.
+    """
     missing: dict[str, tuple[str, str]] = {}  # distribution or module -> (error, fix)
 
     def line(name: str, text: str) -> None:
@@ -85,27 +91,34 @@ def main() -> int:
 
     line("halodet", f"{version_of('halodet')} at {Path(__file__).resolve().parents[1]}")
     line("Python", f"{platform.python_version()} at {sys.executable}")
+    runtime_only = any(map(is_installed, RUNTIMES)) and not is_installed("torch")
     for module, (distribution, fix) in REQUIRED.items():
+        if runtime_only and module not in FOR_EXPORTED:
+            line(distribution, f"{version_of(distribution)} (training only)")
+            continue
         if error := import_error(module):
             missing[distribution] = (error, fix)
         line(distribution, f"MISSING ({error})" if error else version_of(distribution))
     for name, hint in OPTIONAL.items():
-        line(name, version_of(name) if importlib.util.find_spec(name) else f"not installed (optional: {hint})")
-    if "torch" not in missing:
+        line(name, version_of(name) if is_installed(name) else f"not installed (optional: {hint})")
+    if "torch" not in missing and not runtime_only:
         for text in describe_devices():
             line("device", text)
-    if "detectron2" not in missing and import_error("detectron2._C"):
+    if "detectron2" not in missing and not runtime_only and import_error("detectron2._C"):
         line("detectron2._C", "not compiled: no rotated boxes or deformable convolution (halodet needs neither)")
     datasets = Path(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))).absolute()
     found = (datasets / "coco" / "annotations" / "instances_val2017.json").is_file()
     line("COCO", f"found in {datasets}" if found else f"not in {datasets} (see datasets/README.md)")
-    for module in () if missing else USED:
+    for module in () if missing or runtime_only else USED:
         if error := import_error(module):
             missing[module] = (error, f"install the package it names, or {INSTALL_DETECTRON2}")
             break
     for name, (error, fix) in missing.items():
         print(f"\nmissing: {name} cannot be imported ({error})\n    fix: {fix}")
-    print("\nhalodet is not usable yet." if missing else "\nAll required dependencies are installed.")
+    if runtime_only and not missing:
+        print("\nExported models can be run. To train and to run checkpoints: pip install 'halodet[train]'")
+    else:
+        print("\nhalodet is not usable yet." if missing else "\nAll required dependencies are installed.")
     return int(bool(missing))
 
 

@@ -1,5 +1,6 @@
 """The environment report with all dependencies and with a missing or broken one."""
 
+import subprocess
 import sys
 
 from halodet.utils import collect_env
@@ -7,14 +8,21 @@ from halodet.utils import collect_env
 from helpers import ROOT, run_code
 
 
-def report_with(folder):
-    """The report with modules in ``folder`` in place of those installed."""
-    code = """
+def report_with(folder, *missing):
+    """The report with modules in ``folder`` in place of those installed, and without the missing ones."""
+    code = f"""
 import runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
 sys.orig_argv += ["-m", "halodet.utils.collect_env"]
 runpy.run_module("halodet.utils.collect_env", run_name="__main__")
 """
-    return run_code(code, folder, folder, ROOT)
+    if not missing:
+        return run_code(code, folder, folder, ROOT)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
 def test_complete_environment(capsys):
@@ -31,6 +39,16 @@ def test_missing_dependency_is_listed_with_its_fix(tmp_path):
     assert report.returncode == 1
     assert "missing: detectron2 cannot be imported (ImportError: libsomething is not here)" in report.stdout
     assert "tools/install_detectron2.py" in report.stdout and "Traceback" not in report.stdout + report.stderr
+
+
+def test_without_pytorch_a_runtime_is_enough(tmp_path):
+    training = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "safetensors")
+    report = report_with(tmp_path, *training)
+    assert report.returncode == 0 and "training only" in report.stdout, report.stderr
+    assert "halodet[train]" in report.stdout and "MISSING" not in report.stdout
+    report = report_with(tmp_path, *training, "cv2")
+    assert report.returncode == 1 and "missing: opencv-python" in report.stdout
+    assert report_with(tmp_path, *training, "onnxruntime", "openvino").returncode == 1
 
 
 def test_torch_and_torchvision_of_different_builds(tmp_path):
