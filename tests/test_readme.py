@@ -2,13 +2,20 @@
 
 import re
 
-from halodet.config import config_dir
+from halodet.config import config_dir, load_config
+from halodet.data.synthetic_shapes import shape_scene
 from halodet.mixers import MIXERS
 from halodet.models import VARIANTS
 
+import exported_models
+import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
 from helpers import ROOT
+from PIL import Image
+from pycocotools.coco import COCO
 
 PAGES = [
     ROOT / "README.md",
@@ -26,9 +33,29 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory):
+    """A folder with what the pages about inference name; the detector has random weights that find objects."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "photos").mkdir()
+    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg"):
+        Image.fromarray(shape_scene("val", len(name)).image.round().astype(np.uint8)).save(folder / name)
+    output = folder / "output/demo"
+    output.mkdir(parents=True)
+    cfg = load_config("quick/mask_rcnn_halo_shapes.yaml", ["MODEL.DEVICE", "cpu"], train=False)
+    (output / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
+    DetectionCheckpointer(model, str(output)).save("model_final")
+    exported_models.write_onnx(folder / "model.onnx", exported_models.metadata())
+    return folder
+
+
 @pytest.mark.parametrize("name", CODE)
-def test_python_blocks_run(name):
+def test_python_blocks_run(name, demo_folder, monkeypatch):
     variables: dict = {}
+    monkeypatch.chdir(demo_folder)
     mixers = set(MIXERS)
     for code in re.findall(r"```python\n(.*?)```", TEXTS[name], re.DOTALL):
         exec(code, variables)  # noqa: S102
@@ -36,6 +63,11 @@ def test_python_blocks_run(name):
         del MIXERS[added]
     if "model" in variables:
         assert sum(p.numel() for p in variables["model"].parameters()) > 10e6
+    if "result" in variables:
+        assert len(variables["predictor"]("photo.jpg")) > 0 and (demo_folder / "drawing.jpg").stat().st_size > 1000
+    if "annotations" in variables:
+        assert len(variables["annotations"]) == len(variables["detections"]) == 2
+        assert len(COCO("photo.json").anns) == 2
     if "out" in variables:
         assert variables["out"].shape == (1, 8, 64, 50, 67)
 
