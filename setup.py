@@ -25,6 +25,8 @@ TRAIN = [
 ]
 RUNTIME = ["onnxruntime>=1.20,<2", "openvino>=2025.0,<2027"]
 ONNX = "onnx>=1.17,<2"
+# supervision has no tracker since 0.30: that of trackers replaces it. Neither needs PyTorch.
+VIDEO = ["av>=14,<20", "trackers>=2.6,<3", "supervision>=0.26.1,<1"]
 TIMM = ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"]  # timm itself asks for any huggingface_hub
 
 setup(
@@ -43,6 +45,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "runtime": RUNTIME,
+        "video": VIDEO,
         "export": [*TRAIN, *RUNTIME, ONNX],
         "timm": [*TRAIN, *TIMM],
         "benchmark": [*TRAIN, TIMM[0], "halonet-pytorch>=0.0.5,<0.1"],
@@ -50,6 +53,7 @@ setup(
         "test": [
             *TRAIN,
             *RUNTIME,
+            *VIDEO,
             "pytest>=8,<9.2",  # pytest-xdist 3.8 ignores its groups with pytest 9.2
             "pytest-xdist>=3.6,<4",
             "mypy>=1.15,<3",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from halodet.inference.exported import ExportedModelError, ExportedPredictor
     from halodet.inference.predictor import Predictor
     from halodet.inference.result import Result, ResultError
+    from halodet.inference.tracking import Tracker, TrackerError
     from halodet.inference.visualize import draw
     from halodet.utils.image_io import read_image
 
@@ -29,6 +30,8 @@ __all__ = [
     "PredictorError",
     "Result",
     "ResultError",
+    "Tracker",
+    "TrackerError",
     "draw",
     "read_image",
     "to_coco",
@@ -43,6 +46,8 @@ _MODULES = {
     "PredictorError": "inference.as_bgr",
     "Result": "inference.result",
     "ResultError": "inference.result",
+    "Tracker": "inference.tracking",
+    "TrackerError": "inference.tracking",
     "draw": "inference.visualize",
     "read_image": "utils.image_io",
     "to_coco": "inference.detections",

@@ -24,6 +24,7 @@ class Detections:
         classes: (N,) index of the class.
         masks: (N, H, W) bool; None without masks.
         keypoints: (N, K, 3) x, y and score; None without keypoints.
+        track_ids: (N,) number of the track of each object in a video, -1 for none; None without tracking.
     """
 
     image_size: tuple[int, int]
@@ -32,9 +33,10 @@ class Detections:
     classes: np.ndarray
     masks: np.ndarray | None = None
     keypoints: np.ndarray | None = None
+    track_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("boxes", "classes", "masks", "keypoints"):
+        for name in ("boxes", "classes", "masks", "keypoints", "track_ids"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.scores):
                 raise ValueError(f"{name} has {len(values)} rows: expected {len(self.scores)}, the number of scores.")
@@ -74,6 +76,7 @@ class Detections:
             self.classes[item],
             None if self.masks is None else self.masks[item],
             None if self.keypoints is None else self.keypoints[item],
+            None if self.track_ids is None else self.track_ids[item],
         )
 
 
@@ -98,7 +101,8 @@ def to_coco(detections: Any, image_id: int, category_ids: Sequence[int]) -> list
 
     Returns:
         Dicts with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``, ``segmentation``
-        (RLE) where there are masks, and ``keypoints`` (x, y in pixel indices, score) where there are keypoints.
+        (RLE) where there are masks, ``keypoints`` (x, y in pixel indices, score) where there are keypoints, and
+        ``track_id`` where there is a track.
 
     Source: Detectron2's ``instances_to_coco_json``.
     """
@@ -118,6 +122,8 @@ def to_coco(detections: Any, image_id: int, category_ids: Sequence[int]) -> list
             result["segmentation"] = encode_mask(detections.masks[k])
         if keypoints is not None:
             result["keypoints"] = keypoints[k].ravel().tolist()
+        if detections.track_ids is not None and detections.track_ids[k] >= 0:
+            result["track_id"] = int(detections.track_ids[k])
         results.append(result)
     return results
 

@@ -109,11 +109,16 @@ class Result:
         """(N, K, 3) x, y and score; None without keypoints."""
         return self.detections.keypoints
 
+    @property
+    def track_ids(self) -> np.ndarray | None:
+        """(N,) number of the track of each object, -1 for none; None without tracking."""
+        return self.detections.track_ids
+
     def __len__(self) -> int:
         return len(self.detections)
 
     def __getitem__(self, item: Any) -> Result:
-        return self._with({**self._output, "instances": self.detections[item]})
+        return self.with_detections(self.detections[item])
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
@@ -154,6 +159,10 @@ class Result:
             output["panoptic_seg"] = np.where(np.isin(ids, [info["id"] for info in infos]), ids, 0), infos
         return self._with(output)
 
+    def with_detections(self, detections: Detections) -> Result:
+        """Return the result with other objects; segments stay."""
+        return self._with({**self._output, "instances": detections})
+
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
         """Convert the objects to COCO annotations with a ``score``, see :func:`~halodet.inference.to_coco`."""
         annotations = to_coco(self.detections, image_id, [entry["id"] for entry in self.classes])
@@ -178,6 +187,7 @@ class Result:
             mask=self.masks,
             confidence=self.scores.astype(np.float32),
             class_id=self.labels.astype(int),
+            tracker_id=self.track_ids,
             data={"class_name": np.array(self.names, dtype=str)},
         )
 

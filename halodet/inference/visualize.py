@@ -67,7 +67,9 @@ def draw_output(
 
 
 def draw(image: np.ndarray, instances: Any, class_names: Sequence[str], *, threshold: float) -> np.ndarray:
-    """Draw boxes, masks, keypoints and labels on an image; each class has a fixed color.
+    """Draw boxes, masks, keypoints and labels on an image.
+
+    Each class has a fixed color; objects with a track have that of the track, and its number in their label.
 
     Args:
         image: (H, W, 3) uint8 BGR image.
@@ -89,20 +91,25 @@ def draw(image: np.ndarray, instances: Any, class_names: Sequence[str], *, thres
     # The largest first, so that they do not hide the others.
     order = np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable").tolist()
     classes = found.classes[selected].tolist()
+    tracks = [-1] * len(selected) if found.track_ids is None else found.track_ids[selected].tolist()
+    colors = [_color(k if track < 0 else track) for k, track in zip(classes, tracks, strict=True)]
     line = max(1, round(_side(canvas) / 350))
     if found.masks is not None:
         for k in order:
-            _draw_mask(canvas, found.masks[selected[k]], _color(classes[k]), max(1, line - 1))
+            _draw_mask(canvas, found.masks[selected[k]], colors[k], max(1, line - 1))
     for k in order:
         x0, y0, x1, y1 = boxes[k].tolist()
-        cv2.rectangle(canvas, (x0, y0), (max(x1 - 1, x0), max(y1 - 1, y0)), _color(classes[k]), line)
+        cv2.rectangle(canvas, (x0, y0), (max(x1 - 1, x0), max(y1 - 1, y0)), colors[k], line)
     if found.keypoints is not None:
         for points in found.keypoints[selected]:
             _draw_keypoints(canvas, points, scale, line)
     scores = found.scores[selected].tolist()
-    texts = [f"{_name(class_names, k)} {score:.0%}" for k, score in zip(classes, scores, strict=True)]
+    texts = [
+        f"{_name(class_names, k)} {'' if track < 0 else f'#{track} '}{score:.0%}"
+        for k, score, track in zip(classes, scores, tracks, strict=True)
+    ]
     best_first = sorted(range(len(scores)), key=lambda k: -scores[k])
-    _draw_labels(canvas, [_Label(texts[k], _color(classes[k]), boxes[k].tolist()) for k in best_first])
+    _draw_labels(canvas, [_Label(texts[k], colors[k], boxes[k].tolist()) for k in best_first])
     return canvas
 
 
