@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Draw the predictions of a trained detector on images, and save them as COCO-style JSON.
+"""Draw the predictions of a trained detector on images, a video or a camera, and save them as COCO-style JSON.
 
     python tools/demo.py --config-file configs/mask_rcnn_halo_h4.yaml --input photos/ more/*.png --output drawn \\
         --opts MODEL.WEIGHTS output/mask_rcnn_halo_h4/model_final.pth
     python tools/demo.py --model model.onnx --input photos/ --output drawn
+    python tools/demo.py --model model.onnx --video clip.mp4 --output-video drawn.mp4 --track
+    ffmpeg -i clip.avi -f matroska - | python tools/demo.py --model model.onnx --video - --output drawn
+    python tools/demo.py --model model.onnx --webcam 0
 
-An exported model (--model) needs no PyTorch and no Detectron2: pip install 'halodet[runtime]'.
+Videos need pip install 'halodet[video]'. Without an output, they are shown in a window, in which q and Esc stop. An
+exported model (--model) needs no PyTorch and no Detectron2: pip install 'halodet[runtime]'.
 
-Exit code: 0 if every image was drawn, 1 if some failed, 2 for invalid arguments, config or weights, 130 after Ctrl-C.
+Exit code: 0 if every image or frame was drawn, 1 if some failed, 2 for invalid arguments, config, weights or video,
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,8 +22,12 @@ import os
 import sys
 
 from halodet.errors import HalodetError
+from halodet.inference.camera import Camera
 from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, ImagePredictor, draw_images, find_images
 from halodet.inference.exported import ExportedPredictor
+from halodet.inference.tracking import LOW_SCORE, Tracker
+from halodet.inference.video import draw_video, output_path
+from halodet.inference.video_reader import VideoReader
 from halodet.utils.project_arguments import add_project_arguments
 from halodet.utils.warning_filters import ignore_detectron2_warnings
 
@@ -28,12 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     ignore_detectron2_warnings()  # they would break the progress bar
     try:
-        files = find_images(args.input, args.output)
-        if args.model:
-            predictor = ExportedPredictor(args.model, score_threshold=args.confidence_threshold)
+        if args.input is not None:
+            files, folder = find_images(args.input, args.output), args.output
         else:
-            predictor = _load_predictor(args)
-        os.makedirs(args.output, exist_ok=True)
+            source = VideoReader(args.video) if args.video is not None else Camera(args.webcam)
+            video = output_path(source, args.output_video, args.output)
+            folder = os.path.dirname(video or "")
+            tracker = None
+            if args.track:
+                tracker = Tracker(float(source.frame_rate), score_threshold=args.confidence_threshold)
+        predictor = _load_predictor(args)
+        if folder:
+            os.makedirs(folder, exist_ok=True)
     except HalodetError as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -46,18 +61,20 @@ def main(argv: list[str] | None = None) -> int:
             f"{predictor.metadata.score_threshold} that {args.model} was exported with",
             file=sys.stderr,
         )
+    threshold, batch_size = args.confidence_threshold, args.batch_size
+    if args.input is None:
+        return draw_video(predictor, source, video, threshold=threshold, tracker=tracker, batch_size=batch_size)
     return draw_images(
-        predictor,
-        files,
-        args.output,
-        threshold=args.confidence_threshold,
-        absolute_paths=args.absolute_paths,
-        batch_size=args.batch_size,
+        predictor, files, args.output, threshold=threshold, absolute_paths=args.absolute_paths, batch_size=batch_size
     )
 
 
 def _load_predictor(args: argparse.Namespace) -> ImagePredictor:
-    """Load the weights and the config, of either kind, with the score threshold of the command line."""
+    """Load the exported model, or the weights and the config, with the score threshold of the command line."""
+    # Objects below the threshold continue tracks.
+    threshold = args.confidence_threshold * (LOW_SCORE if args.track else 1)
+    if args.model:
+        return ExportedPredictor(args.model, score_threshold=threshold)
     # An exported model needs neither of these.
     from halodet.config.projects import import_projects
     from halodet.inference import Predictor
@@ -65,7 +82,7 @@ def _load_predictor(args: argparse.Namespace) -> ImagePredictor:
     return Predictor.from_pretrained(
         args.config_file,
         device=None,
-        score_threshold=args.confidence_threshold,
+        score_threshold=threshold,
         opts=args.opts,
         add_configs=import_projects(args.imports),
         allow_pickle=args.allow_pickle,
@@ -78,15 +95,30 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     detector = parser.add_mutually_exclusive_group(required=True)
     detector.add_argument("--config-file", help="config that the weights were trained with")
     detector.add_argument("--model", metavar="FILE", help="exported model: an .onnx, .xml or .torchscript file")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--input",
         nargs="+",
-        required=True,
         metavar="PATH",
         help="image files, folders or quoted glob patterns; in folders, hidden files and files with these suffixes are "
         f"skipped: {' '.join(sorted(NOT_IMAGES))}",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help=f"folder for the drawings and {DETECTIONS_FILE}")
+    source.add_argument(
+        "--video",
+        "--video-input",
+        metavar="FILE",
+        help="video file, URL of a stream, or - for stdin (MPEG-TS, Matroska, Y4M and other formats for pipes)",
+    )
+    source.add_argument("--webcam", type=int, nargs="?", const=0, metavar="N", help="number of a camera (default: 0)")
+    parser.add_argument(
+        "--output", metavar="DIR", help=f"folder for the drawings and {DETECTIONS_FILE}, or the drawn video"
+    )
+    parser.add_argument(
+        "--output-video",
+        metavar="FILE",
+        help="drawn video, an .mp4 file; its detections are in a .jsonl file beside it",
+    )
+    parser.add_argument("--track", action="store_true", help="give objects of a video track ids")
     parser.add_argument(
         "--confidence-threshold", type=_score, default=0.5, metavar="SCORE", help="minimum score (default: 0.5)"
     )
@@ -105,6 +137,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides; must come last"
     )
     args = parser.parse_args(argv)
+    if args.input is not None and args.output is None:
+        parser.error("the following arguments are required: --output")
+    of_videos = {"--output-video": args.output_video, "--track": args.track}
+    for flag in (flag for flag, value in of_videos.items() if value and args.input is not None):
+        parser.error(f"argument {flag}: not allowed with argument --input")
+    if args.absolute_paths and args.input is None:
+        parser.error("argument --absolute-paths: only allowed with argument --input")
+    if args.output is not None and args.output_video is not None:
+        parser.error("argument --output-video: not allowed with argument --output")
     if args.model:
         given = {
             "--opts": args.opts,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from halodet.inference.predictor import Predictor
     from halodet.inference.result import Result, ResultError
     from halodet.inference.tracking import Tracker, TrackerError
+    from halodet.inference.video_errors import VideoEndedEarly, VideoError
+    from halodet.inference.video_reader import VideoReader
+    from halodet.inference.video_writer import VideoWriter
     from halodet.inference.visualize import draw
     from halodet.utils.image_io import read_image
 
@@ -32,6 +35,10 @@ __all__ = [
     "ResultError",
     "Tracker",
     "TrackerError",
+    "VideoEndedEarly",
+    "VideoError",
+    "VideoReader",
+    "VideoWriter",
     "draw",
     "read_image",
     "to_coco",
@@ -48,6 +55,10 @@ _MODULES = {
     "ResultError": "inference.result",
     "Tracker": "inference.tracking",
     "TrackerError": "inference.tracking",
+    "VideoEndedEarly": "inference.video_errors",
+    "VideoError": "inference.video_errors",
+    "VideoReader": "inference.video_reader",
+    "VideoWriter": "inference.video_writer",
     "draw": "inference.visualize",
     "read_image": "utils.image_io",
     "to_coco": "inference.detections",

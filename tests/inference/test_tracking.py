@@ -51,7 +51,7 @@ def test_an_object_that_is_missed_for_some_frames_keeps_its_id(tracker):
     for frame in range(20, 30):
         tracker.update(result(two_objects(frame)[:1]))
     assert tracker.update(result(two_objects(30))).track_ids.tolist() == before.tolist()
-    for frame in range(31, 100):
+    for _ in range(69):
         tracker.update(result([]))
     for frame in range(100, 102):
         new = tracker.update(result(two_objects(frame, step=0))).track_ids

@@ -1,0 +1,49 @@
+"""Window that shows a video."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from halodet.inference.video_errors import VideoError
+
+import cv2
+import numpy as np
+
+__all__ = ["Window", "check_display"]
+
+_QUIT = (ord("q"), 27)  # 27 is Esc
+
+
+def check_display() -> None:
+    """Check that a window can be shown.
+
+    Raises:
+        VideoError: OpenCV is built without windows, or there is no display.
+    """
+    # Without a display, Qt ends the process instead of raising an error.
+    has_display = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not has_display or not cv2.currentUIFramework():
+        raise VideoError("There is no display for a window. Fix: add --output DIR or --output-video FILE.mp4.")
+
+
+class Window:
+    """OpenCV's window; use it from the main thread.
+
+    Args:
+        title: title of the window.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+
+    def show(self, image: np.ndarray) -> bool:
+        """Show a BGR image, and return whether the user wants more: False after q, Esc and closing the window."""
+        cv2.imshow(self._title, image)
+        key = cv2.waitKey(1) & 0xFF
+        return key not in _QUIT and cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) >= 1
+
+    def close(self) -> None:
+        """Close the window."""
+        cv2.destroyWindow(self._title)
