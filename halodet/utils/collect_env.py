@@ -38,6 +38,7 @@ OPTIONAL = {
     "timm": "pip install 'halodet[timm]' for timm backbones and ImageNet weights",
     "onnxruntime": "pip install 'halodet[runtime]' to run exported .onnx models",
     "openvino": "pip install 'halodet[runtime]' to run exported OpenVINO models",
+    "av": "pip install 'halodet[video]' to draw predictions on videos",
     "tensorboard": "pip install tensorboard for TensorBoard logs",
     "triton": "included in PyTorch for CUDA on Linux; needed for the Triton attention kernels on a GPU",
 }
