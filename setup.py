@@ -26,7 +26,7 @@ TRAIN = [
 RUNTIME = ["onnxruntime>=1.20,<2", "openvino>=2025.0,<2027"]
 ONNX = "onnx>=1.17,<2"
 # supervision has no tracker since 0.30: that of trackers replaces it. Neither needs PyTorch.
-VIDEO = ["av>=14,<20", "trackers>=2.6,<3", "supervision>=0.26.1,<1"]
+VIDEO = ["av>=17,<19", "trackers>=2.6,<3", "supervision>=0.26.1,<1"]
 TIMM = ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"]  # timm itself asks for any huggingface_hub
 
 setup(

@@ -72,13 +72,9 @@ class VideoReader:
         self.stem = Path(self.name).stem
         self.path = None if source == STDIN or is_url else source
         # Unbuffered, so that a thread that waits for stdin holds no lock. An absolute path is never taken for a URL.
-        opened: Any = (
-            open(0, "rb", buffering=0, closefd=False)
-            if source == STDIN
-            else source
-            if is_url
-            else os.path.abspath(source)
-        )
+        opened: Any = source if is_url else os.path.abspath(source)
+        if source == STDIN:
+            opened = open(0, "rb", buffering=0, closefd=False)
         try:
             self._container = av.open(opened)
         except OSError as error:
@@ -104,8 +100,9 @@ class VideoReader:
         self._cut = False
         self._error: str | None = None
         self._position = self._damaged_after = "the start"
-        seconds = self._header_duration() or self._duration()
-        self.num_frames: int | None = self._stream.frames or (round(seconds * self.frame_rate) if seconds else None)
+        self._end = self._stated_end()
+        seconds = self._end or (self._container.duration or 0) / 1e6
+        self.num_frames: int | None = self._stream.frames or round(seconds * self.frame_rate) or None
 
     def __enter__(self) -> VideoReader:
         return self
@@ -124,11 +121,11 @@ class VideoReader:
             VideoEndedEarly: after the last frame, if the video is damaged or cut off.
         """
         distance = max(round(1 / (self.frame_rate * self.time_base)), 1)
-        clock, index, time, end = _Clock(distance, round(1 / self.time_base)), 0, 0.0, 0.0
+        clock, index, end = _Clock(distance, round(1 / self.time_base)), 0, 0
         for frame in self._decode():
             pts = clock.next(frame.pts)
             time = float(pts * self.time_base)
-            end = time + float((frame.duration or distance) * self.time_base)
+            end = (end if frame.pts is None else frame.pts) + (frame.duration or distance)
             yield Frame(index, time, pts, self._image(frame))
             index += 1
             self._position = f"frame {index - 1} at {time:.2f} s"
@@ -136,11 +133,11 @@ class VideoReader:
             raise VideoError(
                 f"{self.name} is invalid: no frame can be decoded ({self._error or 'it is empty'}). {_FIX}"
             )
-        expected = self._header_duration()
-        if self._cut or (expected is not None and end < expected - _TOLERANCE):
-            length = "" if expected is None else f" of {expected:.2f} s"
+        missing = 0.0 if self._end is None else self._end - float(end * self.time_base)
+        if self._cut or missing > _TOLERANCE:
             reason = f" ({self._error})" if self._error else ""
-            raise VideoEndedEarly(f"{self.name} is cut off{reason}: it ends after {self._position}{length}.")
+            rest = f"; {missing:.2f} s are missing" if missing > _TOLERANCE else ""
+            raise VideoEndedEarly(f"{self.name} is cut off{reason}: it ends after {self._position}{rest}.")
         if self._error is not None:
             raise VideoEndedEarly(f"{self.name} is damaged ({self._error}), first after {self._damaged_after}.")
 
@@ -156,22 +153,18 @@ class VideoReader:
             raise VideoError(f"{self.name} is invalid: the size of its frames is unknown. {_FIX}")
         return streams[0]
 
-    def _header_duration(self) -> float | None:
-        """Return the duration that the header states, in seconds."""
+    def _stated_end(self) -> float | None:
+        """Return the time at which the video ends by its header, in seconds."""
+        stream = self._stream
         if not any(name in self._container.format.name for name in _WITH_DURATION):
             return None
-        if self._stream.duration:
-            return float(self._stream.duration * self._stream.time_base)
-        text = self._stream.metadata.get("DURATION", "")
-        try:
-            hours, minutes, seconds = (float(part) for part in text.split(":"))
+        if stream.duration:
+            return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+        try:  # of Matroska
+            hours, minutes, seconds = (float(part) for part in stream.metadata.get("DURATION", "").split(":"))
         except ValueError:
             return None
         return hours * 3600 + minutes * 60 + seconds
-
-    def _duration(self) -> float | None:
-        """Return the estimated duration in seconds."""
-        return self._container.duration / 1e6 if self._container.duration else None
 
     def _decode(self) -> Iterator[Any]:
         """Decode the packets; those that are damaged are skipped."""

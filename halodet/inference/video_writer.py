@@ -164,5 +164,7 @@ class VideoWriter:
             stream = writer.add_stream_from_template(reader.streams.video[0])
             for packet in reader.demux(video=0):
                 if packet.dts is not None:
+                    if not packet.duration:  # that of the last frame counts: with none, the frame is not shown
+                        packet.duration = max(round(1 / (self._frame_rate * packet.time_base)), 1)
                     packet.stream = stream
                     writer.mux(packet)

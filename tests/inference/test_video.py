@@ -141,6 +141,14 @@ def test_variable_frame_rates_keep_their_time_stamps(demo, tmp_path):
     assert [frame.time for frame in read(tmp_path / "b.mp4")] == expected
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_a_video_that_starts_late_is_complete(demo, tmp_path, name):
+    video = write_video(tmp_path / name, times=range(200, 220))
+    assert demo("--video", video, "--output", tmp_path / "out") == 0
+    times = [record["time"] for record in lines(tmp_path / "out" / "a.jsonl")]
+    assert times == pytest.approx([k / 25 for k in range(20)], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("matrix", "corner"), [((0, 1, -1, 0), (0, -1)), ((-1, 0, 0, -1), (-1, -1)), ((0, -1, 1, 0), (-1, 0))]
 )
@@ -185,7 +193,8 @@ def test_a_truncated_video_keeps_what_was_read(demo, tmp_path, capsys, name):
     records, drawn = lines(tmp_path / "out" / "a.jsonl"), read(tmp_path / "out" / "a.mp4")
     assert len(records) == len(drawn) and 20 < len(records) < 80
     printed = capsys.readouterr().err.splitlines()[-1]
-    assert f"frame {len(records) - 1} at {records[-1]['time']:.2f} s of 4.00 s" in printed
+    missing = 4 - 1 / 25 - records[-1]["time"]
+    assert f"frame {len(records) - 1} at {records[-1]['time']:.2f} s; {missing:.2f} s are missing" in printed
 
 
 def test_a_damaged_video_is_drawn_to_its_end(demo, tmp_path, capsys):
@@ -534,7 +543,11 @@ def run_without(packages, code):
 
 def test_inference_is_imported_without_the_packages_of_videos():
     names = "Result, Tracker, VideoReader, VideoWriter"
-    run_without("av trackers supervision", f"import halodet.inference.video\nfrom halodet.inference import {names}")
+    # Without PyTorch too, since importing it takes seconds.
+    run_without(
+        "torch detectron2 av trackers supervision",
+        f"import halodet.inference.video\nfrom halodet.inference import {names}",
+    )
 
 
 def test_an_exported_model_tracks_without_pytorch(tmp_path):
