@@ -62,7 +62,6 @@ setup(
             "halonet-pytorch>=0.0.5,<0.1",
             ONNX,
             "onnxscript>=0.3,<1",
-            "supervision>=0.26,<0.40",
         ],
     },
 )

@@ -1,9 +1,11 @@
 """README.md and docs/: code blocks run, files and configs that they name exist, the variant table is current."""
 
 import re
+from fractions import Fraction
 
 from halodet.config import config_dir, load_config
 from halodet.data.synthetic_shapes import shape_scene
+from halodet.inference import VideoWriter
 from halodet.mixers import MIXERS
 from halodet.models import VARIANTS
 
@@ -40,6 +42,9 @@ def demo_folder(tmp_path_factory):
     (folder / "photos").mkdir()
     for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg"):
         Image.fromarray(shape_scene("val", len(name)).image.round().astype(np.uint8)).save(folder / name)
+    with VideoWriter(folder / "clip.mp4", Fraction(5), Fraction(1, 5)) as video:
+        for frame in range(3):
+            video.write(np.ascontiguousarray(shape_scene("val", 0).image.round().astype(np.uint8)), frame)
     output = folder / "output/demo"
     output.mkdir(parents=True)
     cfg = load_config("quick/mask_rcnn_halo_shapes.yaml", ["MODEL.DEVICE", "cpu"], train=False)
@@ -66,6 +71,7 @@ def test_python_blocks_run(name, demo_folder, monkeypatch):
     if "result" in variables:
         assert len(variables["predictor"]("photo.jpg")) > 0 and (demo_folder / "drawing.jpg").stat().st_size > 1000
     if "annotations" in variables:
+        assert variables["frame"].index == 2 and variables["result"].track_ids is not None
         assert len(variables["annotations"]) == len(variables["detections"]) == 2
         assert len(COCO("photo.json").anns) == 2
     if "out" in variables:
