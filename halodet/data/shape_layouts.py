@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halodet.data.shape_scenes import BACKGROUNDS, CLASSES, Scene
 from halodet.data.synthetic_shapes import NUM_IMAGES, VERSION, shape_scene, write_shapes
 from halodet.utils.io import write_json
+from halodet.utils.shape_scenes import BACKGROUNDS, CLASSES, Scene
 
 import cv2
 import numpy as np

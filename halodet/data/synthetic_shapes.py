@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from halodet.data.shape_scenes import CLASSES, Scene, draw_scene
 from halodet.utils.io import write_json
+from halodet.utils.shape_scenes import CLASSES, Scene, draw_scene
 
 import cv2
 import numpy as np

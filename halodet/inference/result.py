@@ -129,11 +129,13 @@ class Result:
         if self.panoptic_seg is not None:
             parts.append(f"{len(self.panoptic_seg[1])} segments")
         elif self.sem_seg is not None:
-            parts.append(f"{len(np.unique(self.sem_seg))} semantic classes")
+            parts.append(f"{len(np.unique(self.sem_seg[self.sem_seg >= 0]))} semantic classes")
         return f"<Result {width}x{height} pixels, {'; '.join(parts)}>"
 
     def filter(self, score_threshold: float = 0.0, names: Collection[str] | None = None) -> Result:
         """Return the result with the objects and segments of at least a score, of the classes with these names.
+
+        Without panoptic segments, ``sem_seg`` is -1 at the pixels of other classes.
 
         Args:
             score_threshold: minimum score; segments without a score stay.
@@ -157,6 +159,9 @@ class Result:
                 if info.get("score", 1.0) >= score_threshold and (names is None or self._segment_name(info) in names)
             ]
             output["panoptic_seg"] = np.where(np.isin(ids, [info["id"] for info in infos]), ids, 0), infos
+        elif self.sem_seg is not None and names is not None:
+            kept = np.isin(self.sem_seg, [k for k, name in enumerate(self.stuff_classes) if name in names])
+            output["sem_seg"] = np.where(kept, self.sem_seg, -1)
         return self._with(output)
 
     def with_detections(self, detections: Detections) -> Result:

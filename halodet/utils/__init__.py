@@ -1,1 +1,1 @@
-"""File writing, random number states and the environment report."""
+"""File writing, random number states, drawn scenes and the environment report."""

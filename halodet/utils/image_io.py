@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from halodet.errors import ImageError
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["STDERR_LOCK", "apply_exif_orientation", "read_image", "to_bgr"]
+__all__ = ["STDERR_LOCK", "UPLOAD_FORMATS", "apply_exif_orientation", "decode_image", "read_image", "to_bgr"]
 
 STDERR_LOCK = threading.RLock()  # held while file descriptor 2 is redirected: hold it to print from another thread
+# Formats of Pillow whose decoders start no other program, as that of EPS does.
+UPLOAD_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _WHITE = 255
 _ORIENTATION = 274  # EXIF tag
 _UPRIGHT: dict[Any, Image.Transpose] = {
@@ -51,25 +54,57 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         raise ImageError(f"{path} is not a regular file.")
     if os.path.getsize(path) == 0:
         raise ImageError(f"{path} is an empty file (0 bytes).")
+    return _read(path, path)
+
+
+def decode_image(data: bytes, name: str, max_pixels: int) -> np.ndarray:
+    """Decode an image from an untrusted source to the array that :func:`read_image` returns for such a file.
+
+    Only the formats in :data:`UPLOAD_FORMATS` are read. The size is checked before any pixel is decoded.
+
+    Args:
+        data: content of the file.
+        name: name of the image in errors.
+        max_pixels: maximum number of pixels.
+
+    Raises:
+        ImageError: see :func:`read_image`; or the image is larger than ``max_pixels``.
+    """
+    if not data:
+        raise ImageError(f"{name} is an empty file (0 bytes).")
+    return _read(io.BytesIO(data), name, UPLOAD_FORMATS, max_pixels)
+
+
+def _read(
+    source: str | BinaryIO, name: str, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> np.ndarray:
+    if formats is not None:
+        Image.init()
+        formats = tuple(kind for kind in formats if kind in Image.OPEN)  # a build of Pillow may lack some
     try:
         # Pillow warns about every unusual tag, and about images above half its limit, which are accepted here.
         with _IGNORE_WARNINGS:
-            with Image.open(path) as image:
+            with Image.open(source, formats=formats) as image:
+                if max_pixels is not None and image.width * image.height > max_pixels:
+                    raise ImageError(
+                        f"{image.width} x {image.height} pixels are too many: expected at most {max_pixels:,}. "
+                        "Fix: reduce the image."
+                    )
                 # A TIFF is rotated while it loads, so its orientation tag must be read afterwards.
                 with _silence_libtiff(image.format):
                     image.load()
                 return to_bgr(image)
     except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
+        raise ImageError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{path} is not an image that Pillow can read (broken header or unsupported format)."
+            f"{name} is not an image that Pillow can read (broken header or unsupported format)."
         ) from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: {_one_line(error)}.") from error
+        raise ImageError(f"{name}: {_one_line(error)}.") from error
     except Exception as error:  # decoders raise nearly anything on a malformed file: OSError, SyntaxError, KeyError ...
         raise ImageError(
-            f"{path} cannot be decoded ({getattr(error, 'strerror', None) or _one_line(error)})."
+            f"{name} cannot be decoded ({getattr(error, 'strerror', None) or _one_line(error)})."
         ) from error
 
 

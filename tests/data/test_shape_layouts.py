@@ -3,8 +3,8 @@
 import json
 
 from halodet.data import register_shape_layouts, write_layouts
-from halodet.data.shape_scenes import BACKGROUNDS, CLASSES
 from halodet.data.synthetic_shapes import NUM_IMAGES
+from halodet.utils.shape_scenes import BACKGROUNDS, CLASSES
 
 import cv2
 import numpy as np

@@ -2,8 +2,9 @@
 
 import json
 
-from halodet.data import register_shapes, shape_scenes, validate_coco, write_shapes
+from halodet.data import register_shapes, validate_coco, write_shapes
 from halodet.data import synthetic_shapes as shapes
+from halodet.utils import shape_scenes
 
 import cv2
 import numpy as np

@@ -1,0 +1,227 @@
+"""Web page of a detector."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halodet.errors import HalodetError
+from halodet.inference.result import Result
+from halodet.serving.detector import Detector, StoredResult
+from halodet.serving.page_guard import PageGuard
+from halodet.serving.responses import detections_dataset, found_segments
+from halodet.utils.io import write_json
+
+import gradio as gr
+from fastapi import FastAPI
+from PIL import Image
+
+__all__ = ["make_page", "mount_page"]
+
+_COLUMNS = ["Class", "Score", "x", "y", "Width", "Height", "Area"]
+_SESSIONS = 32  # results in memory
+_STATE_SECONDS = 1800
+_FILE_SECONDS = 3600
+_NAME_LENGTH = 80
+_START = "Upload or paste an image, or choose an example."
+_CSS = """
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+#result img { object-fit: contain; }
+"""
+
+
+@dataclass
+class _Session:
+    """What a client looks at.
+
+    Attributes:
+        result: result of the image.
+        name: name of the image.
+        folder: folder of the latest drawing and JSON, which Gradio copies; it is deleted with the session.
+    """
+
+    result: StoredResult
+    name: str
+    folder: tempfile.TemporaryDirectory[str]
+
+
+def mount_page(api: FastAPI, page: gr.Blocks, folder: Path) -> None:
+    """Add the page to an application, behind its other routes.
+
+    Args:
+        api: the application.
+        page: the page.
+        folder: ``GRADIO_TEMP_DIR``, the folder of the uploads.
+    """
+    page.has_launched = True  # otherwise Gradio does not check which files of the server a request names
+    gr.mount_gradio_app(
+        api,
+        page,
+        "/",
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        ssr_mode=False,
+    )
+    mounted: Any = api.router.routes[-1]
+    mounted.app = PageGuard(mounted.app, folder)
+
+
+def make_page(detector: Detector, folder: Path, examples: Sequence[Path], max_waiting: int) -> gr.Blocks:
+    """Return the page: upload an image, and look at its detections above a threshold.
+
+    Moving the threshold and choosing classes filters the result that is in memory.
+
+    Args:
+        detector: the detector.
+        folder: folder in which files for download are written.
+        examples: image files to choose from.
+        max_waiting: number of clients that may wait.
+    """
+    names = list(dict.fromkeys([*(entry["name"] for entry in detector.classes), *detector.stuff_classes]))
+
+    def detect(file: dict[str, Any] | None, threshold: float, chosen: list[str]) -> list[Any]:
+        """Run the model on an uploaded file."""
+        if file is None:
+            return [None, *_nothing(_START)]
+        path = Path(file["path"])  # PageGuard has checked that it is an upload
+        name = Path(file.get("orig_name") or path.name).name
+        try:
+            result = detector.predict(detector.read(path.read_bytes(), name))
+            session = _Session(result, name, tempfile.TemporaryDirectory(dir=folder))
+        except HalodetError as error:
+            return [None, *_nothing(f"**Error:** {_plain(str(error))}")]
+        except OSError:
+            return [None, *_nothing("**Error:** the upload has expired. Fix: upload the image again.")]
+        return [session, *show(session, threshold, chosen)]
+
+    def show(session: _Session | None, threshold: float, chosen: list[str]) -> list[Any]:
+        """Show the part of a result that the threshold and the classes select, without running the model."""
+        if session is None:
+            return [gr.skip() for _ in views]
+        if not isinstance(threshold, int | float):
+            return _nothing("**Error:** the score threshold is invalid: expected a number.")
+        result = session.result.filter(threshold, chosen or None)
+        drawing, dataset = _write_files(result, session.name, Path(session.folder.name))
+        rows = _rows(result)
+        summary = f"{len(rows)} {'segment' if _has_segments(result) else 'object'}{'s' * (len(rows) != 1)}"
+        return [str(drawing), summary, rows, _download(drawing), _download(dataset)]
+
+    with gr.Blocks(title="halodet", analytics_enabled=False, delete_cache=(600, _FILE_SECONDS)) as page:
+        session = gr.State(time_to_live=_STATE_SECONDS)
+        gr.Markdown(f"# halodet\nModel: {_plain(detector.name)}")
+        with gr.Row():
+            with gr.Column(min_width=300):
+                image = gr.Image(
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label="Image",
+                    height=320,
+                    buttons=[],
+                    elem_id="image",
+                )
+                threshold = gr.Slider(
+                    detector.min_threshold, 1.0, detector.score_threshold, step=0.01, label="Score threshold"
+                )
+                chosen = gr.Dropdown(names, multiselect=True, label="Classes", info="All if none is chosen.")
+                if examples:
+                    thumbnails = gr.Dataset(
+                        components=[image],
+                        samples=[[str(file)] for file in examples],
+                        type="index",
+                        label="Examples",
+                        elem_id="examples",
+                    )
+            with gr.Column(min_width=300):
+                drawing = gr.Image(
+                    label="Detections", height=420, interactive=False, buttons=["fullscreen"], elem_id="result"
+                )
+                summary = gr.Markdown(_START, elem_id="summary")
+                with gr.Row():
+                    save_drawing = gr.DownloadButton("Download picture", interactive=False, min_width=120)
+                    save_dataset = gr.DownloadButton("Download JSON", interactive=False, min_width=120)
+        table = gr.Dataframe(
+            headers=_COLUMNS,
+            datatype=["str", *["number"] * (len(_COLUMNS) - 1)],
+            interactive=False,
+            label="Detections",
+            max_height=400,
+            buttons=[],
+            elem_id="table",
+        )
+        views = [drawing, summary, table, save_drawing, save_dataset]
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": [drawing]}
+        image.change(
+            detect,
+            [image, threshold, chosen],
+            [session, *views],
+            preprocess=False,  # Gradio would open the file
+            concurrency_limit=1,
+            **private,
+        )
+        gr.on(
+            [threshold.change, chosen.change],
+            show,
+            [session, threshold, chosen],
+            views,
+            trigger_mode="always_last",
+            **{**private, "show_progress": "hidden"},
+        )
+        if examples:
+            thumbnails.click(lambda index: str(examples[index]), [thumbnails], [image], **private)
+    page.queue(max_size=max_waiting)
+    page.state_session_capacity = _SESSIONS
+    return page
+
+
+def _nothing(message: Any) -> list[Any]:
+    empty = gr.DownloadButton(value=None, interactive=False)
+    return [None, message, [], empty, empty]
+
+
+def _download(file: Path) -> Any:
+    return gr.DownloadButton(value=str(file), interactive=True)
+
+
+def _write_files(result: Result, name: str, folder: Path) -> tuple[Path, Path]:
+    """Write the drawing and the JSON, as ``tools/demo.py`` does for an image of this name."""
+    stem, suffix = Path(name).stem[:_NAME_LENGTH], Path(name).suffix
+    is_kept = suffix.lower() in (".jpg", ".jpeg", ".png")
+    drawing = folder / (f"{stem}{suffix}" if is_kept else f"{stem}{suffix[:_NAME_LENGTH]}.png")
+    result.draw().save(drawing, quality=95)
+    dataset = folder / "detections.json"
+    write_json(dataset, detections_dataset(result, name, drawing.name))
+    return drawing, dataset
+
+
+def _has_segments(result: Result) -> bool:
+    return result.panoptic_seg is not None or result.sem_seg is not None
+
+
+def _rows(result: Result) -> list[list[Any]]:
+    """Return the rows of the table: the segments of a panoptic or semantic model, the objects of another."""
+    if _has_segments(result):
+        rows = []
+        for segment in found_segments(result):
+            image: Any = Image.fromarray(segment["mask"])
+            x0, y0, x1, y1 = image.getbbox() or (0, 0, 0, 0)
+            score = round(segment["score"], 3) if "score" in segment else None
+            rows.append([segment["category_name"], score, x0, y0, x1 - x0, y1 - y0, segment["area"]])
+        return rows
+    return [
+        [name, round(entry["score"], 3), *(round(value, 1) for value in entry["bbox"]), round(entry["area"])]
+        for name, entry in zip(result.names, result.to_coco(), strict=True)
+    ]
+
+
+def _plain(text: str) -> str:
+    """Escape text for Markdown and HTML."""
+    return "".join(f"&#{ord(letter)};" if letter in "\\`*_{}[]<>()#!|~&$" else letter for letter in text)

@@ -1,0 +1,111 @@
+"""Filter in front of Gradio's routes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from halodet.serving.asgi import App, Message, Receive, Scope, Send, replay, send_error
+
+__all__ = ["PageGuard"]
+
+_PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
+_PREFIXES = ("/assets/", "/static/", "/gradio_api/heartbeat/")
+_GET = ("/gradio_api/queue/data", "/gradio_api/upload_progress", "/gradio_api/startup-events", "/gradio_api/app_id")
+_POST = ("/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/cancel", "/gradio_api/reset")
+_FILE = "/gradio_api/file="
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "frame-ancestors 'self'; form-action 'self'; base-uri 'self'; object-src 'none'"
+)
+_HEADERS = [
+    (b"content-security-policy", _POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class PageGuard:
+    """ASGI middleware that passes only the requests of the page to Gradio.
+
+    Gradio also has routes that fetch other hosts, run functions without the queue, and edit the program. A file of a
+    request must have been uploaded: Gradio, when it is mounted into another application, also takes names of other
+    files of the server, and addresses of other hosts. Answers forbid the browser to load anything from other hosts.
+
+    Args:
+        app: Gradio's application.
+        folder: folder of the uploads and of the files for download.
+    """
+
+    def __init__(self, app: App, folder: str) -> None:
+        self._app, self._folder = app, Path(folder).resolve()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                names = [name for name, _ in _HEADERS]
+                kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in names]
+                message = {**message, "headers": [*kept, *_HEADERS]}
+            await send(message)
+
+        # A mounted application has the path of its mount in front.
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        if not self._is_allowed(scope["method"], path):
+            await send_error(send_with_headers, 404, "Not Found: expected a route of /docs.")
+            return
+        if path == "/gradio_api/queue/join":
+            body = await _read_body(receive)
+            if not self._has_only_uploads(body):
+                await send_error(send_with_headers, 403, "The request names a file that was not uploaded.")
+                return
+            receive = replay(body, receive)
+        await self._app(scope, receive, send_with_headers)
+
+    def _is_allowed(self, method: str, path: str) -> bool:
+        if method == "POST":
+            return path in _POST
+        if method not in ("GET", "HEAD"):
+            return False
+        if path.startswith(_FILE):
+            return self._is_upload(path.removeprefix(_FILE))
+        return path in _PAGES or path in _GET or path.startswith(_PREFIXES)
+
+    def _is_upload(self, name: str) -> bool:
+        try:
+            file = Path(os.path.realpath(name))
+        except (OSError, ValueError):  # a null character, a name that is too long
+            return False
+        return os.path.isabs(name) and file != self._folder and file.is_relative_to(self._folder)
+
+    def _has_only_uploads(self, body: bytes) -> bool:
+        try:
+            pending: list[Any] = [json.loads(body)]
+        except (ValueError, RecursionError):
+            return False
+        while pending:
+            value = pending.pop()
+            if isinstance(value, dict):
+                name = value.get("path")
+                if name is not None and not (isinstance(name, str) and self._is_upload(name)):
+                    return False
+                pending += value.values()
+            elif isinstance(value, list):
+                pending += value
+        return True
+
+
+async def _read_body(receive: Receive) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return bytes(body)
