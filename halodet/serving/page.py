@@ -27,9 +27,12 @@ _STATE_SECONDS = 1800
 _FILE_SECONDS = 3600
 _NAME_LENGTH = 80
 _START = "Upload or paste an image, or choose an example."
+# Gradio's container is otherwise as wide as the table.
 _CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-#result img { object-fit: contain; }
+gradio-app, .gradio-container, .gradio-container .main { box-sizing: border-box; min-width: 0 !important; }
+gradio-app, .gradio-container { max-width: 100vw !important; }
+.gradio-container .main { margin: 0 auto !important; max-width: 1200px !important; }
+.gradio-container .main { padding: clamp(12px, 3vw, 32px) !important; }
 """
 
 
@@ -114,7 +117,9 @@ def make_page(detector: Detector, folder: Path, examples: Sequence[Path], max_wa
         summary = f"{len(rows)} {'segment' if _has_segments(result) else 'object'}{'s' * (len(rows) != 1)}"
         return [str(drawing), summary, rows, _download(drawing), _download(dataset)]
 
-    with gr.Blocks(title="halodet", analytics_enabled=False, delete_cache=(600, _FILE_SECONDS)) as page:
+    with gr.Blocks(
+        title="halodet", analytics_enabled=False, fill_width=True, delete_cache=(600, _FILE_SECONDS)
+    ) as page:
         session = gr.State(time_to_live=_STATE_SECONDS)
         gr.Markdown(f"# halodet\nModel: {_plain(detector.name)}")
         with gr.Row():
@@ -146,8 +151,8 @@ def make_page(detector: Detector, folder: Path, examples: Sequence[Path], max_wa
                 )
                 summary = gr.Markdown(_START, elem_id="summary")
                 with gr.Row():
-                    save_drawing = gr.DownloadButton("Download picture", interactive=False, min_width=120)
-                    save_dataset = gr.DownloadButton("Download JSON", interactive=False, min_width=120)
+                    save_drawing = gr.DownloadButton("Save picture", interactive=False, size="md", min_width=120)
+                    save_dataset = gr.DownloadButton("Save JSON", interactive=False, size="md", min_width=120)
         table = gr.Dataframe(
             headers=_COLUMNS,
             datatype=["str", *["number"] * (len(_COLUMNS) - 1)],
