@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := output/demo
 
-.PHONY: help demo test lint docs doctor gpu-check install clean
+.PHONY: help demo app test lint docs doctor gpu-check install clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,12 @@ demo: $(READY)  ## train a small halo Mask R-CNN on drawn shapes (CPU, minutes),
 	@echo "== COCO AP on the validation images"
 	@grep -h -A3 -E 'Evaluation results for (bbox|segm)' $(DEMO)/log.txt | grep -v '^--'
 	@echo "== Drawings: $(DEMO)/drawings"
+
+app: $(READY) $(DEMO)/model_final.pth  ## serve a web page with the detector that make demo trains, at http://127.0.0.1:7860
+	@$(BIN)/python tools/app.py --config-file configs/quick/mask_rcnn_halo_shapes.yaml --opts MODEL.WEIGHTS $(DEMO)/model_final.pth
+
+$(DEMO)/model_final.pth:
+	@$(MAKE) --no-print-directory demo
 
 test: $(READY)  ## run all tests
 	@echo "== Running the tests"

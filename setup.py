@@ -27,6 +27,8 @@ RUNTIME = ["onnxruntime>=1.20,<2", "openvino>=2025.0,<2027"]
 ONNX = "onnx>=1.17,<2"
 # supervision has no tracker since 0.30: that of trackers replaces it. Neither needs PyTorch.
 VIDEO = ["av>=17,<19", "trackers>=2.6,<3", "supervision>=0.26.1,<1"]
+API = ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "python-multipart>=0.0.18,<1"]
+APP = [*API, "gradio>=6.31,<7"]
 TIMM = ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"]  # timm itself asks for any huggingface_hub
 
 setup(
@@ -48,12 +50,16 @@ setup(
         "video": VIDEO,
         "export": [*TRAIN, *RUNTIME, ONNX],
         "timm": [*TRAIN, *TIMM],
+        "api": API,
+        "app": APP,
         "benchmark": [*TRAIN, TIMM[0], "halonet-pytorch>=0.0.5,<0.1"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
             *TRAIN,
             *RUNTIME,
             *VIDEO,
+            *APP,
+            "playwright>=1.50,<2",  # its tests also need Chromium, and are skipped without it
             "pytest>=8,<9.2",  # pytest-xdist 3.8 ignores its groups with pytest 9.2
             "pytest-xdist>=3.6,<4",
             "mypy>=1.15,<3",

@@ -24,6 +24,7 @@ LEVELS = {
     "engine": 6,
     "inference": 6,
     "export": 6,
+    "serving": 7,
     "benchmark": 7,
 }
 # collect_env is a command line that reports on every package

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from halodet.errors import HalodetError, ImageError
@@ -120,11 +120,11 @@ class Detector:
 
 
 def _panoptic_options(predictor: Any) -> dict[str, Any] | None:
-    metadata = getattr(predictor, "metadata", None)
-    if getattr(metadata, "panoptic", None) is not None:  # an exported model
-        return dict(metadata.panoptic)
-    cfg = getattr(predictor, "cfg", None)
-    if "MODEL" not in (cfg or ()) or cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
+    exported: Any = getattr(getattr(predictor, "metadata", None), "panoptic", None)
+    if isinstance(exported, Mapping):
+        return dict(exported)
+    cfg: Any = getattr(predictor, "cfg", None)
+    if cfg is None or "MODEL" not in cfg or cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
         return None
     combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
     return {"overlap_threshold": combine.OVERLAP_THRESH, "stuff_area_limit": combine.STUFF_AREA_LIMIT}

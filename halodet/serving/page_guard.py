@@ -40,7 +40,7 @@ class PageGuard:
         folder: folder of the uploads and of the files for download.
     """
 
-    def __init__(self, app: App, folder: str) -> None:
+    def __init__(self, app: App, folder: str | os.PathLike[str]) -> None:
         self._app, self._folder = app, Path(folder).resolve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
