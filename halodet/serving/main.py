@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,11 +27,13 @@ _API_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart":
 
 
 def main(argv: list[str] | None = None, description: str | None = None) -> int:
-    """Serve until Ctrl-C, and return the exit code."""
+    """Serve until Ctrl-C or SIGTERM, and return the exit code."""
     args = _parse(argv, description)
     ignore_detectron2_warnings()
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
+        # uvicorn raises the signal that ended it once more, which must not skip the removal of the folder.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         _check_packages(args.api_only)
         from halodet.serving.web_server import listen, make_server
 
@@ -48,7 +51,7 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
             print(f"Serving {detector.name} at http://{host}:{bound.getsockname()[1]} (stop with Ctrl-C)", flush=True)
             make_server(app, args.request_seconds).run(sockets=[bound])
     except KeyboardInterrupt:
-        return 130
+        pass  # the normal end of a server
     except HalodetError as error:
         print(f"app.py: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -516,6 +517,33 @@ assert len(halodet.serving.examples.draw_examples(pathlib.Path(sys.argv[1]))) ==
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
+
+
+SERVED = """
+import sys
+for name in ("gradio", "torch", "detectron2"):
+    sys.modules[name] = None
+from halodet.serving import main
+from halodet.serving.detector import Detector
+class Predictor:
+    classes, stuff_classes = [], []
+main._load_detector = lambda args: Detector(Predictor(), "x", min_threshold=0, score_threshold=0.5, max_pixels=9)
+sys.exit(main.main(["--model", "x.onnx", "--api-only", "--port", "0"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_the_server_and_remove_its_folder(tmp_path, number):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVED], stdout=-1, stderr=-1, text=True, cwd=ROOT, env=environment
+    )
+    address = process.stdout.readline()
+    port = int(re.search(r"http://127.0.0.1:(\d+) ", address)[1])
+    assert ask(port, "GET", "/health").status == 200 and len(list(tmp_path.glob("halodet-app-*"))) == 1
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 0 and printed == "" and list(tmp_path.iterdir()) == []
 
 
 def test_answers_are_strict_json(shared):
