@@ -88,6 +88,19 @@ def test_filter_keeps_segments_that_match():
     assert changed[: changed.shape[0] // 2].any()
 
 
+def test_filter_keeps_semantic_classes_that_match():
+    semantic = np.zeros((40, 60), np.int64)
+    semantic[30:] = 2
+    result = Result(noise(40, 60), {"sem_seg": semantic}, [], ["things", "sky", "grass"])
+    assert "2 semantic classes" in repr(result)
+    filtered = result.filter(0.9, ["grass", "sky"])
+    assert np.array_equal(filtered.sem_seg, np.where(semantic == 2, 2, -1)) and "1 semantic classes" in repr(filtered)
+    height = filtered.draw().height  # nothing is drawn where no class is chosen
+    plain = np.asarray(result.filter(names=[]).draw())[: height // 2]
+    assert np.array_equal(np.asarray(filtered.draw())[: height // 2], plain)
+    assert np.array_equal(result.filter(0.9).sem_seg, semantic)
+
+
 def test_repr_counts_the_classes(result):
     text = repr(result)
     assert "60x40" in text and "3 objects" in text and "2 dog" in text and "1 cat" in text
