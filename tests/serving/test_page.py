@@ -187,3 +187,4 @@ def test_segments_are_drawn_and_listed(browser, tmp_path):
         output = PanopticPredictor().predict(image)
         drawing = Result(image, output, PanopticPredictor.classes, PanopticPredictor.stuff_classes).filter(0.5).draw()
         assert np.array_equal(page.shown(), np.asarray(drawing))
+        page.view.context.close()  # otherwise the server waits for it
