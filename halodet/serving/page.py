@@ -29,7 +29,6 @@ _NAME_LENGTH = 80
 _START = "Upload or paste an image, or choose an example."
 # Gradio's container is otherwise as wide as the table.
 _CSS = """
-gradio-app, .gradio-container, .gradio-container .main { box-sizing: border-box; min-width: 0 !important; }
 gradio-app, .gradio-container { max-width: 100vw !important; }
 .gradio-container .main { margin: 0 auto !important; max-width: 1200px !important; }
 .gradio-container .main { padding: clamp(12px, 3vw, 32px) !important; }

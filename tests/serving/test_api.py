@@ -220,6 +220,12 @@ def test_the_size_is_checked_before_pixels_are_decoded(shared, monkeypatch):
     assert loaded == []
 
 
+def test_no_decoder_that_starts_a_program_is_used(shared, monkeypatch):
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **options: started.append(arguments))
+    assert "is not an image that Pillow can read" in post(shared, EPS).error and started == []
+
+
 def test_uploads_are_decoded_as_files_are_read(tmp_path):
     for kind in ("png", "jpeg", "tiff", "webp", "gif", "bmp"):
         path = tmp_path / f"x.{kind}"
