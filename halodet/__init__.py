@@ -1,7 +1,8 @@
 """HaloNet backbones for Detectron2.
 
 ``import halodet`` registers the backbones, the ``shapes`` dataset and ``timm://`` paths with Detectron2 where it is
-installed. The names in ``__all__`` and all submodules are imported on first use; :mod:`halodet.attention`,
+installed, unless the environment variable ``HALODET_REGISTER`` is 0. The names in ``__all__`` are imported on first
+use; import submodules by their names. :mod:`halodet.attention`,
 :mod:`halodet.mixers` and :mod:`halodet.models` need only torch and torchvision, and :class:`ExportedPredictor` needs
 neither.
 """
@@ -9,6 +10,7 @@ neither.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -71,5 +73,6 @@ def _register_with_detectron2() -> None:
 set_thread_defaults()  # before PyTorch is imported
 
 # collect_env reports a broken Detectron2, so it must be able to start with one.
-if is_installed("torch") and is_installed("detectron2") and "halodet.utils.collect_env" not in sys.orig_argv:
+_registers = os.environ.get("HALODET_REGISTER") != "0" and "halodet.utils.collect_env" not in sys.orig_argv
+if _registers and is_installed("torch") and is_installed("detectron2"):
     _register_with_detectron2()

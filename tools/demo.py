@@ -21,6 +21,9 @@ import argparse
 import os
 import sys
 
+if any(word.partition("=")[0] == "--model" for word in sys.argv[1:]):
+    os.environ.setdefault("HALODET_REGISTER", "0")  # an exported model needs neither PyTorch nor Detectron2
+
 from halodet.errors import HalodetError
 from halodet.inference.camera import Camera
 from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, ImagePredictor, draw_images, find_images
@@ -28,6 +31,7 @@ from halodet.inference.exported import ExportedPredictor
 from halodet.inference.tracking import LOW_SCORE, Tracker
 from halodet.inference.video import draw_video, output_path
 from halodet.inference.video_reader import VideoReader
+from halodet.utils.import_errors import training_imports
 from halodet.utils.project_arguments import add_project_arguments
 from halodet.utils.warning_filters import ignore_detectron2_warnings
 
@@ -49,11 +53,14 @@ def main(argv: list[str] | None = None) -> int:
         predictor = _load_predictor(args)
         if folder:
             os.makedirs(folder, exist_ok=True)
+    except KeyboardInterrupt:
+        print("demo.py: stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except HalodetError as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"demo.py: error: --output {args.output} is not a usable folder ({error.strerror}).", file=sys.stderr)
+        print(f"demo.py: error: {error.filename or args.output}: {error.strerror or error}.", file=sys.stderr)
         return 2
     if isinstance(predictor, ExportedPredictor) and args.confidence_threshold < predictor.metadata.score_threshold:
         print(
@@ -75,9 +82,9 @@ def _load_predictor(args: argparse.Namespace) -> ImagePredictor:
     threshold = args.confidence_threshold * (LOW_SCORE if args.track else 1)
     if args.model:
         return ExportedPredictor(args.model, score_threshold=threshold)
-    # An exported model needs neither of these.
-    from halodet.config.projects import import_projects
-    from halodet.inference import Predictor
+    with training_imports("--config-file"):
+        from halodet.config.projects import import_projects
+        from halodet.inference import Predictor
 
     return Predictor.from_pretrained(
         args.config_file,

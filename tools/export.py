@@ -9,22 +9,22 @@ the weights in its metadata. halodet.inference.ExportedPredictor and tools/demo.
 image sizes, and a table of differences is printed.
 
 Exit code: 0 if the file agrees with the model, 1 if it does not, 2 for invalid arguments, config, weights or images,
-74 if the file cannot be written.
+74 if the file cannot be written, 130 after Ctrl-C. A file that disagrees is kept; in all other cases an older file of
+this name remains.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from typing import Any
 
-from halodet.config import load_config
-from halodet.config.lazy import is_lazy_config, load_lazy_config
-from halodet.config.projects import add_project_arguments, import_projects
 from halodet.errors import HalodetError
-from halodet.export import FORMATS
-from halodet.export.main import export_detector
-from halodet.inference import Predictor
 from halodet.inference.demo import find_images
+from halodet.inference.export_metadata import SUFFIXES
+from halodet.utils.import_errors import training_imports
+from halodet.utils.project_arguments import add_project_arguments
 from halodet.utils.warning_filters import ignore_detectron2_warnings
 
 
@@ -33,17 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     ignore_detectron2_warnings()
     try:
-        projects = import_projects(args.imports)
-        unsafe = args.allow_unsafe_config
-        if is_lazy_config(args.config_file):
-            cfg = load_lazy_config(args.config_file, [*args.opts, "train.device=cpu"], allow_unsafe=unsafe)
-        else:
-            opts = [*args.opts, "MODEL.DEVICE", "cpu"]
-            cfg = load_config(args.config_file, opts, train=False, add_configs=projects, allow_unsafe=unsafe)
-        calibration = find_images(args.calibration) if args.calibration else []
-        images = find_images(args.images) if args.images else []
+        with training_imports("tools/export.py"):
+            from halodet.export.formats import check_format
+            from halodet.export.main import export_detector
+            from halodet.inference import Predictor
+        check_format(args.output, args.format, half=args.half, int8=args.int8)
+        calibration = find_images(args.calibration, flag="--calibration") if args.calibration else []
+        images = find_images(args.images, flag="--images") if args.images else []
         agrees = export_detector(
-            Predictor(cfg, allow_pickle=args.allow_pickle),
+            Predictor(_load_config(args), allow_pickle=args.allow_pickle),
             args.output,
             args.format,
             half=args.half,
@@ -52,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             images=images,
             backbone_only=args.backbone_only,
         )
+    except KeyboardInterrupt:
+        print("export.py: stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except HalodetError as error:
         print(f"export.py: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -61,18 +62,34 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if agrees else 1
 
 
+def _load_config(args: argparse.Namespace) -> Any:
+    """Load the config, of either kind, for the CPU."""
+    from halodet.config import load_config
+    from halodet.config.lazy import is_lazy_config, load_lazy_config
+    from halodet.config.projects import import_projects
+
+    projects, unsafe = import_projects(args.imports), args.allow_unsafe_config
+    if is_lazy_config(args.config_file):
+        return load_lazy_config(args.config_file, [*args.opts, "train.device=cpu"], allow_unsafe=unsafe)
+    cfg = load_config(args.config_file, args.opts, train=False, add_configs=projects, allow_unsafe=unsafe).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="config that the weights were trained with"
     )
-    parser.add_argument("--format", required=True, choices=list(FORMATS), help="format of the file")
+    parser.add_argument("--format", required=True, choices=SUFFIXES, help="format of the file")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--half", action="store_true", help="store weights in float16 (onnx and openvino)")
     parser.add_argument("--int8", action="store_true", help="quantize to int8 (onnx and openvino)")
     parser.add_argument("--calibration", nargs="+", metavar="PATH", help="images from which int8 ranges are measured")
-    parser.add_argument("--images", nargs="+", metavar="PATH",
-                        help="images to compare with (default: scenes of simple shapes)")  # fmt: skip
+    parser.add_argument(
+        "--images", nargs="+", metavar="PATH", help="images, of which five are compared (default: simple shapes)"
+    )
     parser.add_argument("--backbone-only", action="store_true", help="export the backbone without the heads")
     parser.add_argument("--allow-pickle", action="store_true", help="read pickle files, which may run code")
     add_project_arguments(parser)
@@ -83,4 +100,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes the temporary folder
     sys.exit(main())

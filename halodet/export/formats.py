@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from halodet.export.detector import ExportableBackbone, ExportableDetector, ExportError
 from halodet.export.quantization import quantize
-from halodet.inference.export_metadata import METADATA_KEY, TORCHSCRIPT_FILE, ExportMetadata
+from halodet.inference.export_metadata import METADATA_KEY, SUFFIXES, TORCHSCRIPT_FILE, ExportMetadata
 from halodet.utils.import_errors import is_installed
 
 import numpy as np
@@ -19,7 +21,6 @@ import torch
 from detectron2.export.torchscript_patch import patch_builtin_len
 
 OPSET = 17  # the newest of PyTorch's exporter that traces
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".torchscript", "openvino": ".xml", "pt2": ".pt2"}
 _PACKAGES = {"onnx": ["onnx", "onnxruntime"], "openvino": ["onnx", "openvino"], "torchscript": [], "pt2": []}
 _MIN_HALF = 1024  # elements; shapes, scales and other small constants stay in float32
 
@@ -34,7 +35,8 @@ def export_model(
     example: torch.Tensor,
     *,
     half: bool = False,
-    calibration: Sequence[np.ndarray] = (),
+    calibration: Iterable[np.ndarray] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> list[Path]:
     """Write a model as ``form``, a key of :data:`FORMATS`, and return the files.
 
@@ -45,24 +47,15 @@ def export_model(
         metadata: what the file says about itself.
         example: an image that the model is traced with; height and width of the graph are dynamic.
         half: store weights in float16.
-        calibration: images for int8; with none, the file is not quantized.
+        calibration: images for int8; None for float.
+        check: function that is called with the complete file before the file gets its name. If it raises, an older file
+            of this name remains.
 
     Raises:
-        ExportError: the form cannot hold the model, a package is missing, or the model cannot be traced.
+        ExportError: see :func:`check_format`; or the model cannot be traced or converted.
         OSError: the file cannot be written.
     """
-    if form not in FORMATS:
-        raise ExportError(f"format={form!r} is invalid: expected one of {', '.join(FORMATS)}")
-    path = Path(path)
-    if path.suffix != SUFFIXES[form]:
-        raise ExportError(f"{path} is invalid for the format {form}: expected a name that ends in {SUFFIXES[form]}")
-    if (half or calibration) and form not in ("onnx", "openvino"):
-        raise ExportError(f"{'half' if half else 'int8'} is invalid for the format {form}: expected onnx or openvino")
-    if half and calibration:
-        raise ExportError("half and int8 are invalid together: expected one of them")
-    for package in _PACKAGES[form]:
-        if not is_installed(package):
-            raise ExportError(f"{package} is not installed. Fix: pip install 'halodet[export]'")
+    path = check_format(path, form, half=half, int8=calibration is not None)
     # A folder beside the file: a rename moves a finished file, and an interrupted export leaves no file of that name.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         target = Path(folder) / path.name
@@ -70,9 +63,59 @@ def export_model(
             warnings.simplefilter("ignore")  # of constants in the trace: the file is compared with the model later
             FORMATS[form](model, target, metadata, example, half, calibration)
         files = sorted(Path(folder).iterdir())
-        for file in files:
-            os.replace(file, path.parent / file.name)
+        if check is not None:
+            check(target)
+        _move(files, path.parent)
     return [path.parent / file.name for file in files]
+
+
+def check_format(path: str | os.PathLike[str], form: str, *, half: bool, int8: bool) -> Path:
+    """Check that a file of a format can be written, before the model is loaded, and return its path.
+
+    Raises:
+        ExportError: the name, format or precision is invalid, or a package is missing.
+    """
+    path = Path(path)
+    if form not in FORMATS:
+        raise ExportError(f"--format {form} is invalid: expected one of {', '.join(FORMATS)}.")
+    if path.suffix != SUFFIXES[form]:
+        raise ExportError(
+            f"--output {path} is invalid for the format {form}: expected a name that ends in {SUFFIXES[form]}."
+        )
+    if not path.parent.is_dir():
+        raise ExportError(f"--output {path} is invalid: there is no folder {path.parent}. Fix: create it.")
+    if path.is_dir():
+        raise ExportError(f"--output {path} is invalid: it is a folder. Fix: use another name.")
+    if half and int8:
+        raise ExportError("--half and --int8 are invalid together: expected one of them.")
+    if (half or int8) and form not in ("onnx", "openvino"):
+        raise ExportError(
+            f"{'--half' if half else '--int8'} is invalid for the format {form}: expected onnx or openvino."
+        )
+    for package in [*_PACKAGES[form], *(["onnxruntime"] if int8 else [])]:
+        if not is_installed(package):
+            raise ExportError(f"{package} is not installed. Fix: pip install 'halodet[export]'")
+    return path
+
+
+def _move(files: Sequence[Path], folder: Path) -> None:
+    """Move files to a folder, all or none: the weights of OpenVINO do not fit the graph of another export."""
+    moved: list[Path] = []
+    try:
+        for file in files:
+            target = folder / file.name
+            if target.exists():
+                os.replace(target, file.with_name(f"old-{file.name}"))
+            moved.append(target)
+            os.replace(file, target)
+    except OSError:
+        for target in moved:
+            old = files[0].with_name(f"old-{target.name}")
+            if old.exists():
+                os.replace(old, target)
+            else:
+                target.unlink(missing_ok=True)
+        raise
 
 
 def _write_onnx(
@@ -81,7 +124,7 @@ def _write_onnx(
     metadata: ExportMetadata,
     example: torch.Tensor,
     half: bool,
-    calibration: Sequence[np.ndarray],
+    calibration: Iterable[np.ndarray] | None,
 ) -> None:
     import onnx
 
@@ -110,8 +153,8 @@ def _write_onnx(
         raise ExportError(f"The model cannot be traced to ONNX: {_first_line(error)}") from error
     proto = onnx.load(str(raw))
     raw.unlink()
-    if calibration:
-        proto = quantize(proto, calibration)
+    if calibration is not None:
+        proto = quantize(proto, calibration, path.parent)
     if half:
         _store_in_float16(proto)
     onnx.helper.set_model_props(proto, {METADATA_KEY: metadata.to_json()})
@@ -124,7 +167,7 @@ def _write_openvino(
     metadata: ExportMetadata,
     example: torch.Tensor,
     half: bool,
-    calibration: Sequence[np.ndarray],
+    calibration: Iterable[np.ndarray] | None,
 ) -> None:
     import openvino
 
@@ -135,7 +178,10 @@ def _write_openvino(
     except Exception as error:  # openvino raises its own classes, and RuntimeError
         raise ExportError(f"OpenVINO cannot convert the model: {_first_line(error)}") from error
     converted.set_rt_info(metadata.to_json(), METADATA_KEY)
-    openvino.save_model(converted, str(path), compress_to_fp16=half)
+    try:
+        openvino.save_model(converted, str(path), compress_to_fp16=half)
+    except RuntimeError as error:  # of a full disk, for example
+        raise OSError(errno.EIO, _first_line(error), str(path)) from error
     del converted
     onnx_file.unlink()
 
@@ -145,7 +191,9 @@ def _write_torchscript(model: Model, path: Path, metadata: ExportMetadata, examp
         traced = torch.jit.trace(model, (example,), check_trace=False)
     except Exception as error:
         raise ExportError(f"The model cannot be traced to TorchScript: {_first_line(error)}") from error
-    torch.jit.save(traced, str(path), _extra_files={TORCHSCRIPT_FILE: metadata.to_json()})
+    buffer = io.BytesIO()  # PyTorch's own file writer ends the process if the disk is full
+    torch.jit.save(traced, buffer, _extra_files={TORCHSCRIPT_FILE: metadata.to_json()})
+    path.write_bytes(buffer.getbuffer())
 
 
 def _write_pt2(model: Model, path: Path, metadata: ExportMetadata, example: torch.Tensor, *_: Any) -> None:
@@ -160,7 +208,9 @@ def _write_pt2(model: Model, path: Path, metadata: ExportMetadata, example: torc
         program = torch.export.export(model, (example,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
     except Exception as error:
         raise ExportError(f"The model cannot be exported by torch.export: {_first_line(error)}") from error
-    torch.export.save(program, str(path), extra_files={TORCHSCRIPT_FILE: metadata.to_json()})
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={TORCHSCRIPT_FILE: metadata.to_json()})
+    path.write_bytes(buffer.getbuffer())
 
 
 FORMATS: dict[str, Callable[..., None]] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import numpy as np
 QUANTIZED = ("Conv", "Gemm")
 
 
-def quantize(proto: Any, images: Sequence[np.ndarray]) -> Any:
+def quantize(proto: Any, images: Iterable[np.ndarray], scratch: Path) -> Any:
     """Quantize the convolutions and fully connected layers of an ONNX model.
 
     Args:
         proto: ONNX model with one input ``image``.
         images: inputs from which the ranges of activations are measured.
+        scratch: folder for temporary files.
 
     Returns:
         The quantized ONNX model, with int8 weights per output channel and uint8 activations.
@@ -35,7 +38,7 @@ def quantize(proto: Any, images: Sequence[np.ndarray]) -> Any:
             image = next(self.rest, None)
             return None if image is None else {"image": image}
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, _no_warnings():
         given, result = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(proto, str(given))
         quantize_static(
@@ -49,3 +52,14 @@ def quantize(proto: Any, images: Sequence[np.ndarray]) -> Any:
             weight_type=QuantType.QInt8,
         )
         return onnx.load(str(result))
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence ONNX Runtime's advice, which it logs with the root logger."""
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(level)

@@ -18,6 +18,7 @@ from halodet.utils.image_io import STDERR_LOCK, read_image
 from halodet.utils.io import write_json
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 __all__ = ["DETECTIONS_FILE", "NOT_IMAGES", "ImagePredictor", "draw_images", "find_images"]
@@ -42,10 +43,11 @@ class ImagePredictor(Protocol):
         """Return what the model predicts for an image."""
 
 
-def find_images(inputs: Sequence[str], output: str | None = None) -> list[str]:
+def find_images(inputs: Sequence[str], output: str | None = None, *, flag: str = "--input") -> list[str]:
     """List the files that ``inputs`` (files, folders, glob patterns) name, each once, sorted inside folders.
 
     Folders are searched with their subfolders, without hidden files and files with a suffix in :data:`NOT_IMAGES`.
+    Errors name ``flag``.
 
     Raises:
         ConfigError: an input matches nothing, or a file is in the folder ``output``, where it could be overwritten.
@@ -56,7 +58,8 @@ def find_images(inputs: Sequence[str], output: str | None = None) -> list[str]:
         paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         files = [file for path in paths for file in (_walk(path, output) if os.path.isdir(path) else [path])]
         if not files:
-            raise ConfigError(f"--input {given} is invalid: it matches no {'image' if paths else 'file'}.")
+            kind = "image" if paths else "file"
+            raise ConfigError(f"{flag} {given} is invalid: it matches no {kind}. Fix: give image files or a folder.")
         for file in files:
             found.setdefault(os.path.realpath(file), file)
     for real, file in found.items():
@@ -182,7 +185,14 @@ class _Drawings:
         """Draw and write one image, in another thread."""
         result = Result(image, prediction, self._predictor.classes, self._predictor.stuff_classes)
         result = result.filter(self._threshold)
-        result.draw().save(os.path.join(self._output, name), quality=95)
+        # A rename replaces a link that has this name, which could lead to the input, and leaves no part of a file.
+        path, part = os.path.join(self._output, name), os.path.join(self._output, f".{name}.part")
+        try:
+            result.draw().save(part, Image.registered_extensions()[os.path.splitext(name)[1].lower()], quality=95)
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
         height, width = image.shape[:2]
         root, path = self._coco["info"]["root"], os.path.abspath(file)
         path = os.path.relpath(path, root).replace(os.sep, "/") if root else path

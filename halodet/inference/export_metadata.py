@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from halodet import __version__
-from halodet.errors import HalodetError
+from halodet.errors import HalodetError, ImageError
 
 __all__ = [
     "BACKBONE",
@@ -19,6 +19,7 @@ __all__ = [
     "TORCHSCRIPT_FILE",
     "ExportMetadata",
     "ExportedModelError",
+    "PredictionError",
 ]
 
 FORMAT_VERSION = 1
@@ -28,10 +29,15 @@ OUTPUTS = ("boxes", "scores", "classes", "masks", "sem_seg")
 BACKBONE = "backbone"  # ``detector`` of a file that has a backbone only; its outputs are feature maps
 _PANOPTIC = "overlap_threshold, stuff_area_limit, instances_confidence_threshold"
 _PRECISIONS = ("float32", "float16", "int8")
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".torchscript", "openvino": ".xml", "pt2": ".pt2"}  # of each format
 
 
 class ExportedModelError(HalodetError, ValueError):
     """An exported model file cannot be used."""
+
+
+class PredictionError(ExportedModelError, ImageError):
+    """An exported model failed on an image."""
 
 
 @dataclass(frozen=True, kw_only=True)

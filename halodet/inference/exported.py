@@ -8,7 +8,7 @@ from typing import Any
 from halodet.inference.as_bgr import ImageLike, as_bgr
 from halodet.inference.base_predictor import BasePredictor
 from halodet.inference.detections import Detections
-from halodet.inference.export_metadata import BACKBONE, ExportedModelError
+from halodet.inference.export_metadata import BACKBONE, ExportedModelError, PredictionError
 from halodet.inference.postprocessing import (
     combine_panoptic,
     label_map,
@@ -73,7 +73,8 @@ class ExportedPredictor(BasePredictor):
             of the segments. Each is there if the model predicts it.
 
         Raises:
-            ExportedModelError: the model fails on the image.
+            PredictionError: the model fails on the image.
+            ExportedModelError: the model returns a class that its metadata does not have.
             PredictorError: the image has another shape or type.
             ImageError: a file cannot be read.
         """
@@ -85,7 +86,7 @@ class ExportedPredictor(BasePredictor):
         try:
             outputs = self._run(np.ascontiguousarray(resized.transpose(2, 0, 1), dtype=np.float32))
         except Exception as error:  # the exceptions of the runtimes have no common base
-            raise ExportedModelError(
+            raise PredictionError(
                 f"{self._file} failed on an image of {width} x {height} pixels: {one_line(error)}."
             ) from error
         result: dict[str, Any] = {}
@@ -102,6 +103,11 @@ class ExportedPredictor(BasePredictor):
     ) -> Detections:
         boxes, kept = scale_boxes(outputs["boxes"], resized, size)
         kept &= outputs["scores"] >= self.score_threshold
+        if outputs["classes"].size and not 0 <= outputs["classes"].max() < len(self.classes):
+            found = int(outputs["classes"].max())
+            raise ExportedModelError(
+                f"{self._file} returned the class {found}: expected at most {len(self.classes) - 1}."
+            )
         boxes, scores, classes = boxes[kept], outputs["scores"][kept], outputs["classes"][kept]
         masks = None
         if "masks" in outputs:

@@ -18,6 +18,7 @@ from halodet.errors import CheckpointError, ConfigError
 from halodet.inference.as_bgr import ImageLike, PredictorError, as_bgr
 from halodet.inference.base_predictor import BasePredictor
 from halodet.inference.detections import to_coco
+from halodet.inference.export_metadata import SUFFIXES
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ from omegaconf import DictConfig
 
 __all__ = ["ImageLike", "Predictor", "PredictorError", "as_bgr", "to_coco"]
 
-EXPORTED = (".onnx", ".xml", ".torchscript", ".pt2")
 _BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -121,7 +121,7 @@ class Predictor(BasePredictor, DefaultPredictor):
             if not os.path.isfile(config_file):
                 raise ConfigError(f"{os.fspath(source)} has no config.yaml: expected the OUTPUT_DIR of a run.")
             weights = _latest_weights(Path(source)) if weights is None else weights
-        elif config_file.endswith(EXPORTED):
+        elif config_file.endswith(tuple(SUFFIXES.values())):
             raise ConfigError(f"{config_file} is an exported model. Fix: ExportedPredictor({config_file!r}).")
         cfg: Any
         if is_lazy_config(config_file):

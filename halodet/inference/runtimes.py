@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ class LoadedModel(NamedTuple):
 
     Attributes:
         metadata: its description.
-        run: function from a (3, H, W) float32 image to name -> output.
+        run: function from a (3, H, W) float32 image, or (B, 3, H, W) images of a backbone, to name -> output.
     """
 
     metadata: ExportMetadata
@@ -116,7 +117,9 @@ def _load_torchscript(path: Path, num_threads: int | None) -> LoadedModel:
         torch.set_num_threads(num_threads)
     files = {TORCHSCRIPT_FILE: ""}
     try:
-        model = torch.jit.load(str(path), map_location="cpu", _extra_files=files).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
+            model = torch.jit.load(str(path), map_location="cpu", _extra_files=files).eval()
     except Exception as error:
         raise _broken(path, f"torch {torch.__version__}", error) from error
     text = files[TORCHSCRIPT_FILE]
@@ -125,10 +128,8 @@ def _load_torchscript(path: Path, num_threads: int | None) -> LoadedModel:
     def run(image: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():
             result = model(torch.from_numpy(image))
-        if not isinstance(result, dict):
-            result = (result,) if isinstance(result, torch.Tensor) else result
-            result = dict(zip(metadata.outputs, result, strict=True))
-        return {name: result[name].numpy() for name in metadata.outputs}
+        result = (result,) if isinstance(result, torch.Tensor) else result
+        return {name: value.numpy() for name, value in zip(metadata.outputs, result, strict=True)}
 
     return LoadedModel(metadata, run)
 

@@ -63,5 +63,5 @@ class Tracker:
         tracked = self._tracker.update(found, timestamp=time)
         ids = np.full(len(result), -1, np.int64)
         if len(tracked):
-            ids[tracked.data["row"]] = tracked.tracker_id
+            ids[tracked.data["row"]] = np.asarray(tracked.tracker_id)
         return result.with_detections(dataclasses.replace(result.detections, track_ids=ids))

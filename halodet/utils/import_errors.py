@@ -5,11 +5,26 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from halodet.errors import ConfigError
+
 _COLLECT_ENV = "halodet: a dependency is missing or broken. Fix: run python -m halodet.utils.collect_env"
-_NO_TORCH = "halodet: this needs PyTorch and Detectron2. Fix: pip install 'halodet[train]'"
+_INSTALL = "pip install 'halodet[train]', then python tools/install_detectron2.py"
+_NO_TORCH = f"halodet: this needs PyTorch and Detectron2. Fix: {_INSTALL}"
+_TRAINING = (
+    "torch",
+    "torchvision",
+    "detectron2",
+    "fvcore",
+    "iopath",
+    "pycocotools",
+    "yaml",
+    "omegaconf",
+    "safetensors",
+)
 
 
 @contextlib.contextmanager
@@ -18,10 +33,25 @@ def explain_import_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        note = _COLLECT_ENV if is_installed("torch") else _NO_TORCH
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        is_missing = name in _TRAINING and name not in sys.modules and not is_installed(name)
+        note = _NO_TORCH if is_missing else _COLLECT_ENV
         if hasattr(error, "add_note") and note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         raise
+
+
+@contextlib.contextmanager
+def training_imports(what: str) -> Iterator[None]:
+    """Convert an ImportError of PyTorch, Detectron2 or one of their dependencies to a ConfigError with the fix.
+
+    Args:
+        what: what needs them.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"{what} needs PyTorch and Detectron2 ({error}). Fix: {_INSTALL}.") from error
 
 
 def is_installed(module: str) -> bool:

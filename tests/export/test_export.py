@@ -1,9 +1,12 @@
 """Exported detectors against their models, at sizes that differ from the traced one."""
 
+import os
+from pathlib import Path
+
 from halodet.data.synthetic_shapes import shape_scene
-from halodet.export import ExportableBackbone, ExportableDetector, ExportError, export_model
+from halodet.export import ExportableBackbone, ExportableDetector, ExportError, export_model, formats, main
 from halodet.export.check import SIZES, TOLERANCES, compare_detectors
-from halodet.export.main import describe, export_detector, hash_weights
+from halodet.export.main import describe, export_detector, hash_weights, map_difference, max_detections, score_threshold
 from halodet.inference import ExportedModelError, ExportedPredictor
 
 import numpy as np
@@ -39,8 +42,13 @@ def mask_file(detector, tmp_path_factory):
     return path
 
 
+def compare(predictor, exported, images, margin):
+    options = {"threshold": score_threshold(predictor.model), "limit": max_detections(predictor.model)}
+    return list(compare_detectors(predictor, exported, images, **options, margin=margin))
+
+
 def check(predictor, path):
-    comparisons = list(compare_detectors(predictor, ExportedPredictor(path), [scene(i) for i in range(3)], 2e-3))
+    comparisons = compare(predictor, ExportedPredictor(path), [scene(i) for i in range(3)], 2e-3)
     assert len(comparisons) == len(SIZES)
     assert all(c.usable and c.expected > 3 for c in comparisons)  # else nothing is tested
     assert all(c.agrees(TOLERANCES["float32"]) for c in comparisons), comparisons
@@ -92,7 +100,7 @@ def test_a_changed_file_is_noticed(detector, mask_file, tmp_path):
             tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
     onnx.save(proto, str(tmp_path / "changed.onnx"))
     predictor, exported = detector("mask")[1], ExportedPredictor(tmp_path / "changed.onnx")
-    comparisons = list(compare_detectors(predictor, exported, [scene(0)], 2e-3))
+    comparisons = compare(predictor, exported, [scene(0)], 2e-3)
     assert not any(c.agrees(TOLERANCES["float32"]) for c in comparisons)
     assert all(c.score < 1e-3 and c.mask > 0.5 for c in comparisons), comparisons
 
@@ -102,7 +110,7 @@ def test_backbone_of_any_size_and_batch(detector, tmp_path, form):
     predictor, lines = detector("mask")[1], []
     assert export_detector(predictor, tmp_path / f"backbone{SUFFIX[form]}", form, backbone_only=True, show=lines.append)
     assert len(ExportableBackbone(predictor.model.backbone).outputs) == 5
-    assert any("2×640×480" in line for line in lines)
+    assert any("2x640x480" in line for line in lines)
     if form == "onnx":
         with pytest.raises(ExportedModelError, match="backbone only"):
             ExportedPredictor(tmp_path / "backbone.onnx")
@@ -118,7 +126,7 @@ def test_int8_keeps_most_detections(detector, tmp_path):
     export_detector(predictor, path, "onnx", int8=True, calibration=images, show=lines.append)
     float_size = sum(p.numel() for p in predictor.model.parameters()) * 4
     assert path.stat().st_size < 0.6 * float_size
-    comparisons = list(compare_detectors(predictor, ExportedPredictor(path), [scene(20)], 0.05))
+    comparisons = compare(predictor, ExportedPredictor(path), [scene(20)], 0.05)
     assert sum(c.matched for c in comparisons) > 0.5 * sum(c.expected for c in comparisons)
     assert 0 < max(c.score for c in comparisons) < 0.5
 
@@ -127,7 +135,7 @@ def test_half_stores_half_as_much(detector, mask_file, tmp_path):
     predictor, path = detector("mask")[1], tmp_path / "half.onnx"
     write(predictor, path, "onnx", half=True)
     assert path.stat().st_size < 0.7 * mask_file.stat().st_size
-    comparisons = list(compare_detectors(predictor, ExportedPredictor(path), [scene(0)], 0.04))
+    comparisons = compare(predictor, ExportedPredictor(path), [scene(0)], 0.04)
     assert all(c.agrees(TOLERANCES["float16"]) for c in comparisons), comparisons
 
 
@@ -181,7 +189,7 @@ def test_tool(detector, tool, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(cfg.dump())
     given = ["--config-file", str(tmp_path / "config.yaml"), "--format", "onnx", "--output", str(tmp_path / "m.onnx")]
     assert tool(given, "export") == 0
-    assert "480×640" in capsys.readouterr().out
+    assert "480x640" in capsys.readouterr().out
     quiet = ["--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]
     assert tool([*given, *quiet], "export") == 1
     assert "--images" in capsys.readouterr().out
@@ -195,5 +203,63 @@ def test_tool(detector, tool, tmp_path, capsys):
     assert tool([*given, "--images", str(tmp_path / "bad.png")], "export") == 2
     assert "bad.png" in capsys.readouterr().err
     given[-1] = str(tmp_path / "absent" / "m.onnx")
-    assert tool(given, "export") == 74
+    assert tool(given, "export") == 2
     assert "absent" in capsys.readouterr().err
+    assert tool([*given, "--images", str(tmp_path / "absent")], "export") == 2
+    assert "--output" in capsys.readouterr().err  # named before anything is loaded
+
+
+def test_feature_maps_that_are_wrong_disagree():
+    expected = np.arange(12.0).reshape(1, 3, 2, 2)
+    assert map_difference(expected, expected) == 0 and map_difference(expected, 1.1 * expected) == pytest.approx(0.1)
+    assert map_difference(expected, 0 * expected) == 1
+    assert np.isnan(map_difference(expected, expected * np.nan))
+    assert map_difference(expected, expected[0]) == np.inf
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, float("nan")])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_backbone_file_of_other_values_disagrees(detector, tmp_path, monkeypatch, precision, factor):
+    predictor, lines = detector("mask")[1], []
+    model = ExportableBackbone(predictor.model.backbone)
+
+    def run(images):
+        with torch.no_grad():
+            return {n: factor * x.numpy() for n, x in zip(model.outputs, model(torch.from_numpy(images)), strict=True)}
+
+    monkeypatch.setattr(main, "_open_backbone", lambda *_: run)
+    assert not main._check_backbone(predictor, model, tmp_path, "onnx", [scene(0)], precision, lines.append)
+    assert "disagrees" in lines[-1]
+
+
+def test_a_file_that_the_runtime_cannot_load_leaves_the_previous_one(detector, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"previous")
+
+    def fail(file):
+        assert file.stat().st_size > 1e5 and file.parent != tmp_path
+        raise ExportedModelError("unknown operator")
+
+    monkeypatch.setattr(main, "ExportedPredictor", fail)
+    with pytest.raises(ExportedModelError, match="unknown operator"):
+        export_detector(detector("mask")[1], path, "onnx", show=lambda line: None)
+    assert path.read_bytes() == b"previous" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_files_are_replaced_together(tmp_path):
+    new, folder = tmp_path / "new", tmp_path / "folder"
+    for path, text in ((new, "new"), (folder, "old")):
+        path.mkdir()
+        for suffix in ("bin", "xml"):
+            (path / f"a.{suffix}").write_text(text)
+    real = os.replace
+
+    def replace(source, target):
+        if Path(target) == folder / "a.xml" and Path(source).read_text() == "new":
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", replace)
+        formats._move([new / "a.bin", new / "a.xml"], folder)
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {"a.bin": "old", "a.xml": "old"}

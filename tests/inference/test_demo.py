@@ -7,6 +7,7 @@ import time
 
 from halodet.errors import ConfigError, ImageError
 from halodet.inference import demo
+from halodet.inference.export_metadata import PredictionError
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -225,10 +226,10 @@ def test_a_drawing_that_cannot_be_written_stops_the_run_and_keeps_the_others(tmp
     output, save = tmp_path / "out", Image.Image.save
     output.mkdir()
 
-    def fail(image, path, **options):
-        if os.path.basename(path) == "2.png":
+    def fail(image, path, *arguments, **options):
+        if os.path.basename(path) == ".2.png.part":
             raise OSError(28, "No space left on device")
-        save(image, path, **options)
+        save(image, path, *arguments, **options)
 
     monkeypatch.setattr(Image.Image, "save", fail)
     assert demo.draw_images(FixedPredictor(), files, str(output), threshold=0.5) == 1
@@ -248,6 +249,32 @@ def test_an_image_that_the_model_cannot_take_is_reported_and_skipped(photos, tmp
     assert demo.draw_images(TooLarge(), [str(photos / "a" / "x.jpg")], str(tmp_path), threshold=0.5) == 1
     printed = capsys.readouterr()
     assert "x.jpg: image of 12 x 8 pixels is too large." in printed.err and "0 drawn, 1 failed" in printed.out
+
+
+def test_one_image_that_an_exported_model_fails_on_does_not_stop_the_run(photos, tmp_path, capsys):
+    class Fails(FixedPredictor):
+        calls = 0
+
+        def predict(self, image):
+            self.calls += 1
+            if self.calls == 2:
+                raise PredictionError("model.onnx failed on an image of 12 x 8 pixels")
+            return super().predict(image)
+
+    files = [str(photos / "a" / name) for name in ("x.jpg", "scan.tif", "deep/x.png")]
+    assert demo.draw_images(Fails(), files, str(tmp_path), threshold=0.5) == 1
+    printed = capsys.readouterr()
+    assert "2 drawn, 1 failed" in printed.out and "scan.tif: model.onnx failed" in printed.err
+
+
+def test_a_link_in_the_output_folder_does_not_lead_to_an_overwritten_image(photos, tmp_path):
+    source, output = photos / "a" / "x.jpg", tmp_path / "out"
+    output.mkdir()
+    before = source.read_bytes()
+    (output / "x.jpg").symlink_to(source)
+    assert demo.draw_images(FixedPredictor(), [str(source)], str(output), threshold=0.5) == 0
+    assert source.read_bytes() == before and not (output / "x.jpg").is_symlink()
+    assert {path.name for path in output.iterdir()} == {"x.jpg", "detections.json"}
 
 
 def test_messages_are_printed_while_a_tiff_is_read(tmp_path, capfd):

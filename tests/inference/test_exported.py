@@ -271,6 +271,42 @@ def test_a_failure_of_the_runtime_names_file_and_image(tmp_path, monkeypatch):
         predictor(noise(100, 150))
 
 
+def test_a_class_that_the_metadata_lacks_is_named(tmp_path):
+    predictor = ExportedPredictor(write(tmp_path, description=models.metadata(classes=[{"id": 1, "name": "a"}])))
+    with pytest.raises(ExportedModelError, match="class 1"):
+        predictor(noise(100, 150))
+
+
+def test_the_demo_without_pytorch(tmp_path):
+    """An exported model runs; a config names what it needs, in one line."""
+    file = write(tmp_path)
+    Image.fromarray(noise(100, 150)).save(tmp_path / "a.png")
+    code = "import runpy; sys.argv = ['demo.py', *sys.argv[1:]]; runpy.run_path('tools/demo.py', run_name='__main__')"
+    given = ["--input", tmp_path / "a.png", "--output", tmp_path / "out"]
+    done = run_without_torch(code, "--model", file, *given)
+    assert done.returncode == 0, done.stderr
+    done = run_without_torch(code, "--config-file", "configs/mask_rcnn_halo_h4.yaml", *given)
+    assert done.returncode == 2 and "halodet[train]" in done.stderr and len(done.stderr.splitlines()) == 1
+    code = code.replace("demo", "export")
+    done = run_without_torch(code, "--config-file", "c", "--format", "onnx", "--output", tmp_path / "m.onnx")
+    assert done.returncode == 2 and "halodet[train]" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_demo_of_an_exported_model_does_not_import_pytorch(tmp_path):
+    file = write(tmp_path)
+    Image.fromarray(noise(100, 150)).save(tmp_path / "a.png")
+    code = """import runpy, sys
+sys.argv = ["demo.py", *sys.argv[1:]]
+try:
+    runpy.run_path("tools/demo.py", run_name="__main__")
+except SystemExit as done:
+    assert done.code == 0
+assert not {"torch", "detectron2"} & set(sys.modules)
+"""
+    given = [f"--model={file}", "--input", tmp_path / "a.png", "--output", tmp_path / "out"]
+    subprocess.run([sys.executable, "-c", code, *map(str, given)], check=True, cwd=ROOT, timeout=120)
+
+
 def test_minimum_score(tmp_path):
     file, image = write(tmp_path), noise(100, 150)
     everything = ExportedPredictor(file)(image)
