@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"demo.py: error: {error.filename or args.output}: {error.strerror or error}.", file=sys.stderr)
+        flag = "--output " if error.filename in (None, args.output) else ""
+        name = error.filename or args.output
+        print(f"demo.py: error: {flag}{name} cannot be used ({error.strerror or error}).", file=sys.stderr)
         return 2
     if isinstance(predictor, ExportedPredictor) and args.confidence_threshold < predictor.metadata.score_threshold:
         print(

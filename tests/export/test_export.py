@@ -146,7 +146,7 @@ def test_half_stores_half_as_much(detector, mask_file, tmp_path):
         ("onnx", "m.pt", {}, r"m\.pt.*\.onnx"),
         ("pt2", "m.pt2", {}, "--backbone-only"),
         ("torchscript", "m.torchscript", {"half": True}, "half"),
-        ("onnx", "m.onnx", {"half": True, "calibration": [np.zeros((3, 96, 96), np.float32)]}, "half and int8"),
+        ("onnx", "m.onnx", {"half": True, "calibration": [np.zeros((3, 96, 96), np.float32)]}, "--half and --int8"),
     ],
 )
 def test_what_a_format_cannot_hold(detector, tmp_path, form, name, options, expected):
