@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from halodet.errors import HalodetError
 from halodet.inference.demo import ImagePredictor
 from halodet.inference.result import Result
-from halodet.inference.tracking import Tracker
+from halodet.inference.tracking import LOW_SCORE, Tracker
 from halodet.inference.video_errors import VideoError
 from halodet.inference.video_reader import Frame
 from halodet.inference.video_writer import VideoWriter, find_encoder, part_name
@@ -26,7 +26,7 @@ from halodet.inference.window import Window, check_display
 import numpy as np
 from tqdm import tqdm
 
-__all__ = ["FrameSource", "draw_video", "output_path"]
+__all__ = ["DrawnVideo", "FrameSource", "draw_video", "output_path"]
 
 _THREADS = 2  # that draw
 _AHEAD = 2  # frames that are decoded before the model needs them
@@ -111,11 +111,11 @@ def draw_video(
         expected error.
     """
     code = 0
-    video = _Video(predictor, source, output, threshold, tracker)
+    video = DrawnVideo(predictor, source, output, threshold=threshold, tracker=tracker)
     total = source.num_frames
     try:
         with tqdm(total=total, unit=" frames", bar_format=None if total is None else _PROGRESS) as bar:
-            video.run(batch_size if hasattr(predictor, "predict_batch") and not source.is_live else 1, bar)
+            video.run(batch_size if hasattr(predictor, "predict_batch") and not source.is_live else 1, bar.update)
     except KeyboardInterrupt:
         code = 130
         _print("Stopped by Ctrl-C")
@@ -139,8 +139,16 @@ def draw_video(
     return code
 
 
-class _Video:
-    """Predicts, draws and writes the frames of a source.
+class DrawnVideo:
+    """Predicts, draws and writes the frames of a source, see :func:`draw_video`.
+
+    Args:
+        predictor: the predictor.
+        source: the video or camera. :meth:`run` closes it.
+        output: name of the .mp4 file; None for a window.
+        threshold: minimum score.
+        tracker: gives objects track ids; None for none.
+        names: names of the classes to draw; None for all.
 
     Attributes:
         num_frames: number of frames written or shown.
@@ -152,18 +160,26 @@ class _Video:
         predictor: ImagePredictor,
         source: FrameSource,
         output: str | None,
+        *,
         threshold: float,
-        tracker: Tracker | None,
+        tracker: Tracker | None = None,
+        names: Collection[str] | None = None,
     ) -> None:
         self._predictor, self._source, self._threshold, self._tracker = predictor, source, threshold, tracker
+        self._kept_names = names
         self._names = {entry["id"]: entry["name"] for entry in predictor.classes}
         self._files = None if output is None else _Files(output, source)
         self._window = Window(source.name) if output is None else None
         self._writing: deque[Future[tuple[Frame, np.ndarray]]] = deque()
         self.num_frames, self.seconds = 0, 0.0
 
-    def run(self, batch_size: int, bar: tqdm) -> None:
-        """Process the frames; after an error, those that are being drawn are written before it is raised."""
+    def run(self, batch_size: int, on_frame: Callable[[], Any]) -> None:
+        """Process the frames; after an error, those that are being drawn are written before it is raised.
+
+        Args:
+            batch_size: number of frames that the model predicts at a time.
+            on_frame: called after each frame that was written or shown.
+        """
         reading = _ReadAhead(self._source, batch_size + _AHEAD)
         with ThreadPoolExecutor(_THREADS) as drawers, ThreadPoolExecutor(1) as writers:
             try:
@@ -173,15 +189,15 @@ class _Video:
                         self._writing.append(writers.submit(self._write, frame, drawing))
                     # A drawing holds the masks of its frame, so few of them wait.
                     while len(self._writing) > batch_size + _THREADS or (self._writing and self._writing[0].done()):
-                        if not self._record(bar):
+                        if not self._record(on_frame):
                             return
-                while self._writing and self._record(bar):
+                while self._writing and self._record(on_frame):
                     pass
             finally:
                 reading.stop()
                 while self._writing:
                     with contextlib.suppress(OSError, HalodetError):  # one error is enough
-                        self._record(bar)
+                        self._record(on_frame)
 
     def close(self) -> None:
         """Finish the files, or close the window."""
@@ -201,8 +217,8 @@ class _Video:
         for frame, output in zip(batch, outputs, strict=True):
             result = Result(frame.image, output, self._predictor.classes, self._predictor.stuff_classes)
             if self._tracker is not None and "instances" in output:
-                result = self._tracker.update(result, frame.time)
-            results.append((frame, result.filter(self._threshold)))
+                result = self._tracker.update(result.filter(self._threshold * LOW_SCORE), frame.time)
+            results.append((frame, result.filter(self._threshold, self._kept_names)))
         return results
 
     def _draw(self, frame: Frame, result: Result) -> tuple[np.ndarray, dict[str, Any]]:
@@ -222,12 +238,12 @@ class _Video:
             self._files.write(image, frame.pts, record)
         return frame, image
 
-    def _record(self, bar: tqdm) -> bool:
+    def _record(self, on_frame: Callable[[], Any]) -> bool:
         """Count and show the first frame that is being written, and return whether the user wants more."""
         wait(list(self._writing)[:1])  # Ctrl-C while waiting leaves it in the queue
         frame, image = self._writing.popleft().result()
         self.num_frames, self.seconds = self.num_frames + 1, frame.time
-        bar.update()
+        on_frame()
         return self._window is None or self._window.show(image)
 
 

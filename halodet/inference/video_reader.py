@@ -20,6 +20,10 @@ _NO_VIDEO = ("tty",)  # FFmpeg draws text files as videos
 _WITH_DURATION = ("mov", "matroska", "avi")  # formats whose header has the duration of the whole video
 _MAX_RATE = 1000  # higher ones are a time base that was taken for a rate
 _TOLERANCE = 0.5  # seconds that a video may end before that
+# Demuxers that read one file. Others, such as those of playlists, open the files and addresses that the file names.
+_UPLOAD_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
+_UPLOAD_NAMES = "an MP4, MOV, Matroska, WebM, AVI, MPEG, FLV, ASF or Ogg video"
+_UPLOAD_OPTIONS = {"format_whitelist": ",".join(_UPLOAD_FORMATS), "protocol_whitelist": "none"}
 _FIX = "Fix: convert the video with ffmpeg, or use another one."
 
 
@@ -48,6 +52,9 @@ class VideoReader:
 
     Args:
         source: name of a file, URL of a stream, or ``"-"`` for stdin.
+        upload_name: name in messages of a file that somebody else wrote. Such a file must have one of the common
+            formats of videos, and FFmpeg opens no other file and no address for it. None for a source that is trusted.
+        max_pixels: maximum number of pixels of a frame; None for no limit.
 
     Attributes:
         name: name of the source in messages.
@@ -56,6 +63,7 @@ class VideoReader:
         frame_rate: average number of frames per second.
         time_base: unit of the time stamps in seconds.
         num_frames: estimated number of frames; None where it is unknown.
+        duration: length by the header in seconds; None where it is unknown.
         is_live: whether frames that come faster than they are used are to be skipped.
 
     Raises:
@@ -64,44 +72,60 @@ class VideoReader:
 
     is_live = False
 
-    def __init__(self, source: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, source: str | os.PathLike[str], *, upload_name: str | None = None, max_pixels: int | None = None
+    ) -> None:
         av = import_av()
-        source = os.fspath(source)
-        is_url = "://" in source
-        self.name = "stdin" if source == STDIN else source
+        source, is_upload = os.fspath(source), upload_name is not None
+        is_url = "://" in source and not is_upload
+        self.name = upload_name or ("stdin" if source == STDIN else source)
         self.stem = Path(self.name).stem
         self.path = None if source == STDIN or is_url else source
         # Unbuffered, so that a thread that waits for stdin holds no lock. An absolute path is never taken for a URL.
         opened: Any = source if is_url else os.path.abspath(source)
         if source == STDIN:
             opened = open(0, "rb", buffering=0, closefd=False)
+        self._file: Any = None
         try:
-            self._container = av.open(opened)
+            if is_upload:  # a file that Python opened needs no protocol of FFmpeg, so all of them can be forbidden
+                opened = self._file = open(os.path.abspath(source), "rb")
+            options = {} if max_pixels is None else {"max_pixels": str(max_pixels)}
+            self._container = av.open(opened, options={**options, **(_UPLOAD_OPTIONS if is_upload else {})})
         except OSError as error:
+            self._close_file()
             raise VideoError(
                 f"{self.name} is invalid: expected a readable video ({_reason(error)}). Fix: correct the name."
             ) from error
         except (av.FFmpegError, ValueError) as error:
+            self._close_file()
             reason = "it is empty" if _is_empty(self.path) else _reason(error)
-            raise VideoError(f"{self.name} is invalid: expected a video ({reason}). {_FIX}") from error
+            expected = f"a video ({reason})" if not is_upload else f"{_UPLOAD_NAMES} ({reason})"
+            raise VideoError(f"{self.name} is invalid: expected {expected}. {_FIX}") from error
         try:
             self._stream = self._find_stream(av)
+            self._size = self._square_size()
+            width, height = self._size
+            if max_pixels is not None and width * height > max_pixels:
+                raise VideoError(
+                    f"{self.name} is invalid: its frames have {width} x {height} pixels, expected at most "
+                    f"{max_pixels:,} pixels. Fix: make the video smaller."
+                )
         except VideoError:
-            self._container.close()
+            self.close()
             raise
-        context = self._stream.codec_context
+        if max_pixels is not None:
+            self._stream.codec_context.options = {"max_pixels": str(max_pixels)}  # the size may change later
         self._stream.thread_type = "AUTO"
         self.time_base: Fraction = self._stream.time_base
         rate = self._stream.average_rate or self._stream.guessed_rate or 0
         self.frame_rate = Fraction(rate) if 0 < rate <= _MAX_RATE else Fraction(30)
-        aspect = self._stream.sample_aspect_ratio or context.sample_aspect_ratio or 1
-        # Pixels are made square by enlarging, which loses nothing.
-        self._size = (round(context.width * max(aspect, 1)), round(context.height * max(1 / Fraction(aspect), 1)))
         self._cut = False
         self._error: str | None = None
         self._position = self._damaged_after = "the start"
         self._end = self._stated_end()
         seconds = self._end or (self._container.duration or 0) / 1e6
+        own = float(self._stream.duration * self.time_base) if self._stream.duration else 0.0
+        self.duration: float | None = own or (self._container.duration or 0) / 1e6 or None
         self.num_frames: int | None = self._stream.frames or round(seconds * self.frame_rate) or None
 
     def __enter__(self) -> VideoReader:
@@ -113,6 +137,7 @@ class VideoReader:
     def close(self) -> None:
         """Close the file."""
         self._container.close()
+        self._close_file()
 
     def __iter__(self) -> Iterator[Frame]:
         """Return the frames.
@@ -140,6 +165,16 @@ class VideoReader:
             raise VideoEndedEarly(f"{self.name} is cut off{reason}: it ends after {self._position}{rest}.")
         if self._error is not None:
             raise VideoEndedEarly(f"{self.name} is damaged ({self._error}), first after {self._damaged_after}.")
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _square_size(self) -> tuple[int, int]:
+        """Return the width and height of the frames with square pixels; enlarging loses nothing."""
+        context = self._stream.codec_context
+        aspect = Fraction(self._stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
+        return round(context.width * max(aspect, 1)), round(context.height * max(1 / aspect, 1))
 
     def _find_stream(self, av: Any) -> Any:
         """Return the first video stream; a cover picture is none."""
