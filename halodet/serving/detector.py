@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 from halodet.errors import HalodetError, ImageError
 from halodet.inference.base_predictor import BasePredictor
 from halodet.inference.detections import Detections, to_numpy
 from halodet.inference.postprocessing import combine_panoptic
 from halodet.inference.result import Result
+from halodet.serving.fair_lock import FairLock
 from halodet.serving.packed_masks import PackedMasks
 from halodet.utils.image_io import decode_image
 
 import numpy as np
 
 __all__ = ["Detector", "ModelError", "StoredResult"]
+
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +61,13 @@ class StoredResult:
         """
         result = self._result
         if result.panoptic_seg is not None and result.sem_seg is not None and self._panoptic is not None:
-            found = result.detections[result.scores >= score_threshold]
-            options = {**self._panoptic, "instances_confidence_threshold": score_threshold}
-            segments = combine_panoptic(found, result.sem_seg, **options)
-            output = {"instances": found, "sem_seg": result.sem_seg, "panoptic_seg": segments}
+            output = _combine(result.detections, result.sem_seg, self._panoptic, score_threshold)
             result = Result(result.image, output, result.classes, result.stuff_classes)
         return result.filter(score_threshold, names)
 
 
 class Detector:
-    """Predictor that several threads share; it predicts one image at a time.
+    """Predictor that several threads share; it predicts one image at a time, in the order of the calls.
 
     Args:
         predictor: a :class:`~halodet.inference.Predictor` or :class:`~halodet.inference.ExportedPredictor`.
@@ -92,7 +91,7 @@ class Detector:
         score_threshold: float,
         max_pixels: int,
     ) -> None:
-        self._predictor, self._lock = predictor, threading.Lock()
+        self._predictor, self._lock = predictor, FairLock()
         self.name, self.max_pixels = name, max_pixels
         self.min_threshold, self.score_threshold = min_threshold, score_threshold
         self.classes, self.stuff_classes = predictor.classes, predictor.stuff_classes
@@ -109,14 +108,46 @@ class Detector:
             ImageError: the model does not take the image.
             ModelError: the model failed.
         """
+        return self._run(image, lambda output: StoredResult(image, output, self))
+
+    def predict_frame(self, image: np.ndarray, score_threshold: float) -> dict[str, Any]:
+        """Run the model on a frame of a video, and return what the predictor returns.
+
+        Panoptic segments are combined for the threshold, as :meth:`StoredResult.filter` does.
+
+        Args:
+            image: (H, W, 3) uint8 BGR image.
+            score_threshold: minimum score.
+
+        Raises:
+            ImageError: the model does not take the image.
+            ModelError: the model failed.
+        """
+        output = self._run(image, dict)
+        if self.panoptic is None or "panoptic_seg" not in output or "sem_seg" not in output:
+            return output
+        result = Result(image, output, self.classes, self.stuff_classes)
+        assert result.sem_seg is not None
+        return _combine(result.detections, result.sem_seg, self.panoptic, score_threshold)
+
+    def _run(self, image: np.ndarray, convert: Callable[[dict[str, Any]], _T]) -> _T:
         with self._lock:
             try:
-                return StoredResult(image, self._predictor.predict(image), self)
+                return convert(self._predictor.predict(image))
             except ImageError:
                 raise
             except Exception as error:  # models raise nearly anything
                 logger.exception("The model failed on an image of %d x %d pixels", image.shape[1], image.shape[0])
                 raise ModelError(f"The model failed on this image ({type(error).__name__}).") from error
+
+
+def _combine(
+    found: Detections, sem_seg: np.ndarray, options: Mapping[str, Any], score_threshold: float
+) -> dict[str, Any]:
+    """Return the output of a panoptic model with segments of the objects of at least a score."""
+    found = found[found.scores >= score_threshold]
+    segments = combine_panoptic(found, sem_seg, **{**options, "instances_confidence_threshold": score_threshold})
+    return {"instances": found, "sem_seg": sem_seg, "panoptic_seg": segments}
 
 
 def _panoptic_options(predictor: Any) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from halodet.inference.exported import ExportedPredictor
 from halodet.serving.asgi import App
 from halodet.serving.detector import Detector
 from halodet.serving.examples import draw_examples, find_examples
+from halodet.serving.video_job import stop_jobs
 from halodet.utils.import_errors import is_installed
 from halodet.utils.project_arguments import add_project_arguments
 from halodet.utils.warning_filters import ignore_detectron2_warnings
@@ -46,10 +47,14 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
                 max_bytes=int(args.max_upload_mb * _MEGABYTE),
                 seconds=args.request_seconds,
                 max_waiting=args.max_waiting,
+                max_video_seconds=args.max_video_seconds,
             )
             host = f"[{args.host}]" if ":" in args.host else args.host
             print(f"Serving {detector.name} at http://{host}:{bound.getsockname()[1]} (stop with Ctrl-C)", flush=True)
-            make_server(app, args.request_seconds).run(sockets=[bound])
+            try:
+                make_server(app, args.request_seconds).run(sockets=[bound])
+            finally:
+                stop_jobs()
     except KeyboardInterrupt:
         pass  # the normal end of a server
     except HalodetError as error:
@@ -66,6 +71,7 @@ def make_app(
     max_bytes: int = 20 * _MEGABYTE,
     seconds: float = 30.0,
     max_waiting: int = 16,
+    max_video_seconds: float = 60.0,
 ) -> App:
     """Return the ASGI application of the API, and of the page.
 
@@ -76,6 +82,7 @@ def make_app(
         max_bytes: maximum size of the body of a request.
         seconds: time for a request to arrive.
         max_waiting: number of requests that may wait for the detector.
+        max_video_seconds: maximum duration of a video of the page.
 
     Raises:
         ConfigError: the folder of the examples has no image.
@@ -95,7 +102,7 @@ def make_app(
         from halodet.serving.page import make_page, mount_page
 
         files = draw_examples(drawn) if examples is None else find_examples(examples)
-        mount_page(api, make_page(detector, downloads, files, max_waiting), uploads)
+        mount_page(api, make_page(detector, downloads, files, max_waiting, max_video_seconds), uploads)
     return RequestLimits(api, max_bytes, seconds)
 
 
@@ -150,7 +157,14 @@ def _parse(argv: list[str] | None, description: str | None) -> argparse.Namespac
     add("--confidence-threshold", type=_score, default=0.5, metavar="SCORE", help="first threshold (default: 0.5)")
     add("--min-score", type=_score, default=0.05, metavar="SCORE", help="lowest threshold to choose (default: 0.05)")
     add("--max-upload-mb", type=_positive, default=20, metavar="MB", help="maximum size of a request (default: 20)")
-    add("--max-megapixels", type=_positive, default=25, metavar="N", help="maximum size of an image (default: 25)")
+    add(
+        "--max-megapixels",
+        type=_positive,
+        default=25,
+        metavar="N",
+        help="maximum size of an image or frame (default: 25)",
+    )
+    add("--max-video-seconds", type=_positive, default=60, metavar="S", help="maximum length of a video (default: 60)")
     add("--request-seconds", type=_positive, default=30, metavar="S", help="time for a request to arrive (default: 30)")
     add("--max-waiting", type=_count, default=16, metavar="N", help="requests that may wait (default: 16)")
     add("--allow-pickle", action="store_true", help="run code that pickle files hold")

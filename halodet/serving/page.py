@@ -12,7 +12,9 @@ from halodet.errors import HalodetError
 from halodet.inference.result import Result
 from halodet.serving.detector import Detector, StoredResult
 from halodet.serving.page_guard import PageGuard
+from halodet.serving.plain_text import plain_text
 from halodet.serving.responses import detections_dataset, found_segments
+from halodet.serving.video_tab import add_video_tab
 from halodet.utils.io import write_json
 
 import gradio as gr
@@ -76,8 +78,10 @@ def mount_page(api: FastAPI, page: gr.Blocks, folder: Path) -> None:
     mounted.app = PageGuard(mounted.app, folder)
 
 
-def make_page(detector: Detector, folder: Path, examples: Sequence[Path], max_waiting: int) -> gr.Blocks:
-    """Return the page: upload an image, and look at its detections above a threshold.
+def make_page(
+    detector: Detector, folder: Path, examples: Sequence[Path], max_waiting: int, max_video_seconds: float
+) -> gr.Blocks:
+    """Return the page: upload an image, and look at its detections above a threshold; or a video, in a second tab.
 
     Moving the threshold and choosing classes filters the result that is in memory.
 
@@ -86,6 +90,7 @@ def make_page(detector: Detector, folder: Path, examples: Sequence[Path], max_wa
         folder: folder in which files for download are written.
         examples: image files to choose from.
         max_waiting: number of clients that may wait.
+        max_video_seconds: maximum duration of a video.
     """
     names = list(dict.fromkeys([*(entry["name"] for entry in detector.classes), *detector.stuff_classes]))
 
@@ -99,7 +104,7 @@ def make_page(detector: Detector, folder: Path, examples: Sequence[Path], max_wa
             result = detector.predict(detector.read(path.read_bytes(), name))
             session = _Session(result, name, tempfile.TemporaryDirectory(dir=folder))
         except HalodetError as error:
-            return [None, *_nothing(f"**Error:** {_plain(str(error))}")]
+            return [None, *_nothing(f"**Error:** {plain_text(str(error))}")]
         except OSError:
             return [None, *_nothing("**Error:** the upload has expired. Fix: upload the image again.")]
         return [session, *show(session, threshold, chosen)]
@@ -120,67 +125,73 @@ def make_page(detector: Detector, folder: Path, examples: Sequence[Path], max_wa
         title="halodet", analytics_enabled=False, fill_width=True, delete_cache=(600, _FILE_SECONDS)
     ) as page:
         session = gr.State(time_to_live=_STATE_SECONDS)
-        gr.Markdown(f"# halodet\nModel: {_plain(detector.name)}")
-        with gr.Row():
-            with gr.Column(min_width=300):
-                image = gr.Image(
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    label="Image",
-                    height=320,
-                    buttons=[],
-                    elem_id="image",
-                )
-                threshold = gr.Slider(
-                    detector.min_threshold, 1.0, detector.score_threshold, step=0.01, label="Score threshold"
-                )
-                chosen = gr.Dropdown(names, multiselect=True, label="Classes", info="All if none is chosen.")
-                if examples:
-                    thumbnails = gr.Dataset(
-                        components=[image],
-                        samples=[[str(file)] for file in examples],
-                        type="index",
-                        label="Examples",
-                        elem_id="examples",
-                    )
-            with gr.Column(min_width=300):
-                drawing = gr.Image(
-                    label="Detections", height=420, interactive=False, buttons=["fullscreen"], elem_id="result"
-                )
-                summary = gr.Markdown(_START, elem_id="summary")
+        gr.Markdown(f"# halodet\nModel: {plain_text(detector.name)}")
+        with gr.Tabs():
+            with gr.Tab("Image"):
                 with gr.Row():
-                    save_drawing = gr.DownloadButton("Save picture", interactive=False, size="md", min_width=120)
-                    save_dataset = gr.DownloadButton("Save JSON", interactive=False, size="md", min_width=120)
-        table = gr.Dataframe(
-            headers=_COLUMNS,
-            datatype=["str", *["number"] * (len(_COLUMNS) - 1)],
-            interactive=False,
-            label="Detections",
-            max_height=400,
-            buttons=[],
-            elem_id="table",
-        )
-        views = [drawing, summary, table, save_drawing, save_dataset]
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": [drawing]}
-        image.change(
-            detect,
-            [image, threshold, chosen],
-            [session, *views],
-            preprocess=False,  # Gradio would open the file
-            concurrency_limit=1,
-            **private,
-        )
-        gr.on(
-            [threshold.change, chosen.change],
-            show,
-            [session, threshold, chosen],
-            views,
-            trigger_mode="always_last",
-            **{**private, "show_progress": "hidden"},
-        )
-        if examples:
-            thumbnails.click(lambda index: str(examples[index]), [thumbnails], [image], **private)
+                    with gr.Column(min_width=300):
+                        image = gr.Image(
+                            type="filepath",
+                            image_mode=None,
+                            sources=["upload", "clipboard"],
+                            label="Image",
+                            height=320,
+                            buttons=[],
+                            elem_id="image",
+                        )
+                        threshold = gr.Slider(
+                            detector.min_threshold, 1.0, detector.score_threshold, step=0.01, label="Score threshold"
+                        )
+                        chosen = gr.Dropdown(names, multiselect=True, label="Classes", info="All if none is chosen.")
+                        if examples:
+                            thumbnails = gr.Dataset(
+                                components=[image],
+                                samples=[[str(file)] for file in examples],
+                                type="index",
+                                label="Examples",
+                                elem_id="examples",
+                            )
+                    with gr.Column(min_width=300):
+                        drawing = gr.Image(
+                            label="Detections", height=420, interactive=False, buttons=["fullscreen"], elem_id="result"
+                        )
+                        summary = gr.Markdown(_START, elem_id="summary")
+                        with gr.Row():
+                            save_drawing = gr.DownloadButton(
+                                "Save picture", interactive=False, size="md", min_width=120
+                            )
+                            save_dataset = gr.DownloadButton("Save JSON", interactive=False, size="md", min_width=120)
+                table = gr.Dataframe(
+                    headers=_COLUMNS,
+                    datatype=["str", *["number"] * (len(_COLUMNS) - 1)],
+                    interactive=False,
+                    label="Detections",
+                    max_height=400,
+                    buttons=[],
+                    elem_id="table",
+                )
+                views = [drawing, summary, table, save_drawing, save_dataset]
+                private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": [drawing]}
+                image.change(
+                    detect,
+                    [image, threshold, chosen],
+                    [session, *views],
+                    preprocess=False,  # Gradio would open the file
+                    concurrency_limit=1,
+                    **private,
+                )
+                gr.on(
+                    [threshold.change, chosen.change],
+                    show,
+                    [session, threshold, chosen],
+                    views,
+                    trigger_mode="always_last",
+                    **{**private, "show_progress": "hidden"},
+                )
+                if examples:
+                    thumbnails.click(lambda index: str(examples[index]), [thumbnails], [image], **private)
+            with gr.Tab("Video"):
+                add_video_tab(detector, folder, names, max_video_seconds)
     page.queue(max_size=max_waiting)
     page.state_session_capacity = _SESSIONS
     return page
@@ -224,8 +235,3 @@ def _rows(result: Result) -> list[list[Any]]:
         [name, round(entry["score"], 3), *(round(value, 1) for value in entry["bbox"]), round(entry["area"])]
         for name, entry in zip(result.names, result.to_coco(), strict=True)
     ]
-
-
-def _plain(text: str) -> str:
-    """Escape text for Markdown and HTML."""
-    return "".join(f"&#{ord(letter)};" if letter in "\\`*_{}[]<>()#!|~&$" else letter for letter in text)

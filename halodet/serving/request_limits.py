@@ -82,7 +82,7 @@ class RequestLimits:
                 return
 
     def _too_large(self) -> tuple[int, str]:
-        return 413, f"The request is too large: expected at most {self._max_bytes:,} bytes. Fix: send a smaller image."
+        return 413, f"The request is too large: expected at most {self._max_bytes:,} bytes. Fix: send a smaller file."
 
 
 class _Body:
