@@ -91,16 +91,14 @@ class VideoReader:
                 opened = self._file = open(os.path.abspath(source), "rb")
             options = {} if max_pixels is None else {"max_pixels": str(max_pixels)}
             self._container = av.open(opened, options={**options, **(_UPLOAD_OPTIONS if is_upload else {})})
-        except OSError as error:
+        except (av.FFmpegError, OSError, ValueError) as error:
             self._close_file()
-            raise VideoError(
-                f"{self.name} is invalid: expected a readable video ({_reason(error)}). Fix: correct the name."
-            ) from error
-        except (av.FFmpegError, ValueError) as error:
-            self._close_file()
-            reason = "it is empty" if _is_empty(self.path) else _reason(error)
-            expected = f"a video ({reason})" if not is_upload else f"{_UPLOAD_NAMES} ({reason})"
-            raise VideoError(f"{self.name} is invalid: expected {expected}. {_FIX}") from error
+            if isinstance(error, OSError) and not is_upload:
+                expected, fix = f"a readable video ({_reason(error)})", "Fix: correct the name."
+            else:
+                reason = "it is empty" if _is_empty(self.path) else _reason(error)
+                expected, fix = f"{_UPLOAD_NAMES if is_upload else 'a video'} ({reason})", _FIX
+            raise VideoError(f"{self.name} is invalid: expected {expected}. {fix}") from error
         try:
             self._stream = self._find_stream(av)
             self._size = self._square_size()

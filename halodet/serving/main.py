@@ -16,7 +16,6 @@ from halodet.inference.exported import ExportedPredictor
 from halodet.serving.asgi import App
 from halodet.serving.detector import Detector
 from halodet.serving.examples import draw_examples, find_examples
-from halodet.serving.video_job import stop_jobs
 from halodet.utils.import_errors import is_installed
 from halodet.utils.project_arguments import add_project_arguments
 from halodet.utils.warning_filters import ignore_detectron2_warnings
@@ -54,7 +53,10 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
             try:
                 make_server(app, args.request_seconds).run(sockets=[bound])
             finally:
-                stop_jobs()
+                if not args.api_only:
+                    from halodet.serving.video_job import stop_jobs
+
+                    stop_jobs()  # their files are in the folder
     except KeyboardInterrupt:
         pass  # the normal end of a server
     except HalodetError as error:

@@ -25,16 +25,6 @@ _PROGRESS_SECONDS = 0.5
 _SUFFIXES = [".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv"]
 
 
-class _PlayableVideo(gr.Video):
-    """Video that the browser plays as it is; Gradio would run ffprobe on it, if that is installed."""
-
-    is_template = True  # Gradio shows it as its base class
-
-    def postprocess(self, value: str | Path | None) -> FileData | None:
-        """Return the file."""
-        return None if value is None else FileData(path=str(value), orig_name=Path(value).name)
-
-
 def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_seconds: float) -> None:
     """Add the components of the tab to the page that is being built.
 
@@ -102,9 +92,9 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
                 start = gr.Button("Detect", variant="primary", min_width=120)
                 stop = gr.Button("Stop", min_width=120)
         with gr.Column(min_width=300):
-            drawn = _PlayableVideo(
-                label="Detections", height=420, interactive=False, buttons=[], elem_id="video-result"
-            )
+            drawn: Any = gr.Video(label="Detections", height=420, interactive=False, buttons=[], elem_id="video-result")
+            # Gradio would run ffprobe on the file, if that is installed. A subclass would make it write a .pyi file.
+            drawn.postprocess = _as_it_is
             summary = gr.Markdown(_START, elem_id="video-summary")
             with gr.Row():
                 save_video = gr.DownloadButton("Save video", interactive=False, size="md", min_width=120)
@@ -120,6 +110,10 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
         api_visibility="private",
     )
     stop.click(lambda: "Stopped.", None, [summary], cancels=[running], queue=False, api_visibility="private")
+
+
+def _as_it_is(value: str | None) -> FileData | None:
+    return None if value is None else FileData(path=value, orig_name=Path(value).name)
 
 
 def _progress(job: VideoJob) -> str:
