@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -177,6 +178,17 @@ def test_an_image_waits_for_one_frame_only(tmp_path, folder):
     job.release()
     job.join(20)
     assert len(predictor.calls) < 100 and not job.video.parent.exists()
+
+
+def test_a_missing_package_is_one_message(tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    from halodet.serving.video_tab import add_video_tab
+
+    monkeypatch.setitem(sys.modules, "av", None)
+    with gradio.Blocks(analytics_enabled=False) as page:
+        add_video_tab(detector_of(FixedPredictor()), tmp_path, [], 60)
+    [message] = page.blocks.values()
+    assert "Videos need the package av" in message.value and "halodet&#91;video&#93;" in message.value
 
 
 class Client:
