@@ -24,6 +24,7 @@ from PIL import Image
 __all__ = ["make_page", "mount_page"]
 
 _COLUMNS = ["Class", "Score", "x", "y", "Width", "Height", "Area"]
+_DATATYPES: Any = ["str", *["number"] * (len(_COLUMNS) - 1)]
 _SESSIONS = 32  # results in memory
 _STATE_SECONDS = 1800
 _FILE_SECONDS = 3600
@@ -163,7 +164,7 @@ def make_page(
                             save_dataset = gr.DownloadButton("Save JSON", interactive=False, size="md", min_width=120)
                 table = gr.Dataframe(
                     headers=_COLUMNS,
-                    datatype=["str", *["number"] * (len(_COLUMNS) - 1)],
+                    datatype=_DATATYPES,
                     interactive=False,
                     label="Detections",
                     max_height=400,
