@@ -12,7 +12,11 @@ The page needs pip install 'halodet[app]'; --api-only needs 'halodet[api]'. An e
 Exit code: 0 after Ctrl-C or SIGTERM, 2 for invalid arguments, config or weights, and for a port that is in use.
 """
 
+import os
 import sys
+
+if any(word.partition("=")[0] == "--model" for word in sys.argv[1:]):
+    os.environ.setdefault("HALODET_REGISTER", "0")  # an exported model needs neither PyTorch nor Detectron2
 
 from halodet.serving.main import main
 

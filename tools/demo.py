@@ -26,13 +26,12 @@ if any(word.partition("=")[0] == "--model" for word in sys.argv[1:]):
 
 from halodet.errors import HalodetError
 from halodet.inference.camera import Camera
-from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, ImagePredictor, draw_images, find_images
+from halodet.inference.demo import DETECTIONS_FILE, NOT_IMAGES, draw_images, find_images
+from halodet.inference.detector_arguments import add_detector_arguments, check_detector_arguments, load_detector
 from halodet.inference.exported import ExportedPredictor
 from halodet.inference.tracking import LOW_SCORE, Tracker
 from halodet.inference.video import draw_video, output_path
 from halodet.inference.video_reader import VideoReader
-from halodet.utils.import_errors import training_imports
-from halodet.utils.project_arguments import add_project_arguments
 from halodet.utils.warning_filters import ignore_detectron2_warnings
 
 
@@ -50,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             tracker = None
             if args.track:
                 tracker = Tracker(float(source.frame_rate), score_threshold=args.confidence_threshold)
-        predictor = _load_predictor(args)
+        # Objects below the threshold continue tracks.
+        predictor = load_detector(args, args.confidence_threshold * (LOW_SCORE if args.track else 1))
         if folder:
             os.makedirs(folder, exist_ok=True)
     except KeyboardInterrupt:
@@ -78,32 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-def _load_predictor(args: argparse.Namespace) -> ImagePredictor:
-    """Load the exported model, or the weights and the config, with the score threshold of the command line."""
-    # Objects below the threshold continue tracks.
-    threshold = args.confidence_threshold * (LOW_SCORE if args.track else 1)
-    if args.model:
-        return ExportedPredictor(args.model, score_threshold=threshold)
-    with training_imports("--config-file"):
-        from halodet.config.projects import import_projects
-        from halodet.inference import Predictor
-
-    return Predictor.from_pretrained(
-        args.config_file,
-        device=None,
-        score_threshold=threshold,
-        opts=args.opts,
-        add_configs=import_projects(args.imports),
-        allow_pickle=args.allow_pickle,
-        allow_unsafe_config=args.allow_unsafe_config,
-    )
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    detector = parser.add_mutually_exclusive_group(required=True)
-    detector.add_argument("--config-file", help="config that the weights were trained with")
-    detector.add_argument("--model", metavar="FILE", help="exported model: an .onnx, .xml or .torchscript file")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
@@ -140,11 +116,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "an exported model (--model) takes one image per call",
     )
     parser.add_argument("--absolute-paths", action="store_true", help=f"write absolute paths to {DETECTIONS_FILE}")
-    parser.add_argument("--allow-pickle", action="store_true", help="run code that pickle files hold")
-    add_project_arguments(parser)
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides; must come last"
-    )
+    add_detector_arguments(parser)
     args = parser.parse_args(argv)
     if args.input is not None and args.output is None:
         parser.error("the following arguments are required: --output")
@@ -155,15 +127,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("argument --absolute-paths: only allowed with argument --input")
     if args.output is not None and args.output_video is not None:
         parser.error("argument --output-video: not allowed with argument --output")
-    if args.model:
-        given = {
-            "--opts": args.opts,
-            "--import": args.imports,
-            "--allow-pickle": args.allow_pickle,
-            "--allow-unsafe-config": args.allow_unsafe_config,
-        }
-        for flag in (flag for flag, value in given.items() if value):
-            parser.error(f"argument {flag}: not allowed with argument --model")
+    check_detector_arguments(parser, args)
     return args
 
 

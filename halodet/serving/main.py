@@ -11,13 +11,12 @@ import tempfile
 from pathlib import Path
 
 from halodet.errors import ConfigError, HalodetError
-from halodet.inference.base_predictor import BasePredictor
+from halodet.inference.detector_arguments import add_detector_arguments, check_detector_arguments, load_detector
 from halodet.inference.exported import ExportedPredictor
 from halodet.serving.asgi import App
 from halodet.serving.detector import Detector
 from halodet.serving.examples import draw_examples, find_examples
 from halodet.utils.import_errors import is_installed
-from halodet.utils.project_arguments import add_project_arguments
 from halodet.utils.warning_filters import ignore_detectron2_warnings
 
 __all__ = ["main", "make_app"]
@@ -120,25 +119,10 @@ def _check_packages(api_only: bool) -> None:
 
 
 def _load_detector(args: argparse.Namespace) -> Detector:
-    predictor: BasePredictor
     minimum, name = args.min_score, os.path.basename(args.model or args.config_file)
-    if args.model:
-        exported = ExportedPredictor(args.model, score_threshold=minimum)
-        predictor, minimum = exported, max(minimum, exported.metadata.score_threshold)
-    else:
-        # An exported model needs neither of these.
-        from halodet.config.projects import import_projects
-        from halodet.inference import Predictor
-
-        predictor = Predictor.from_pretrained(
-            args.config_file,
-            device=None,
-            score_threshold=minimum,
-            opts=args.opts,
-            add_configs=import_projects(args.imports),
-            allow_pickle=args.allow_pickle,
-            allow_unsafe_config=args.allow_unsafe_config,
-        )
+    predictor = load_detector(args, minimum)
+    if isinstance(predictor, ExportedPredictor):
+        minimum = max(minimum, predictor.metadata.score_threshold)
     threshold = max(args.confidence_threshold, minimum)
     max_pixels = int(args.max_megapixels * 1e6)
     return Detector(predictor, name, min_threshold=minimum, score_threshold=threshold, max_pixels=max_pixels)
@@ -149,9 +133,6 @@ def _parse(argv: list[str] | None, description: str | None) -> argparse.Namespac
         prog="app.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    detector = parser.add_mutually_exclusive_group(required=True)
-    detector.add_argument("--config-file", help="config that the weights were trained with, or OUTPUT_DIR of a run")
-    detector.add_argument("--model", metavar="FILE", help="exported model: an .onnx, .xml or .torchscript file")
     add("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine only)")
     add("--port", type=_port, default=7860, help="port to bind; 0 for a free one (default: 7860)")
     add("--api-only", action="store_true", help="serve the HTTP interface without the page; needs no gradio")
@@ -169,19 +150,9 @@ def _parse(argv: list[str] | None, description: str | None) -> argparse.Namespac
     add("--max-video-seconds", type=_positive, default=60, metavar="S", help="maximum length of a video (default: 60)")
     add("--request-seconds", type=_positive, default=30, metavar="S", help="time for a request to arrive (default: 30)")
     add("--max-waiting", type=_count, default=16, metavar="N", help="requests that may wait (default: 16)")
-    add("--allow-pickle", action="store_true", help="run code that pickle files hold")
-    add_project_arguments(parser)
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides; must come last")
+    add_detector_arguments(parser)
     args = parser.parse_args(argv)
-    if args.model:
-        given = {
-            "--opts": args.opts,
-            "--import": args.imports,
-            "--allow-pickle": args.allow_pickle,
-            "--allow-unsafe-config": args.allow_unsafe_config,
-        }
-        for flag in (flag for flag, value in given.items() if value):
-            parser.error(f"argument {flag}: not allowed with argument --model")
+    check_detector_arguments(parser, args)
     return args
 
 

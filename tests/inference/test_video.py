@@ -93,7 +93,7 @@ def lines(path):
 def demo(monkeypatch):
     """Return main of tools/demo.py with a fixed predictor, and that predictor."""
     tool, predictor = load_tool("demo"), SquarePredictor()
-    monkeypatch.setattr(tool, "_load_predictor", lambda args: predictor)
+    monkeypatch.setattr(tool, "load_detector", lambda args, score_threshold: predictor)
 
     def main(*words):
         return tool.main(["--model", "fixed", *map(str, words)])
