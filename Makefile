@@ -25,6 +25,7 @@ app: $(READY) $(DEMO)/model_final.pth  ## serve a web page with the detector tha
 	@$(BIN)/python tools/app.py --config-file configs/quick/mask_rcnn_halo_shapes.yaml --opts MODEL.WEIGHTS $(DEMO)/model_final.pth
 
 $(DEMO)/model_final.pth:
+	@test ! -e $(DEMO) || { echo "error: $(DEMO) has no model_final.pth: wait for make demo, or run it again if it was interrupted"; exit 2; }
 	@$(MAKE) --no-print-directory demo
 
 test: $(READY)  ## run all tests
