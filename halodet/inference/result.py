@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -118,7 +119,7 @@ class Result:
         return len(self.detections)
 
     def __getitem__(self, item: Any) -> Result:
-        return self.with_detections(self.detections[item])
+        return self._with({**self._output, "instances": self.detections[item]})
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
@@ -142,10 +143,10 @@ class Result:
             names: names of classes; None for all.
         """
         output = dict(self._output)
+        kept = self.scores >= score_threshold
+        if names is not None:
+            kept &= np.array([name in names for name in self.names], bool)
         if "instances" in output:
-            kept = self.scores >= score_threshold
-            if names is not None:
-                kept &= np.array([name in names for name in self.names], bool)
             output["instances"] = self.detections[kept]
         if "proposals" in output:
             output["proposals"] = output["proposals"][
@@ -158,15 +159,34 @@ class Result:
                 for info in infos
                 if info.get("score", 1.0) >= score_threshold and (names is None or self._segment_name(info) in names)
             ]
+            # instance_id is the row of an object, which may have moved.
+            infos = [
+                {**info, "instance_id": int(kept[: info["instance_id"]].sum())} if "instance_id" in info else info
+                for info in infos
+            ]
             output["panoptic_seg"] = np.where(np.isin(ids, [info["id"] for info in infos]), ids, 0), infos
         elif self.sem_seg is not None and names is not None:
             kept = np.isin(self.sem_seg, [k for k, name in enumerate(self.stuff_classes) if name in names])
             output["sem_seg"] = np.where(kept, self.sem_seg, -1)
         return self._with(output)
 
-    def with_detections(self, detections: Detections) -> Result:
-        """Return the result with other objects; segments stay."""
-        return self._with({**self._output, "instances": detections})
+    def with_track_ids(self, track_ids: np.ndarray) -> Result:
+        """Return the result with the track of each object, also in the descriptions of panoptic segments.
+
+        Args:
+            track_ids: (N,) number of the track of each object, -1 for none.
+        """
+        output = {**self._output, "instances": dataclasses.replace(self.detections, track_ids=track_ids)}
+        if self.panoptic_seg is not None:
+            ids, infos = self.panoptic_seg
+            output["panoptic_seg"] = (
+                ids,
+                [
+                    {**info, "track_id": int(track_ids[info["instance_id"]])} if "instance_id" in info else info
+                    for info in infos
+                ],
+            )
+        return self._with(output)
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
         """Convert the objects to COCO annotations with a ``score``, see :func:`~halodet.inference.to_coco`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from halodet.errors import HalodetError
 from halodet.inference.result import Result
 
@@ -49,7 +47,7 @@ class Tracker:
         )
 
     def update(self, result: Result, time: float | None = None) -> Result:
-        """Return the result of the next frame with track ids.
+        """Return the result of the next frame with track ids, also in the descriptions of panoptic segments.
 
         Args:
             result: objects of the frame.
@@ -64,4 +62,4 @@ class Tracker:
         ids = np.full(len(result), -1, np.int64)
         if len(tracked):
             ids[tracked.data["row"]] = np.asarray(tracked.tracker_id)
-        return result.with_detections(dataclasses.replace(result.detections, track_ids=ids))
+        return result.with_track_ids(ids)

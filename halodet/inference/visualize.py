@@ -171,7 +171,10 @@ def _segment_style(info: Mapping[str, Any], class_names: Sequence[str], stuff: S
     k = info["category_id"]
     if not info["isthing"]:
         return _color(k, muted=True), _name(stuff, k)
-    return _color(k), _name(class_names, k) + (f" {info['score']:.0%}" if "score" in info else "")
+    track = info.get("track_id", -1)
+    number = f" #{track}" if track >= 0 else ""
+    score = f" {info['score']:.0%}" if "score" in info else ""
+    return _color(k if track < 0 else track), _name(class_names, k) + number + score
 
 
 @dataclass

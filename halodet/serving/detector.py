@@ -61,7 +61,8 @@ class StoredResult:
         """
         result = self._result
         if result.panoptic_seg is not None and result.sem_seg is not None and self._panoptic is not None:
-            output = _combine(result.detections, result.sem_seg, self._panoptic, score_threshold)
+            found = result.detections[result.scores >= score_threshold]
+            output = _combine(found, result.sem_seg, self._panoptic, score_threshold)
             result = Result(result.image, output, result.classes, result.stuff_classes)
         return result.filter(score_threshold, names)
 
@@ -144,8 +145,7 @@ class Detector:
 def _combine(
     found: Detections, sem_seg: np.ndarray, options: Mapping[str, Any], score_threshold: float
 ) -> dict[str, Any]:
-    """Return the output of a panoptic model with segments of the objects of at least a score."""
-    found = found[found.scores >= score_threshold]
+    """Return the output of a panoptic model with segments of the objects of at least a score; all objects stay."""
     segments = combine_panoptic(found, sem_seg, **{**options, "instances_confidence_threshold": score_threshold})
     return {"instances": found, "sem_seg": sem_seg, "panoptic_seg": segments}
 

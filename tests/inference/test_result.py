@@ -76,6 +76,28 @@ def test_filter_by_score_and_name(result):
     assert len(result) == 3
 
 
+def test_segments_keep_their_objects_and_tracks():
+    result = panoptic_result().with_track_ids(np.array([7, -1, 3]))
+    assert result.track_ids.tolist() == [7, -1, 3]
+    assert [info.get("track_id") for info in result.panoptic_seg[1]] == [7, 3, None]
+    cats = result.filter(names=["cat"])
+    [info] = cats.panoptic_seg[1]
+    assert info["instance_id"] == 0 and info["track_id"] == 3 and cats.track_ids.tolist() == [3]
+    tracked = cats.with_track_ids(np.array([5]))
+    assert tracked.panoptic_seg[1][0]["track_id"] == 5
+
+
+def test_segments_have_the_color_of_their_track():
+    untracked = panoptic_result()
+
+    def pixel(result):
+        """Color of the second object, away from its label."""
+        return np.asarray(result.draw())[110, 230].tolist()
+
+    a, b, c, d = (untracked.with_track_ids(np.array(ids)) for ids in ([7, 0, 3], [1, 0, 3], [7, 0, 4], [7, 0, -1]))
+    assert pixel(a) == pixel(b) != pixel(c) and pixel(d) == pixel(untracked)
+
+
 def test_filter_keeps_segments_that_match():
     result = panoptic_result()
     assert result.sem_seg.shape == (40, 60) and result.sem_seg[35, 5] == 2
