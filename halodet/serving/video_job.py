@@ -26,6 +26,7 @@ _MAX_RATE = 120  # frames per second, on average over the longest video
 _TOLERANCE = 0.5  # seconds by which the duration may exceed the limit
 _STOP_SECONDS = 20
 _NAME_BYTES = 200  # file systems take 255, with the suffixes
+_STOPPED = "The video was stopped."
 _running: set[VideoJob] = set()
 
 logger = logging.getLogger(__name__)
@@ -66,14 +67,15 @@ class LimitedVideo:
         self._reader.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        """Return the frames until ``is_stopped`` is set.
+        """Return the frames.
 
         Raises:
-            VideoEndedEarly: after the last frame, if the video is damaged, cut off or longer than the limits.
+            VideoEndedEarly: after the last frame, if the video is damaged, cut off or longer than the limits, or
+                ``is_stopped`` is set.
         """
         for frame in self._reader:
             if self.is_stopped.is_set():
-                return
+                raise VideoEndedEarly(_STOPPED)
             if frame.time >= self._seconds + _TOLERANCE:
                 raise VideoEndedEarly(f"{self.name} is longer than {self._seconds:g} s: the rest was skipped.")
             if frame.index >= self._frames:
@@ -134,9 +136,13 @@ class VideoJob:
             return None
         return (time.monotonic() - self._start) / self.num_frames * max(self.total - self.num_frames, 0)
 
+    def stop(self) -> None:
+        """Stop after the current frame; the files have the frames before."""
+        self._source.is_stopped.set()
+
     def release(self) -> None:
         """Stop after the current frame, and delete the folder, in the thread of the job."""
-        self._source.is_stopped.set()
+        self.stop()
         self._is_released.set()
 
     def join(self, seconds: float) -> None:
@@ -146,7 +152,7 @@ class VideoJob:
     def predict(self, image: np.ndarray, /) -> dict[str, Any]:
         """Predict a frame for :class:`DrawnVideo`."""
         if self._source.is_stopped.is_set():
-            raise VideoError("The video was stopped.")
+            raise VideoEndedEarly(_STOPPED)
         return self._detector.predict_frame(image, self._threshold)
 
     def _work(self, drawn: DrawnVideo) -> None:

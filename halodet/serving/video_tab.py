@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,19 @@ from gradio.data_classes import FileData
 __all__ = ["add_video_tab"]
 
 _START = "Upload a video."
+_WAITING = "Waiting for its turn."
+_STOPPED = "Stopped."
 _PROGRESS_SECONDS = 0.5
 # Browsers know the types of the first ones only.
 _SUFFIXES = [".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv"]
+
+
+@dataclass
+class _Run:
+    """State of one press of *Detect*, which *Stop* shares."""
+
+    is_running: bool = False
+    is_stopped: bool = False
 
 
 def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_seconds: float) -> None:
@@ -41,10 +52,17 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
         gr.Markdown(plain_text(str(error)), elem_id="video-summary")
         return
 
-    def detect(file: dict[str, Any] | None, threshold: float, chosen: list[str], track: bool) -> Iterator[list[Any]]:
+    def detect(
+        file: dict[str, Any] | None,
+        threshold: float,
+        chosen: list[str],
+        track: bool,
+        run: _Run | None,
+    ) -> Iterator[list[Any]]:
         """Run the model on an uploaded file; Gradio closes the generator if the client disconnects."""
-        if file is None:
-            yield _nothing(_START)
+        run = run or _Run()  # Gradio forgets the sessions of the oldest clients
+        if file is None or run.is_stopped:
+            yield _nothing(_START if file is None else _STOPPED)
             return
         if not isinstance(threshold, int | float):
             yield _nothing("**Error:** the score threshold is invalid: expected a number.")
@@ -66,18 +84,29 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
             yield _nothing(f"**Error:** {plain_text(str(error))}")
             return
         try:
+            run.is_running = True
             yield _nothing(_progress(job))
             while not job.wait(_PROGRESS_SECONDS):
+                if run.is_stopped:
+                    job.stop()
                 yield [gr.skip(), _progress(job), gr.skip(), gr.skip()]
-            error_text = "" if job.error is None else f"**Error:** {plain_text(job.error)}"
-            if not job.num_frames:
-                yield _nothing(error_text)
-                return
-            count = f"{job.num_frames} frame{'s' * (job.num_frames != 1)}"
-            summary = f"{error_text} {count} drawn before." if error_text else f"{count} drawn"
-            yield [str(job.video), summary, _download(job.video), _download(job.lines)]
+            summary = _summary(job, run.is_stopped)
+            if job.num_frames:
+                yield [str(job.video), summary, _download(job.video), _download(job.lines)]
+            else:
+                yield _nothing(summary)
         finally:
+            run.is_running = False
             job.release()
+
+    def begin(run: _Run | None) -> list[Any]:
+        """Return a new run, unless one is running."""
+        return [run, gr.skip()] if run is not None and run.is_running else [_Run(), _WAITING]
+
+    def end(run: _Run | None) -> None:
+        """Stop a run that waits for another video, or runs; it keeps the frames that are drawn."""
+        if run is not None:
+            run.is_stopped = True
 
     with gr.Row():
         with gr.Column(min_width=300):
@@ -100,16 +129,18 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
                 save_video = gr.DownloadButton("Save video", interactive=False, size="md", min_width=120)
                 save_lines = gr.DownloadButton("Save JSON lines", interactive=False, size="md", min_width=120)
     views = [drawn, summary, save_video, save_lines]
-    running = start.click(
+    run = gr.State()
+    at_once: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+    start.click(begin, [run], [run, summary], **at_once).then(
         detect,
-        [file, threshold, chosen, track],
+        [file, threshold, chosen, track, run],
         views,
         preprocess=False,  # Gradio would open the file
         concurrency_limit=1,
         show_progress="hidden",
         api_visibility="private",
     )
-    stop.click(lambda: "Stopped.", None, [summary], cancels=[running], queue=False, api_visibility="private")
+    stop.click(end, [run], None, **at_once)
 
 
 def _as_it_is(value: str | None) -> FileData | None:
@@ -122,6 +153,17 @@ def _progress(job: VideoJob) -> str:
     left = job.seconds_left()
     rest = "" if left is None else f", {int(left) // 60}:{int(left) % 60:02d} left"
     return f"Frame {job.num_frames}{of}{rest}"
+
+
+def _summary(job: VideoJob, is_stopped: bool) -> str:
+    """Return how the job ended."""
+    count = f"{job.num_frames} frame{'s' * (job.num_frames != 1)}"
+    if job.error is None:
+        return f"{count} drawn"
+    if is_stopped:
+        return f"{_STOPPED} {count} drawn before."
+    error = f"**Error:** {plain_text(job.error)}"
+    return f"{error} {count} drawn before." if job.num_frames else error
 
 
 def _nothing(message: str) -> list[Any]:

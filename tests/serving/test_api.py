@@ -36,6 +36,7 @@ from serving_helpers import (
     multipart,
     post,
     serve,
+    wait_until,
 )
 
 for package in ("fastapi", "uvicorn", "python_multipart"):
@@ -61,14 +62,6 @@ def expected(threshold):
     predictor = FixedPredictor()
     image = np.ascontiguousarray(np.asarray(Image.open(io.BytesIO(image_file())))[:, :, ::-1])
     return Result(image, predictor.predict(image), predictor.classes).filter(threshold)
-
-
-def wait_until(condition):
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("the condition did not become true")
 
 
 def rasterize(segmentation):

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -23,7 +24,17 @@ from halodet.serving.video_job import LimitedVideo, VideoJob, stop_jobs
 
 import numpy as np
 import pytest
-from serving_helpers import FixedPredictor, PanopticPredictor, ask, detector_of, image_file, multipart, post, serve
+from serving_helpers import (
+    FixedPredictor,
+    PanopticPredictor,
+    ask,
+    detector_of,
+    image_file,
+    multipart,
+    post,
+    serve,
+    wait_until,
+)
 
 pytest.importorskip("av", reason="av is not installed")
 PIXELS = 1_000_000
@@ -112,8 +123,10 @@ def test_classes_and_panoptic_segments(tmp_path, folder):
     assert [entry["category_name"] for entry in lines(job.lines)[0]["detections"]] == ["cat"]
     detector = detector_of(PanopticPredictor())
     detector.panoptic = {"overlap_threshold": 0.5, "stuff_area_limit": 0}
-    segments = detector.predict_frame(np.zeros((48, 64, 3), np.uint8), 0.5)["panoptic_seg"][1]
-    assert [info["score"] for info in segments if info["isthing"]] == pytest.approx([0.9, 0.6])
+    output = detector.predict_frame(np.zeros((48, 64, 3), np.uint8), 0.5)
+    things = [info for info in output["panoptic_seg"][1] if info["isthing"]]
+    assert [info["score"] for info in things] == pytest.approx([0.9, 0.6])
+    assert len(output["instances"]) == 3  # the third may continue a track
 
 
 def test_videos_beyond_the_limits(tmp_path, folder):
@@ -170,8 +183,7 @@ def test_an_image_waits_for_one_frame_only(tmp_path, folder):
     predictor = Slow()
     detector = detector_of(predictor)
     job = job_of(clip(tmp_path / "clip.mp4", 100), folder, detector)
-    while not predictor.calls:
-        time.sleep(0.01)
+    wait_until(lambda: predictor.calls)
     before = len(predictor.calls)
     detector.predict(np.zeros((30, 40, 3), np.uint8))
     assert predictor.calls.index((30, 40)) <= before + 2 and predictor.most_at_once == 1
@@ -196,12 +208,19 @@ class Client:
 
     Attributes:
         stream: answer of the server with the events.
+        progress: summaries of the video that was drawn last, while it was drawn.
     """
 
     def __init__(self, port):
-        self.port, self.session = port, uuid.uuid4().hex
+        self.port, self.session, self.progress = port, uuid.uuid4().hex, []
         self.config = ask(port, "GET", "/config").json
-        [self.button] = [c["id"] for c in self.config["components"] if c["props"].get("value") == "Detect"]
+
+    def functions(self, button):
+        """Return the numbers of the functions that a button runs one after the other."""
+        [button] = [c["id"] for c in self.config["components"] if c["props"].get("value") == button]
+        dependencies = self.config["dependencies"]
+        [first] = [d["id"] for d in dependencies if [button, "click"] in d["targets"]]
+        return [first, *(d["id"] for d in dependencies if d["trigger_after"] == first)]
 
     def upload(self, content, name):
         body, kind = multipart(content, name)
@@ -210,26 +229,46 @@ class Client:
         assert answer.status == 200
         return answer.json[0]
 
-    def detect(self, path, name, threshold=0.5, status=200):
-        """Start the job of an uploaded file."""
-        [function] = [d["id"] for d in self.config["dependencies"] if [self.button, "click"] in d["targets"]]
-        file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-        data = {"data": [file, threshold, [], False], "fn_index": function, "session_hash": self.session}
-        assert ask(self.port, "POST", "/gradio_api/queue/join", data).status == status
+    def join(self, function, data, status=200):
+        """Put a function into the queue, and return its event."""
+        body = {"data": data, "fn_index": function, "session_hash": self.session}
+        answer = ask(self.port, "POST", "/gradio_api/queue/join", body)
+        assert answer.status == status
+        return answer.json.get("event_id")
+
+    def listen(self):
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         self.connection.request("GET", f"/gradio_api/queue/data?session_hash={self.session}")
         self.stream = self.connection.getresponse()
 
+    def detect(self, path, name, track=False, status=200):
+        """Start the job of an uploaded file."""
+        begin, detect = self.functions("Detect")
+        self.event = self.join(begin, [None])
+        self.listen()
+        assert self.result()[1]
+        file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+        self.event = self.join(detect, [file, 0.5, [], track, None], status)
+        self.listen()
+
+    def stop(self):
+        [stop] = self.functions("Stop")
+        self.join(stop, [None])
+
     def result(self):
-        """Wait for the end, and return the last outputs: the video, the summary and the downloads."""
-        outputs = None
+        """Wait for the end, and return the outputs (the video, the summary and the downloads), and whether it came."""
+        self.progress = []
         for line in self.stream:
             event = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: ") else {}
-            if event.get("msg") == "process_generating" and isinstance(event["output"]["data"][1], str):
-                outputs = event["output"]["data"]
-            if event.get("msg") == "process_completed":
+            if event.get("event_id") != self.event:
+                continue
+            if event["msg"] == "process_generating":  # its later events have what changed
+                changes = event["output"]["data"][1]
+                self.progress += [changes] if isinstance(changes, str) else [change[2] for change in changes]
+            if event["msg"] == "process_completed":
                 self.connection.close()
-                return outputs, event
+                return event["output"]["data"], event["success"]
+        raise AssertionError("the stream ended early")
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +292,8 @@ def test_uploads_that_are_refused_over_http(server, tmp_path):
             for name in ("a.m3u8", "a.mp4"):
                 client = Client(port)
                 client.detect(client.upload(content, name), name)
-                outputs, event = client.result()
-                assert "is invalid: expected an MP4" in json.dumps([outputs, event]).replace("&#40;", "(")
+                outputs, _ = client.result()
+                assert "is invalid: expected an MP4" in outputs[1]
         listening.settimeout(0)
         with pytest.raises(BlockingIOError):  # nobody has connected
             listening.accept()
@@ -272,18 +311,59 @@ def test_a_client_that_disconnects_ends_its_video(server, tmp_path):
     predictor.gate.clear()
     client = Client(port)
     client.detect(client.upload(clip(tmp_path / "clip.mp4", 40).read_bytes(), "clip.mp4"), "clip.mp4")
-    deadline = time.monotonic() + 20
-    while not predictor.calls and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: predictor.calls)
     assert list((folder / "downloads").iterdir())
     client.stream.close()
     client.connection.close()
     time.sleep(1.5)  # the server notices
     predictor.gate.set()
-    while list((folder / "downloads").iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not list((folder / "downloads").iterdir()) and len(predictor.calls) < 40
+    wait_until(lambda: not list((folder / "downloads").iterdir()))
+    assert len(predictor.calls) < 40
     assert post(port, image_file()).status == 200
+
+
+def test_stop_keeps_the_frames_that_are_drawn(server, tmp_path):
+    predictor, port, folder = server
+    predictor.calls.clear()
+    client, waiting = Client(port), Client(port)
+    content = clip(tmp_path / "clip.mp4", 40).read_bytes()
+    predictor.gate.clear()
+    client.detect(client.upload(content, "clip.mp4"), "clip.mp4")
+    waiting.detect(waiting.upload(content, "clip.mp4"), "clip.mp4")
+    predict, predictor.predict = predictor.predict, lambda image: (time.sleep(0.1), predict(image))[1]
+    try:
+        predictor.gate.set()
+        wait_until(lambda: len(predictor.calls) >= 8)
+        waiting.stop()
+        client.stop()
+        outputs, success = client.result()
+    finally:
+        predictor.predict = predict
+    assert success and client.progress[0] == "Frame 0 of 40"
+    assert re.fullmatch(r"Frame [1-9]\d* of 40, 0:0\d left", client.progress[1])
+    drawn = int(outputs[1].removeprefix("Stopped. ").removesuffix(" frames drawn before."))
+    assert 8 <= drawn == len(predictor.calls) < 40
+    (tmp_path / "drawn.mp4").write_bytes(ask(port, "GET", f"/gradio_api/file={outputs[0]['path']}").body)
+    with VideoReader(tmp_path / "drawn.mp4") as reader:
+        assert len(list(reader)) == drawn
+    outputs, _ = waiting.result()
+    assert outputs[:2] == [None, "Stopped."] and len(predictor.calls) == drawn  # its model did not run
+    waiting.stop()  # nothing runs
+    waiting.detect(waiting.upload(content, "clip.mp4"), "clip.mp4")
+    assert waiting.result()[0][1] == "40 frames drawn"
+    wait_until(lambda: not list((folder / "downloads").iterdir()))
+
+
+def test_tracking_without_its_package_is_one_message(server, tmp_path, monkeypatch):
+    _, port, folder = server
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    client = Client(port)
+    path = client.upload(clip(tmp_path / "clip.mp4", 2).read_bytes(), "clip.mp4")
+    client.detect(path, "clip.mp4", track=True)
+    outputs, _ = client.result()
+    assert "Tracking needs the package trackers" in outputs[1] and "halodet&#91;video&#93;" in outputs[1]
+    assert outputs[0] is None
+    wait_until(lambda: not list((folder / "downloads").iterdir()))
 
 
 @pytest.mark.slow
@@ -310,6 +390,7 @@ def test_a_video_in_the_browser(server, tmp_path):
             view.get_by_role("button", name="Detect").click()
 
         detect(path)
+        view.get_by_role("button", name="Detect").click()  # a second click changes nothing
         sync_api.expect(summary).to_have_text("10 frames drawn", timeout=MILLISECONDS)
         video = view.locator("#video-result video")
         view.wait_for_function("document.querySelector('#video-result video').readyState >= 2")
@@ -334,4 +415,4 @@ def test_a_video_in_the_browser(server, tmp_path):
         assert video.count() == 0 and not errors
         assert all(request.startswith((address, "data:", "blob:")) for request in requests)
         browser.close()
-    assert not list((folder / "downloads").iterdir())
+    wait_until(lambda: not list((folder / "downloads").iterdir()))
