@@ -12,13 +12,14 @@ Videos need pip install 'halodet[video]'. Without an output, they are shown in a
 exported model (--model) needs no PyTorch and no Detectron2: pip install 'halodet[runtime]'.
 
 Exit code: 0 if every image or frame was drawn, 1 if some failed, 2 for invalid arguments, config, weights or video,
-130 after Ctrl-C.
+130 after Ctrl-C or SIGTERM, with what was drawn before.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 if any(word.partition("=")[0] == "--model" for word in sys.argv[1:]):
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     ignore_detectron2_warnings()  # they would break the progress bar
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is ended keeps what was drawn
         if args.input is not None:
             files, folder = find_images(args.input, args.output), args.output
         else:
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if folder:
             os.makedirs(folder, exist_ok=True)
     except KeyboardInterrupt:
-        print("demo.py: stopped by Ctrl-C", file=sys.stderr)
+        print("demo.py: stopped", file=sys.stderr)
         return 130
     except HalodetError as error:
         print(f"demo.py: error: {error}", file=sys.stderr)

@@ -106,7 +106,7 @@ def draw_images(
             drawings.run(files, batch_size if hasattr(predictor, "predict_batch") else 1, bar)
     except KeyboardInterrupt:
         code = 130
-        _print("Stopped by Ctrl-C")
+        _print("Stopped")
     except HalodetError as error:
         code = error.exit_code
         _print(str(error))

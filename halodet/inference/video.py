@@ -118,7 +118,7 @@ def draw_video(
             video.run(batch_size if hasattr(predictor, "predict_batch") and not source.is_live else 1, bar.update)
     except KeyboardInterrupt:
         code = 130
-        _print("Stopped by Ctrl-C")
+        _print("Stopped")
     except HalodetError as error:
         code = error.exit_code
         _print(str(error))
@@ -128,6 +128,9 @@ def draw_video(
     finally:
         try:
             video.close()
+        except KeyboardInterrupt:
+            code = 130
+            _print(f"Stopped. {part_name(output or '')} is complete so far.")
         except OSError as error:
             code = code or 1
             _print(

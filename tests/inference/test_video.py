@@ -360,10 +360,11 @@ def test_ids_of_tracks_are_in_the_json_and_times_reach_the_tracker(demo, tmp_pat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_ctrl_c_leaves_a_playable_video(demo, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_playable_video(demo, tmp_path, capsys, number):
     def interrupt(images):
         if len(demo.predictor.batches) == 9:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(10)
         return SquarePredictor.predict_batch(demo.predictor, images)
 
@@ -372,6 +373,17 @@ def test_ctrl_c_leaves_a_playable_video(demo, tmp_path, capsys):
     assert "9 frames" in capsys.readouterr().out
     assert len(lines(tmp_path / "a.jsonl")) == len(read(tmp_path / "a.mp4")) == 9
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.mkv", "a.mp4"]
+
+
+def test_a_second_ctrl_c_leaves_the_part_that_is_complete(demo, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoWriter, "_copy", interrupt)  # while the index is moved to the front
+    assert demo("--video", write_video(tmp_path / "a.mkv"), "--output", tmp_path) == 130
+    assert "a.part.mp4 is complete so far" in capsys.readouterr().err
+    assert len(lines(tmp_path / "a.jsonl")) == len(read(tmp_path / "a.part.mp4")) == 12
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.mkv", "a.part.mp4"]
 
 
 @pytest.mark.parametrize(("error", "code"), [(ImageError("too large."), 2), (ZeroDivisionError(), None)])
