@@ -101,7 +101,7 @@ def _read(
             f"{name} is not an image that Pillow can read (broken header or unsupported format)."
         ) from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: {_one_line(error)}.") from error
+        raise ImageError(f"{name}: {_one_line(error)}. Fix: reduce the image.") from error
     except Exception as error:  # decoders raise nearly anything on a malformed file: OSError, SyntaxError, KeyError ...
         raise ImageError(
             f"{name} cannot be decoded ({getattr(error, 'strerror', None) or _one_line(error)})."
