@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from typing import Any
 
 from halodet.errors import HalodetError
 from halodet.inference.demo import find_images
@@ -34,14 +33,24 @@ def main(argv: list[str] | None = None) -> int:
     ignore_detectron2_warnings()
     try:
         with training_imports("tools/export.py"):
+            from halodet.config.projects import import_projects
             from halodet.export.formats import check_format
             from halodet.export.main import export_detector
             from halodet.inference import Predictor
         check_format(args.output, args.format, half=args.half, int8=args.int8)
         calibration = find_images(args.calibration, flag="--calibration") if args.calibration else []
         images = find_images(args.images, flag="--images") if args.images else []
+        predictor = Predictor.from_pretrained(
+            args.config_file,
+            device="cpu",
+            score_threshold=None,
+            opts=args.opts,
+            add_configs=import_projects(args.imports),
+            allow_pickle=args.allow_pickle,
+            allow_unsafe_config=args.allow_unsafe_config,
+        )
         agrees = export_detector(
-            Predictor(_load_config(args), allow_pickle=args.allow_pickle),
+            predictor,
             args.output,
             args.format,
             half=args.half,
@@ -62,25 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if agrees else 1
 
 
-def _load_config(args: argparse.Namespace) -> Any:
-    """Load the config, of either kind, for the CPU."""
-    from halodet.config import load_config
-    from halodet.config.lazy import is_lazy_config, load_lazy_config
-    from halodet.config.projects import import_projects
-
-    projects, unsafe = import_projects(args.imports), args.allow_unsafe_config
-    if is_lazy_config(args.config_file):
-        return load_lazy_config(args.config_file, [*args.opts, "train.device=cpu"], allow_unsafe=unsafe)
-    cfg = load_config(args.config_file, args.opts, train=False, add_configs=projects, allow_unsafe=unsafe).clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    return cfg
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="config that the weights were trained with"
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="config that the weights were trained with, or OUTPUT_DIR of a run",
     )
     parser.add_argument("--format", required=True, choices=SUFFIXES, help="format of the file")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")

@@ -88,7 +88,7 @@ class Predictor(BasePredictor, DefaultPredictor):
         weights: str | os.PathLike[str] | None = None,
         device: str | None = "auto",
         *,
-        score_threshold: float = 0.5,
+        score_threshold: float | None = 0.5,
         opts: Sequence[str] = (),
         add_configs: Iterable[AddConfig] = (),
         allow_pickle: bool = False,
@@ -101,7 +101,7 @@ class Predictor(BasePredictor, DefaultPredictor):
             weights: checkpoint; by default that of the run, or the one that the config names.
             device: ``"auto"`` for the GPU if there is one, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for that of
                 the config.
-            score_threshold: minimum score of detections, from 0 to 1.
+            score_threshold: minimum score of detections, from 0 to 1; None for that of the config.
             opts: overrides of the config, as on the command line.
             add_configs: functions of other projects that add their keys to a YAML config.
             allow_pickle: whether to run code that pickle files hold.
@@ -111,7 +111,7 @@ class Predictor(BasePredictor, DefaultPredictor):
             ConfigError: the config or an argument is invalid.
             CheckpointError: the weights are missing or unreadable, or do not provide all of the model.
         """
-        if not 0 <= score_threshold <= 1:
+        if score_threshold is not None and not 0 <= score_threshold <= 1:
             raise ConfigError(f"score_threshold={score_threshold} is invalid: expected a number from 0 to 1.")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,7 +128,8 @@ class Predictor(BasePredictor, DefaultPredictor):
             given = {"train.device": device, "train.init_checkpoint": weights}
             changes = [f"{key}={value}" for key, value in given.items() if value is not None]
             cfg = load_lazy_config(config_file, [*changes, *opts], allow_unsafe=allow_unsafe_config)
-            set_score_threshold(cfg, score_threshold)
+            if score_threshold is not None:
+                set_score_threshold(cfg, score_threshold)
         else:
             given = {"MODEL.DEVICE": device, "MODEL.WEIGHTS": weights}
             changes = [word for key, value in given.items() if value is not None for word in (key, os.fspath(value))]
@@ -136,8 +137,9 @@ class Predictor(BasePredictor, DefaultPredictor):
                 config_file, [*changes, *opts], train=False, add_configs=add_configs, allow_unsafe=allow_unsafe_config
             ).clone()
             cfg.defrost()
-            cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = score_threshold
-            cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = score_threshold
+            if score_threshold is not None:
+                cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = score_threshold
+                cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = score_threshold
         return cls(cfg, allow_pickle=allow_pickle)
 
     def predict(self, original_image: ImageLike) -> dict[str, Any]:

@@ -190,6 +190,9 @@ def test_tool(detector, tool, tmp_path, capsys):
     given = ["--config-file", str(tmp_path / "config.yaml"), "--format", "onnx", "--output", str(tmp_path / "m.onnx")]
     assert tool(given, "export") == 0
     assert "480x640" in capsys.readouterr().out
+    assert ExportedPredictor(tmp_path / "m.onnx").metadata.score_threshold == cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+    (tmp_path / "model_final.pth").symlink_to(cfg.MODEL.WEIGHTS)
+    given[1] = str(tmp_path)  # as OUTPUT_DIR of a run
     quiet = ["--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]
     assert tool([*given, *quiet], "export") == 1
     assert "--images" in capsys.readouterr().out
