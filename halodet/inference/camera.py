@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 from halodet.inference.video_errors import VideoEndedEarly, VideoError
 from halodet.inference.video_reader import Frame
@@ -14,6 +15,7 @@ import cv2
 __all__ = ["Camera"]
 
 _TIME_BASE = Fraction(1, 90000)
+_SILENT = 0  # OpenCV's level of logging
 
 
 class Camera:
@@ -35,9 +37,9 @@ class Camera:
 
     def __init__(self, number: int) -> None:
         self.name, self.stem = f"camera {number}", f"webcam{number}"
-        logging = cv2.utils.logging
+        logging: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 has moved these functions
         level = logging.getLogLevel()
-        logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # each of OpenCV's interfaces prints why it has no such camera
+        logging.setLogLevel(_SILENT)  # each of OpenCV's interfaces prints why it has no such camera
         try:
             self._capture = cv2.VideoCapture(number)
         finally:
