@@ -158,7 +158,7 @@ def packed(kind):
 BINARY = [
     ("zip archive", packed("zip")),
     ("tar archive", packed("tar")),
-    ("gzip archive", gzip.compress(b"{}")),
+    ("gzip archive", gzip.compress(b"{}", mtime=0)),
     ("bzip2 archive", bz2.compress(b"{}")),
     ("xz archive", lzma.compress(b"{}")),
     ("7z archive", b"7z\xbc\xaf\x27\x1c\x00\x04" + bytes(20)),

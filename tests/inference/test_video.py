@@ -518,7 +518,7 @@ def test_the_window_stops_at_q(demo, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(cv2, "currentUIFramework", lambda: "QT", raising=False)
-    for name in ("namedWindow", "destroyWindow"):
+    for name in ("namedWindow", "destroyWindow", "resizeWindow"):
         monkeypatch.setattr(cv2, name, lambda *_: None)
     monkeypatch.setattr(cv2, "imshow", lambda title, image: shown.append((threading.current_thread(), image)))
     monkeypatch.setattr(cv2, "waitKey", lambda _: ord("q") if len(shown) == 5 else -1)
