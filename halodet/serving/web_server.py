@@ -18,6 +18,7 @@ __all__ = ["listen", "make_server"]
 
 _CONNECTIONS = 64
 _SHUTDOWN_SECONDS = 5
+_STREAMS = ("/gradio_api/heartbeat/", "/gradio_api/queue/data")  # events of the page, without an end
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,7 +56,7 @@ def make_server(app: App, seconds: float) -> uvicorn.Server:
         seconds: time for the headers of a request to arrive.
     """
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    protocol = type("Protocol", (_HeaderTimeout,), {"header_seconds": seconds})
+    protocol = type("Protocol", (_Connection,), {"header_seconds": seconds})
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -71,8 +72,8 @@ def make_server(app: App, seconds: float) -> uvicorn.Server:
     )
 
 
-class _HeaderTimeout(H11Protocol):
-    """HTTP connection that is closed if the headers of a request do not arrive in time; uvicorn waits for ever."""
+class _Connection(H11Protocol):
+    """HTTP connection that ends where uvicorn waits: for headers that do not arrive, and for streams at the end."""
 
     header_seconds: float
     _timer: asyncio.TimerHandle | None = None
@@ -87,6 +88,13 @@ class _HeaderTimeout(H11Protocol):
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def shutdown(self) -> None:
+        has_stream = self.cycle is not None and not self.cycle.response_complete
+        if has_stream and self.scope["path"].startswith(_STREAMS):
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

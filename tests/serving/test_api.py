@@ -1,6 +1,7 @@
 """halodet.serving: answers of the server, its limits, and which requests it refuses."""
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -520,28 +521,33 @@ assert len(halodet.serving.examples.draw_examples(pathlib.Path(sys.argv[1]))) ==
 
 SERVED = """
 import sys
-for name in ("gradio", "torch", "detectron2"):
+for name in ("torch", "detectron2", *(["gradio"] if "--api-only" in sys.argv else [])):
     sys.modules[name] = None
 from halodet.serving import main
 from halodet.serving.detector import Detector
 class Predictor:
     classes, stuff_classes = [], []
 main._load_detector = lambda args: Detector(Predictor(), "x", min_threshold=0, score_threshold=0.5, max_pixels=9)
-sys.exit(main.main(["--model", "x.onnx", "--api-only", "--port", "0"]))
+sys.exit(main.main(["--model", "x.onnx", "--port", "0", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_the_server_and_remove_its_folder(tmp_path, number):
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGTERM, ["--api-only"]), (signal.SIGINT, [])])
+def test_signals_end_the_server_and_remove_its_folder(tmp_path, number, words):
+    if not words:
+        pytest.importorskip("gradio", reason="gradio is not installed")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVED], stdout=-1, stderr=-1, text=True, cwd=ROOT, env=environment
-    )
+    command = [sys.executable, "-c", SERVED, *words]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, cwd=ROOT, env=environment)
     address = process.stdout.readline()
     port = int(re.search(r"http://127.0.0.1:(\d+) ", address)[1])
     assert ask(port, "GET", "/health").status == 200 and len(list(tmp_path.glob("halodet-app-*"))) == 1
+    stream = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    stream.request("GET", "/gradio_api/heartbeat/x")  # as an open page does, until it is closed
+    assert stream.getresponse().status == (404 if words else 200)
     process.send_signal(number)
     _, printed = process.communicate(timeout=60)
+    stream.close()
     assert process.returncode == 0 and printed == "" and list(tmp_path.iterdir()) == []
 
 
