@@ -99,7 +99,7 @@ def count_classes(dataset: dict[str, Any]) -> list[ClassCounts]:
             len(sizes[key]) + crowds[key],
             len(images[key]),
             crowds[key],
-            round(float(np.median(sizes[key])), 1) if sizes[key] else None,
+            float(np.median(sizes[key])) if sizes[key] else None,
         )
         for category in dataset["categories"]
         for key in [category["id"]]
