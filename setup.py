@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -29,6 +30,9 @@ ONNX = "onnx>=1.17,<2"
 VIDEO = ["av>=17,<19", "trackers>=2.6,<3", "supervision>=0.26.1,<1"]
 API = ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "python-multipart>=0.0.18,<1"]
 APP = [*API, "gradio>=6.31,<7"]
+# An editable installation of a package that is elsewhere (halodet.configs) would lose against a folder of the name
+# halodet, such as the folder that the clone is in. config_dir() finds the configs of a checkout.
+EDITABLE = "editable_wheel" in sys.argv
 TIMM = ["timm>=1.0.31,<1.1", "huggingface_hub>=0.23"]  # timm itself asks for any huggingface_hub
 
 setup(
@@ -39,8 +43,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["halodet", "halodet.*"]), "halodet.configs"],
-    package_dir={"halodet.configs": "configs"},
+    packages=[*find_packages(include=["halodet", "halodet.*"]), *([] if EDITABLE else ["halodet.configs"])],
+    package_dir={"": "."} if EDITABLE else {"halodet.configs": "configs"},
     package_data={"halodet": ["py.typed"], "halodet.configs": ["**/*.yaml", "lazy/**/*.py"]},
     # What halodet.inference needs besides a runtime; everything else is in the extra "train".
     install_requires=["numpy>=1.26.4,<3", "Pillow>=11,<14", "opencv-python>=4.10,<6", "tqdm>=4.60"],
