@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := output/demo
+PORT ?= 7860
 
 .PHONY: help demo app test lint docs doctor gpu-check install clean
 
@@ -21,8 +22,8 @@ demo: $(READY)  ## train a small halo Mask R-CNN on drawn shapes (CPU, minutes),
 	@grep -h -A3 -E 'Evaluation results for (bbox|segm)' $(DEMO)/log.txt | grep -v '^--'
 	@echo "== Drawings: $(DEMO)/drawings"
 
-app: $(READY) $(DEMO)/model_final.pth  ## serve a web page with the detector that make demo trains, at http://127.0.0.1:7860
-	@$(BIN)/python tools/app.py --config-file configs/quick/mask_rcnn_halo_shapes.yaml --opts MODEL.WEIGHTS $(DEMO)/model_final.pth
+app: $(READY) $(DEMO)/model_final.pth  ## serve a web page with the detector that make demo trains, at http://127.0.0.1:7860 (PORT=7860)
+	@$(BIN)/python tools/app.py --config-file $(DEMO) --port $(PORT)
 
 $(DEMO)/model_final.pth:
 	@test ! -e $(DEMO) || { echo "error: $(DEMO) has no model_final.pth: wait for make demo, or run it again if it was interrupted"; exit 2; }

@@ -53,7 +53,8 @@ def demo_folder(tmp_path_factory):
     model = build_model(cfg)
     torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
     DetectionCheckpointer(model, str(output)).save("model_final")
-    exported_models.write_onnx(folder / "model.onnx", exported_models.metadata())
+    classes = [{"id": 3, "name": "square"}, {"id": 5, "name": "star"}]
+    exported_models.write_onnx(folder / "model.onnx", exported_models.metadata(classes=classes))
     return folder
 
 

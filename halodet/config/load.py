@@ -127,6 +127,8 @@ def find_config(config_file: str) -> Path:
     for candidate in (path, own):
         if candidate.is_file():
             return candidate
+    if path.is_dir():
+        raise ConfigError(f"Config {config_file} is a folder. Fix: give a file, such as {path / 'config.yaml'}.")
     names = [str(p.relative_to(config_dir())) for p in sorted(config_dir().rglob("*.yaml")) if p.name[:4] != "Base"]
     near = difflib.get_close_matches(path.name, names, n=3) or names[:3]
     raise ConfigError(f"Config {config_file} not found, also not in {config_dir()}; similar: {', '.join(near)}.")

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
-from halodet.inference.as_bgr import ImageLike, as_bgr
+from halodet.inference.as_bgr import ImageLike, PredictorError, as_bgr
 from halodet.inference.result import Result
 
 import numpy as np
@@ -53,14 +53,32 @@ class BasePredictor(ABC):
             PredictorError: the image has another shape or type.
             ImageError: a file cannot be read.
         """
-        is_image = isinstance(image, str | os.PathLike | Image.Image | np.ndarray) or hasattr(image, "detach")
-        if is_image or not isinstance(image, Iterable):
-            return next(self.stream([image]))
-        return self.stream(image)
+        return next(self.stream([image])) if _is_image(image) else self.stream(image)
 
     def stream(self, images: Iterable[ImageLike], *, batch_size: int = 1) -> Iterator[Result]:
-        """Detect objects in each image; ``batch_size`` images are predicted at a time."""
-        iterator = iter(images)
-        while batch := [as_bgr(image) for image in itertools.islice(iterator, batch_size)]:
-            for bgr, output in zip(batch, self.predict_batch(batch), strict=True):
-                yield Result(bgr, output, self.classes, self.stuff_classes)
+        """Detect objects in each image.
+
+        Args:
+            images: see :meth:`__call__`.
+            batch_size: number of images that the model predicts at a time.
+
+        Raises:
+            PredictorError: an image has another shape or type, or ``batch_size`` is below 1.
+            ImageError: a file cannot be read.
+        """
+        if batch_size < 1:
+            raise PredictorError(f"batch_size={batch_size} is invalid: expected a positive integer.")
+        return self._stream(iter([images] if _is_image(images) else images), batch_size)  # type: ignore[list-item]
+
+    def _stream(self, images: Iterator[ImageLike], batch_size: int) -> Iterator[Result]:
+        while given := list(itertools.islice(images, batch_size)):
+            batch = [as_bgr(image) for image in given]
+            for image, bgr, output in zip(given, batch, self.predict_batch(batch), strict=True):
+                file_name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+                yield Result(bgr, output, self.classes, self.stuff_classes, file_name)
+
+
+def _is_image(image: Any) -> bool:
+    """Return whether something is one image, or of a type that is neither an image nor a sequence of images."""
+    single = str | bytes | os.PathLike | Image.Image | np.ndarray
+    return isinstance(image, single) or hasattr(image, "detach") or not isinstance(image, Iterable)

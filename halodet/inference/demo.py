@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 from halodet.errors import ConfigError, HalodetError, ImageError
+from halodet.inference.progress import progress_bar
 from halodet.inference.result import Result
 from halodet.utils.image_io import STDERR_LOCK, read_image
 from halodet.utils.io import write_json
@@ -24,13 +25,13 @@ from tqdm import tqdm
 __all__ = ["DETECTIONS_FILE", "NOT_IMAGES", "ImagePredictor", "draw_images", "find_images"]
 
 DETECTIONS_FILE = "detections.json"
-NOT_IMAGES = frozenset(
-    ".bz2 .cfg .csv .doc .docx .gz .htm .html .ini .ipynb .json .jsonl .log .md .mp4 .npy .npz .pdf .pickle .pkl .pth "
+_VIDEOS = frozenset((".avi", ".mkv", ".mov", ".mp4", ".webm"))
+NOT_IMAGES = _VIDEOS | frozenset(
+    ".bz2 .cfg .csv .doc .docx .gz .htm .html .ini .ipynb .json .jsonl .log .md .npy .npz .pdf .pickle .pkl .pth "
     ".pt .py .rst .sh .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
 )
 
 _THREADS = 2  # that read, and that draw and write
-_PROGRESS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 class ImagePredictor(Protocol):
@@ -50,10 +51,13 @@ def find_images(inputs: Sequence[str], output: str | None = None, *, flag: str =
     Errors name ``flag``.
 
     Raises:
-        ConfigError: an input matches nothing, or a file is in the folder ``output``, where it could be overwritten.
+        ConfigError: an input matches nothing or is a video, or a file is in the folder ``output``, where it could be
+            overwritten.
     """
     found: dict[str, str] = {}
     for given in inputs:
+        if os.path.isfile(given) and os.path.splitext(given)[1].lower() in _VIDEOS:
+            raise ConfigError(f"{flag} {given} is invalid: expected images, not a video. Fix: --video {given}.")
         # A file whose name holds brackets or a star is that file, not a pattern.
         paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         files = [file for path in paths for file in (_walk(path, output) if os.path.isdir(path) else [path])]
@@ -102,7 +106,7 @@ def draw_images(
     drawings = _Drawings(predictor, output, threshold, coco)
     code = 0
     try:
-        with tqdm(total=len(files), unit=" images", disable=len(files) < 2, bar_format=_PROGRESS) as bar:
+        with progress_bar(len(files), "images", disable=len(files) < 2) as bar:
             drawings.run(files, batch_size if hasattr(predictor, "predict_batch") else 1, bar)
     except KeyboardInterrupt:
         code = 130
@@ -119,9 +123,14 @@ def draw_images(
         except OSError as error:
             code = code or 1
             _print(f"{os.path.join(output, DETECTIONS_FILE)} cannot be written ({error.strerror or error}).")
-    drawn = len(coco["images"])
+    drawn, objects = len(coco["images"]), len(coco["annotations"])
     rest = len(files) - drawn - drawings.failed
-    print(f"{drawn} drawn, {drawings.failed} failed{f', {rest} not processed' if rest else ''}: {output}")
+    print(
+        f"{drawn} drawn, {drawings.failed} failed{f', {rest} not processed' if rest else ''}, "
+        f"{objects} object{'s' * (objects != 1)}: {output}"
+    )
+    if drawn and not objects and not predictor.stuff_classes:
+        print(f"No object has a score of {threshold} or more. A lower --confidence-threshold shows others.")
     return code or int(drawings.failed > 0)
 
 

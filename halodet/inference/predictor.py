@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 
 __all__ = ["ImageLike", "Predictor", "PredictorError", "as_bgr", "to_coco"]
 
+_CHECKPOINTS = (".pth", ".pt", ".pkl", ".safetensors")
 _BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -56,6 +57,8 @@ class Predictor(BasePredictor, DefaultPredictor):
     """
 
     def __init__(self, cfg: CfgNode | DictConfig, *, allow_pickle: bool = False) -> None:
+        if isinstance(cfg, str | os.PathLike):
+            raise ConfigError(f"{os.fspath(cfg)} is no config. Fix: Predictor.from_pretrained({os.fspath(cfg)!r}).")
         lazy = isinstance(cfg, DictConfig)
         weights = cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS
         key = "train.init_checkpoint=" if lazy else "MODEL.WEIGHTS "
@@ -86,7 +89,7 @@ class Predictor(BasePredictor, DefaultPredictor):
         cls,
         source: str | os.PathLike[str],
         weights: str | os.PathLike[str] | None = None,
-        device: str | None = "auto",
+        device: str | int | torch.device | None = "auto",
         *,
         score_threshold: float | None = 0.5,
         opts: Sequence[str] = (),
@@ -99,8 +102,8 @@ class Predictor(BasePredictor, DefaultPredictor):
         Args:
             source: the ``OUTPUT_DIR`` of a run, of which the latest checkpoint is loaded, or a config file.
             weights: checkpoint; by default that of the run, or the one that the config names.
-            device: ``"auto"`` for the GPU if there is one, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for that of
-                the config.
+            device: ``"auto"`` for the GPU if there is one, ``"cpu"``, ``"cuda"``, ``"cuda:N"``, N or a device of
+                PyTorch; None for that of the config.
             score_threshold: minimum score of detections, from 0 to 1; None for that of the config.
             opts: overrides of the config, as on the command line.
             add_configs: functions of other projects that add their keys to a YAML config.
@@ -111,10 +114,17 @@ class Predictor(BasePredictor, DefaultPredictor):
             ConfigError: the config or an argument is invalid.
             CheckpointError: the weights are missing or unreadable, or do not provide all of the model.
         """
-        if score_threshold is not None and not 0 <= score_threshold <= 1:
-            raise ConfigError(f"score_threshold={score_threshold} is invalid: expected a number from 0 to 1.")
+        is_number = isinstance(score_threshold, int | float)
+        if score_threshold is not None and not (is_number and 0 <= score_threshold <= 1):
+            raise ConfigError(f"score_threshold={score_threshold!r} is invalid: expected a number from 0 to 1.")
+        if isinstance(opts, str | Mapping):
+            raise ConfigError(
+                f"opts={opts!r} is invalid: expected a list, such as ['TEST.DETECTIONS_PER_IMAGE', '50']."
+            )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device is not None:
+            device = f"cuda:{device}" if isinstance(device, int) else str(device)
         config_file = os.fspath(source)
         if os.path.isdir(source):
             config_file = os.path.join(config_file, "config.yaml")
@@ -123,6 +133,12 @@ class Predictor(BasePredictor, DefaultPredictor):
             weights = _latest_weights(Path(source)) if weights is None else weights
         elif config_file.endswith(tuple(SUFFIXES.values())):
             raise ConfigError(f"{config_file} is an exported model. Fix: ExportedPredictor({config_file!r}).")
+        elif config_file.endswith(_CHECKPOINTS):
+            folder = os.path.dirname(config_file) or "."
+            raise ConfigError(
+                f"{config_file} is a checkpoint: expected a config or the OUTPUT_DIR of a run. "
+                f"Fix: give {folder}, or a config with these weights."
+            )
         cfg: Any
         if is_lazy_config(config_file):
             given = {"train.device": device, "train.init_checkpoint": weights}
@@ -136,6 +152,12 @@ class Predictor(BasePredictor, DefaultPredictor):
             cfg = load_config(
                 config_file, [*changes, *opts], train=False, add_configs=add_configs, allow_unsafe=allow_unsafe_config
             ).clone()
+            folder = os.path.dirname(config_file) or "."
+            if not cfg.MODEL.WEIGHTS and os.path.isfile(os.path.join(folder, "model_final.pth")):
+                raise CheckpointError(
+                    f"MODEL.WEIGHTS is empty: expected trained weights. Fix: give the folder {folder} in place of "
+                    f"{config_file}."
+                )
             cfg.defrost()
             if score_threshold is not None:
                 cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = score_threshold

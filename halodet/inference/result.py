@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -40,9 +41,11 @@ class Result:
         output: what :meth:`Predictor.predict` returns for the image.
         classes: dataset id and name of each class of things.
         stuff_classes: name of each semantic class.
+        file_name: name of the image file; None for an image that is no file.
 
     Attributes:
         image: the image.
+        file_name: name of the image file, or None.
         classes: dataset id and name of each class of things.
         stuff_classes: name of each semantic class.
         detections: the objects, a :class:`~halodet.inference.Detections`.
@@ -57,7 +60,9 @@ class Result:
         output: Mapping[str, Any],
         classes: Sequence[Mapping[str, Any]],
         stuff_classes: Sequence[str] = (),
+        file_name: str | None = None,
     ) -> None:
+        self.file_name = file_name
         self.image, self.classes, self.stuff_classes = image, list(classes), list(stuff_classes)
         self._output = dict(output)
         found = output.get("instances")
@@ -131,7 +136,8 @@ class Result:
             parts.append(f"{len(self.panoptic_seg[1])} segments")
         elif self.sem_seg is not None:
             parts.append(f"{len(np.unique(self.sem_seg[self.sem_seg >= 0]))} semantic classes")
-        return f"<Result {width}x{height} pixels, {'; '.join(parts)}>"
+        name = "" if self.file_name is None else f"{os.path.basename(self.file_name)}, "
+        return f"<Result {name}{width}x{height} pixels, {'; '.join(parts)}>"
 
     def filter(self, score_threshold: float = 0.0, names: Collection[str] | None = None) -> Result:
         """Return the result with the objects and segments of at least a score, of the classes with these names.
@@ -141,7 +147,15 @@ class Result:
         Args:
             score_threshold: minimum score; segments without a score stay.
             names: names of classes; None for all.
+
+        Raises:
+            ResultError: the model has no class of a name.
         """
+        known = [*(entry["name"] for entry in self.classes), *self.stuff_classes]
+        unknown = sorted(set(names or ()) - set(known))
+        if unknown:
+            near = ", ".join(difflib.get_close_matches(unknown[0], known) or known[:3])
+            raise ResultError(f"{unknown[0]} is none of the {len(known)} classes of the model; similar: {near}.")
         output = dict(self._output)
         kept = self.scores >= score_threshold
         if names is not None:
@@ -232,7 +246,7 @@ class Result:
         suffix = path.suffix.lower()
         try:
             if suffix == ".json":
-                write_json(path, self.to_dataset(path.stem))
+                write_json(path, self.to_dataset(os.path.basename(self.file_name or path.stem)))
             elif suffix in _SUFFIXES:
                 drawing = self.draw()
                 kind = Image.registered_extensions()[suffix]
@@ -252,7 +266,7 @@ class Result:
         }
 
     def _with(self, output: Mapping[str, Any]) -> Result:
-        return Result(self.image, output, self.classes, self.stuff_classes)
+        return Result(self.image, output, self.classes, self.stuff_classes, self.file_name)
 
     def _segment_name(self, info: Mapping[str, Any]) -> str:
         index = info["category_id"]

@@ -47,7 +47,8 @@ def load_model(file: str | os.PathLike[str], num_threads: int | None = None) -> 
     loader = loaders.get(path.suffix.lower())
     if loader is None:
         reason = " (torch.export.load reads .pt2 files)" if path.suffix.lower() == ".pt2" else ""
-        raise ExportedModelError(f"{path} is invalid: expected a file {', '.join(loaders)}{reason}.")
+        fix = f" Fix: --config-file {path}." if path.is_dir() else ""
+        raise ExportedModelError(f"{path} is invalid: expected a file {', '.join(loaders)}{reason}.{fix}")
     needed = [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
     for part in needed:
         if not part.is_file():

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from halodet.errors import HalodetError
 from halodet.inference.demo import ImagePredictor
+from halodet.inference.progress import progress_bar
 from halodet.inference.result import Result
 from halodet.inference.tracking import LOW_SCORE, Tracker
 from halodet.inference.video_errors import VideoError
@@ -30,7 +31,6 @@ __all__ = ["DrawnVideo", "FrameSource", "draw_video", "output_path"]
 
 _THREADS = 2  # that draw
 _AHEAD = 2  # frames that are decoded before the model needs them
-_PROGRESS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 class FrameSource(Protocol):
@@ -112,9 +112,8 @@ def draw_video(
     """
     code = 0
     video = DrawnVideo(predictor, source, output, threshold=threshold, tracker=tracker)
-    total = source.num_frames
     try:
-        with tqdm(total=total, unit=" frames", bar_format=None if total is None else _PROGRESS) as bar:
+        with progress_bar(source.num_frames, "frames") as bar:
             video.run(batch_size if hasattr(predictor, "predict_batch") and not source.is_live else 1, bar.update)
     except KeyboardInterrupt:
         code = 130

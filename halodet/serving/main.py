@@ -152,6 +152,10 @@ def _parse(argv: list[str] | None, description: str | None) -> argparse.Namespac
     add("--max-waiting", type=_count, default=16, metavar="N", help="requests that may wait (default: 16)")
     add_detector_arguments(parser)
     args = parser.parse_args(argv)
+    if args.min_score > args.confidence_threshold:
+        parser.error(
+            f"argument --min-score: {args.min_score} is above --confidence-threshold {args.confidence_threshold}"
+        )
     check_detector_arguments(parser, args)
     return args
 

@@ -29,6 +29,10 @@ _SESSIONS = 32  # results in memory
 _STATE_SECONDS = 1800
 _FILE_SECONDS = 3600
 _NAME_LENGTH = 80
+# On a telephone, the result is below the controls.
+_SCROLL = """() => {
+  if (innerWidth < 700) document.querySelector("#summary").scrollIntoView({block: "end", behavior: "smooth"});
+}"""
 _START = "Upload or paste an image, or choose an example."
 # Gradio's container is otherwise as wide as the table.
 _CSS = """
@@ -180,7 +184,7 @@ def make_page(
                     preprocess=False,  # Gradio would open the file
                     concurrency_limit=1,
                     **private,
-                )
+                ).success(None, js=_SCROLL, api_visibility="private")
                 gr.on(
                     [threshold.change, chosen.change],
                     show,

@@ -106,6 +106,10 @@ def test_drawings_of_an_earlier_run_are_no_input_and_inputs_are_never_overwritte
 
 def test_an_input_that_matches_nothing_is_a_usage_error(photos):
     (photos / "empty").mkdir()
+    (photos / "clip.MP4").write_bytes(b"video")
+    assert "clip.MP4" not in found_in([photos])
+    with pytest.raises(ConfigError, match="clip.MP4 .* Fix: --video"):
+        found_in([photos / "clip.MP4"])
     for name in ("none.jpg", "*.none", "empty"):
         with pytest.raises(ConfigError, match=name.replace("*", r"\*")):
             found_in([photos / "a", photos / name])
@@ -130,6 +134,14 @@ def test_every_image_is_drawn_under_its_own_name_and_the_broken_one_reported(pho
         drawing = np.asarray(Image.open(output / image["drawing"]).convert("RGB"))
         # The red of the image, at four times its size.
         assert drawing.shape == (32, 48, 3) and drawing[30, 46, 0] > 200 and drawing[30, 46, 2] < 60
+
+
+def test_that_nothing_is_found_is_said(photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    assert demo.draw_images(FixedPredictor(), [str(photos / "a" / "x.jpg")], str(output), threshold=0.95) == 0
+    printed = capsys.readouterr().out
+    assert "1 drawn, 0 failed, 0 objects" in printed and "0.95" in printed.splitlines()[1]
 
 
 def test_file_names_do_not_depend_on_the_working_directory(photos, tmp_path, monkeypatch):
@@ -308,6 +320,6 @@ def test_ctrl_c_saves_what_is_drawn(tmp_path, capsys):
             return super().predict(image)
 
     assert demo.draw_images(Interrupts(), files, str(tmp_path / "out"), threshold=0.5) == 130
-    assert "3 drawn, 0 failed, 3 not processed" in capsys.readouterr().out
+    assert "3 drawn, 0 failed, 3 not processed, " in capsys.readouterr().out
     coco = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert [image["drawing"] for image in coco["images"]] == ["0.png", "1.png", "2.png"]

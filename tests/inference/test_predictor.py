@@ -340,6 +340,7 @@ def test_from_pretrained_loads_a_run_or_a_config(trained, run_folder):
         found = predictor(image)
         assert len(found) == len(expected) > 0 and np.allclose(found.boxes, expected.pred_boxes.tensor.numpy())
         assert found.names == [["nut", "fig"][k] for k in expected.pred_classes]
+    assert Predictor.from_pretrained(run_folder, device=torch.device("cpu")).cfg.MODEL.DEVICE == "cpu"
     opts = ("MODEL.ROI_HEADS.NMS_THRESH_TEST", "0.9")
     assert Predictor.from_pretrained(run_folder, device="cpu", opts=opts).cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST == 0.9
 
@@ -367,6 +368,15 @@ def test_from_pretrained_names_what_is_wrong(run_folder, tmp_path):
         Predictor.from_pretrained("model.onnx")
     with pytest.raises(ConfigError, match=r"score_threshold=1\.5"):
         Predictor.from_pretrained(run_folder, score_threshold=1.5)
+    for changed in ({"score_threshold": "0.3"}, {"opts": "A 1"}, {"opts": {"A": 1}}):
+        with pytest.raises(ConfigError, match=next(iter(changed))):
+            Predictor.from_pretrained(run_folder, **changed)
+    with pytest.raises(ConfigError, match=r"model_final\.pth is a checkpoint.*Fix: give .*output"):
+        Predictor.from_pretrained(run_folder / "model_final.pth")
+    with pytest.raises(CheckpointError, match=r"MODEL\.WEIGHTS is empty.*Fix: give the folder .*output"):
+        Predictor.from_pretrained(run_folder / "config.yaml")
+    with pytest.raises(ConfigError, match="from_pretrained"):
+        Predictor(str(run_folder))
     with pytest.raises(ConfigError, match=r"MODEL\.DEVICE=cuba"):
         Predictor.from_pretrained(run_folder, device="cuba")
     with pytest.raises(CheckpointError, match=r"none\.pth"):

@@ -1,7 +1,9 @@
 """Result and BasePredictor: views of the output, selection, conversions, files and streams."""
 
+import json
+
 from halodet.errors import ImageError
-from halodet.inference import Detections, Result, ResultError
+from halodet.inference import Detections, PredictorError, Result, ResultError
 from halodet.inference.base_predictor import BasePredictor
 
 import numpy as np
@@ -96,6 +98,11 @@ def test_segments_have_the_color_of_their_track():
 
     a, b, c, d = (untracked.with_track_ids(np.array(ids)) for ids in ([7, 0, 3], [1, 0, 3], [7, 0, 4], [7, 0, -1]))
     assert pixel(a) == pixel(b) != pixel(c) and pixel(d) == pixel(untracked)
+
+
+def test_names_that_the_model_lacks_are_an_error(result):
+    with pytest.raises(ResultError, match="dgo is none of the 2 classes of the model; similar: dog"):
+        result.filter(names=["cat", "dgo"])
 
 
 def test_filter_keeps_segments_that_match():
@@ -229,6 +236,28 @@ def test_a_stream_in_batches(batch_size):
     results = list(predictor.stream(images, batch_size=batch_size))
     assert [round(float(result.scores[0] * 255)) for result in results] == [0, 1, 2, 3, 4]
     assert max(predictor.batches) == min(batch_size, 5) and sum(predictor.batches) == 5
+
+
+def test_results_of_files_have_their_names(tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "b.png")]
+    for path in paths:
+        Image.fromarray(noise(20, 30)).save(path)
+    predictor = Brightness()
+    results = list(predictor.stream([paths[0], str(paths[1]), noise(20, 30)], batch_size=2))
+    assert [result.file_name for result in results] == [str(paths[0]), str(paths[1]), None]
+    assert repr(results[0]).startswith("<Result a.png, 30x20") and results[0].filter(0.1).file_name == str(paths[0])
+    results[1].save(tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["images"][0]["file_name"] == "b.png"
+    [result] = predictor.stream(str(paths[0]))  # one image, not its characters
+    assert result.file_name == str(paths[0])
+
+
+def test_what_is_no_stream_is_named():
+    with pytest.raises(PredictorError, match="bytes"):
+        Brightness()(b"\x89PNG")
+    for batch_size in (0, -1):
+        with pytest.raises(PredictorError, match=f"batch_size={batch_size}"):
+            Brightness().stream([noise(20, 30)], batch_size=batch_size)
 
 
 def test_a_file_that_is_no_image_stops_a_stream(tmp_path):

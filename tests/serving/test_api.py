@@ -482,7 +482,12 @@ def test_a_port_in_use_and_invalid_arguments(capsys):
         )
     with pytest.raises(ConfigError, match="--host 192.0.2.1"):
         listen("192.0.2.1", 0)
-    for arguments in (["--confidence-threshold", "high"], ["--port", "70000"], ["--max-upload-mb", "0"]):
+    for arguments in (
+        ["--confidence-threshold", "high"],
+        ["--port", "70000"],
+        ["--max-upload-mb", "0"],
+        ["--min-score", "0.9"],  # above the default of --confidence-threshold
+    ):
         with pytest.raises(SystemExit) as stopped:
             serving_main.main(["--model", "x.onnx", *arguments])
         assert stopped.value.code == 2 and f"argument {arguments[0]}" in capsys.readouterr().err

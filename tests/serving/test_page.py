@@ -173,6 +173,8 @@ def test_a_telephone_needs_no_horizontal_scrolling(browser, app, scheme):
     page.view.locator("#examples button").first.click()  # one of the drawn examples
     page.summary("2 objects")
     assert page.view.evaluate("document.documentElement.scrollWidth") == 375
+    for part in ("#result img", "#summary"):  # the page scrolls to them
+        sync_api.expect(page.view.locator(part)).to_be_in_viewport(timeout=MILLISECONDS)
     background = page.view.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(json.loads(background.replace("rgb(", "[").replace(")", "]"))) > 384) == (scheme == "light")
 
@@ -187,4 +189,3 @@ def test_segments_are_drawn_and_listed(browser, tmp_path):
         output = PanopticPredictor().predict(image)
         drawing = Result(image, output, PanopticPredictor.classes, PanopticPredictor.stuff_classes).filter(0.5).draw()
         assert np.array_equal(page.shown(), np.asarray(drawing))
-        page.view.context.close()  # otherwise the server waits for it
