@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ def serve(predictor: BasePredictor, folder: str | None = None, **limits: Any) ->
     """Serve the detector of a predictor, with the page if there is a folder; yields the port."""
     from halodet.serving.web_server import listen, make_server
 
-    bound = listen("127.0.0.1", 0)
+    bound, uploads = listen("127.0.0.1", 0), os.environ.get("GRADIO_TEMP_DIR")
     server = make_server(make_app(detector_of(predictor), folder, **limits), limits.get("seconds", 30.0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
@@ -116,6 +117,8 @@ def serve(predictor: BasePredictor, folder: str | None = None, **limits: Any) ->
         server.should_exit = True
         thread.join(20)
         bound.close()
+        if uploads is not None:  # that of another server, which continues
+            os.environ["GRADIO_TEMP_DIR"] = uploads
         assert not thread.is_alive()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from halodet.errors import ConfigError
@@ -11,7 +12,7 @@ from halodet.utils.shape_scenes import draw_scene
 import numpy as np
 from PIL import Image
 
-__all__ = ["draw_examples", "find_examples"]
+__all__ = ["copy_examples", "draw_examples"]
 
 _SEED = 7
 _MAX_EXAMPLES = 12
@@ -27,15 +28,24 @@ def draw_examples(folder: Path, count: int = 4) -> list[Path]:
     return files
 
 
-def find_examples(folder: str) -> list[Path]:
-    """Return the first images of a folder.
+def copy_examples(folder: str, target: Path) -> list[Path]:
+    """Copy the first images of a folder into another one, from which Gradio may serve files, and return the copies.
 
     Raises:
-        ConfigError: the folder has no image.
+        ConfigError: the folder has no image, or cannot be read.
     """
     if not Path(folder).is_dir():
         raise ConfigError(f"--examples {folder} is invalid: expected a folder with images.")
     try:
-        return [Path(file) for file in find_images([folder])[:_MAX_EXAMPLES]]
+        files = find_images([folder])[:_MAX_EXAMPLES]
     except ConfigError as error:
         raise ConfigError(f"--examples {folder} is invalid: it has no image.") from error
+    copies = []
+    for index, file in enumerate(files):  # in folders of their own, since names may occur twice
+        copies.append(target / str(index) / Path(file).name)
+        copies[-1].parent.mkdir()
+        try:
+            shutil.copyfile(file, copies[-1])
+        except OSError as error:
+            raise ConfigError(f"--examples {folder} is invalid: {file} cannot be read ({error.strerror}).") from error
+    return copies

@@ -15,13 +15,14 @@ from halodet.inference.detector_arguments import add_detector_arguments, check_d
 from halodet.inference.exported import ExportedPredictor
 from halodet.serving.asgi import App
 from halodet.serving.detector import Detector
-from halodet.serving.examples import draw_examples, find_examples
+from halodet.serving.examples import copy_examples, draw_examples
 from halodet.utils.import_errors import is_installed
 from halodet.utils.warning_filters import ignore_detectron2_warnings
 
 __all__ = ["main", "make_app"]
 
 _MEGABYTE = 1_000_000
+_UPLOADS = 64  # uploads of the maximum size that are kept
 _API_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
 
 
@@ -94,16 +95,17 @@ def make_app(
 
     api = make_api(detector, max_waiting)
     if folder is not None:
-        uploads, downloads, drawn = (Path(folder) / name for name in ("uploads", "downloads", "examples"))
-        for path in (uploads, downloads, drawn):
+        uploads, downloads, shown = (Path(folder) / name for name in ("uploads", "downloads", "examples"))
+        for path in (uploads, downloads, shown):
             path.mkdir()
         # Read when Gradio is imported and used; without them it reports its use to its developers.
         os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False"}
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         from halodet.serving.page import make_page, mount_page
 
-        files = draw_examples(drawn) if examples is None else find_examples(examples)
-        mount_page(api, make_page(detector, downloads, files, max_waiting, max_video_seconds), uploads)
+        files = draw_examples(shown) if examples is None else copy_examples(examples, shown)
+        page = make_page(detector, downloads, files, max_waiting, max_video_seconds)
+        mount_page(api, page, uploads, _UPLOADS * max_bytes)
     return RequestLimits(api, max_bytes, seconds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from halodet.serving.detector import Detector, StoredResult
 from halodet.serving.page_guard import PageGuard
 from halodet.serving.plain_text import plain_text
 from halodet.serving.responses import detections_dataset, found_segments
+from halodet.serving.short_name import short_name
 from halodet.serving.video_tab import add_video_tab
 from halodet.utils.io import write_json
 
@@ -28,7 +30,8 @@ _DATATYPES: Any = ["str", *["number"] * (len(_COLUMNS) - 1)]
 _SESSIONS = 32  # results in memory
 _STATE_SECONDS = 1800
 _FILE_SECONDS = 3600
-_NAME_LENGTH = 80
+_VIEWS = 5  # drawing, summary, table and two files
+_SUMMARY = re.compile(r"\d+ (object|segment)s?")
 # On a telephone, the result is below the controls.
 _SCROLL = """() => {
   if (innerWidth < 700) document.querySelector("#summary").scrollIntoView({block: "end", behavior: "smooth"});
@@ -57,13 +60,14 @@ class _Session:
     folder: tempfile.TemporaryDirectory[str]
 
 
-def mount_page(api: FastAPI, page: gr.Blocks, folder: Path) -> None:
+def mount_page(api: FastAPI, page: gr.Blocks, folder: Path, max_bytes: int) -> None:
     """Add the page to an application, behind its other routes.
 
     Args:
         api: the application.
         page: the page.
         folder: ``GRADIO_TEMP_DIR``, the folder of the uploads.
+        max_bytes: maximum size of this folder.
     """
     page.has_launched = True  # otherwise Gradio does not check which files of the server a request names
     gr.mount_gradio_app(
@@ -80,7 +84,7 @@ def mount_page(api: FastAPI, page: gr.Blocks, folder: Path) -> None:
         ssr_mode=False,
     )
     mounted: Any = api.router.routes[-1]
-    mounted.app = PageGuard(mounted.app, folder)
+    mounted.app = PageGuard(mounted.app, folder, max_bytes)
 
 
 def make_page(
@@ -99,8 +103,8 @@ def make_page(
     """
     names = list(dict.fromkeys([*(entry["name"] for entry in detector.classes), *detector.stuff_classes]))
 
-    def detect(file: dict[str, Any] | None, threshold: float, chosen: list[str]) -> list[Any]:
-        """Run the model on an uploaded file."""
+    def detect(file: dict[str, Any] | None) -> list[Any]:
+        """Run the model on an uploaded file, and return the session, or a message for the views."""
         if file is None:
             return [None, *_nothing(_START)]
         path = Path(file["path"])  # PageGuard has checked that it is an upload
@@ -112,19 +116,23 @@ def make_page(
             return [None, *_nothing(f"**Error:** {plain_text(str(error))}")]
         except OSError:
             return [None, *_nothing("**Error:** the upload has expired. Fix: upload the image again.")]
-        return [session, *show(session, threshold, chosen)]
+        return [session, *_skip()]
 
-    def show(session: _Session | None, threshold: float, chosen: list[str]) -> list[Any]:
+    def show(session: _Session | None, threshold: Any, chosen: list[str] | None, summary: str | None) -> list[Any]:
         """Show the part of a result that the threshold and the classes select, without running the model."""
-        if session is None:
-            return [gr.skip() for _ in views]
-        if not isinstance(threshold, int | float):
-            return _nothing("**Error:** the score threshold is invalid: expected a number.")
-        result = session.result.filter(threshold, chosen or None)
+        if session is None:  # nothing was uploaded, or Gradio has deleted the session
+            was_shown = _SUMMARY.fullmatch(summary or "")
+            return _nothing("**Error:** the result has expired. Fix: upload the image again.") if was_shown else _skip()
+        if not isinstance(threshold, int | float):  # the field is empty while a number is typed
+            return _skip()
+        try:
+            result = session.result.filter(min(max(threshold, detector.min_threshold), 1.0), chosen or None)
+        except HalodetError as error:
+            return _nothing(f"**Error:** {plain_text(str(error))}")
         drawing, dataset = _write_files(result, session.name, Path(session.folder.name))
         rows = _rows(result)
-        summary = f"{len(rows)} {'segment' if _has_segments(result) else 'object'}{'s' * (len(rows) != 1)}"
-        return [str(drawing), summary, rows, _download(drawing), _download(dataset)]
+        count = f"{len(rows)} {'segment' if _has_segments(result) else 'object'}{'s' * (len(rows) != 1)}"
+        return [str(drawing), count, rows, _download(drawing), _download(dataset)]
 
     with gr.Blocks(
         title="halodet", analytics_enabled=False, fill_width=True, delete_cache=(600, _FILE_SECONDS)
@@ -177,29 +185,37 @@ def make_page(
                 )
                 views = [drawing, summary, table, save_drawing, save_dataset]
                 private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": [drawing]}
+                showing: dict[str, Any] = {
+                    "fn": show,
+                    "inputs": [session, threshold, chosen, summary],
+                    "outputs": views,
+                    "preprocess": False,  # Gradio would raise errors for a number that is being typed
+                    "queue": False,  # other clients do not delay it
+                    "show_progress": "hidden",
+                    "api_visibility": "private",
+                }
+                # What is chosen while the model runs applies, because the result is shown by a function of its own.
                 image.change(
                     detect,
-                    [image, threshold, chosen],
+                    [image],
                     [session, *views],
                     preprocess=False,  # Gradio would open the file
                     concurrency_limit=1,
                     **private,
-                ).success(None, js=_SCROLL, api_visibility="private")
-                gr.on(
-                    [threshold.change, chosen.change],
-                    show,
-                    [session, threshold, chosen],
-                    views,
-                    trigger_mode="always_last",
-                    **{**private, "show_progress": "hidden"},
-                )
+                ).success(**showing).then(None, js=_SCROLL, api_visibility="private")
+                gr.on([threshold.change, chosen.change], trigger_mode="always_last", **showing)
                 if examples:
                     thumbnails.click(lambda index: str(examples[index]), [thumbnails], [image], **private)
             with gr.Tab("Video"):
                 add_video_tab(detector, folder, names, max_video_seconds)
-    page.queue(max_size=max_waiting)
+    page.queue(max_size=max_waiting, api_open=False)
     page.state_session_capacity = _SESSIONS
     return page
+
+
+def _skip() -> list[Any]:
+    """Return outputs that leave the views as they are."""
+    return [gr.skip() for _ in range(_VIEWS)]
 
 
 def _nothing(message: Any) -> list[Any]:
@@ -213,9 +229,9 @@ def _download(file: Path) -> Any:
 
 def _write_files(result: Result, name: str, folder: Path) -> tuple[Path, Path]:
     """Write the drawing and the JSON, as ``tools/demo.py`` does for an image of this name."""
-    stem, suffix = Path(name).stem[:_NAME_LENGTH], Path(name).suffix
+    stem, suffix = Path(name).stem, Path(name).suffix
     is_kept = suffix.lower() in (".jpg", ".jpeg", ".png")
-    drawing = folder / (f"{stem}{suffix}" if is_kept else f"{stem}{suffix[:_NAME_LENGTH]}.png")
+    drawing = folder / (f"{short_name(stem)}{suffix}" if is_kept else f"{short_name(name)}.png")
     result.draw().save(drawing, quality=95)
     dataset = folder / "detections.json"
     write_json(dataset, detections_dataset(result, name, drawing.name))

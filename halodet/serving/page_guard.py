@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ _PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robo
 _PREFIXES = ("/assets/", "/static/", "/gradio_api/heartbeat/")
 _GET = ("/gradio_api/queue/data", "/gradio_api/upload_progress", "/gradio_api/startup-events", "/gradio_api/app_id")
 _POST = ("/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/cancel", "/gradio_api/reset")
+_RUN = "/gradio_api/run/"  # of functions that Gradio does not queue; it refuses the others
 _FILE = "/gradio_api/file="
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -31,17 +33,18 @@ _HEADERS = [
 class PageGuard:
     """ASGI middleware that passes only the requests of the page to Gradio.
 
-    Gradio also has routes that fetch other hosts, run functions without the queue, and edit the program. A file of a
+    Gradio also has routes that fetch other hosts and edit the program. A file of a
     request must have been uploaded: Gradio, when it is mounted into another application, also takes names of other
     files of the server, and addresses of other hosts. Answers forbid the browser to load anything from other hosts.
 
     Args:
         app: Gradio's application.
         folder: folder of the uploads and of the files for download.
+        max_bytes: maximum size of this folder, above which uploads are refused.
     """
 
-    def __init__(self, app: App, folder: str | os.PathLike[str]) -> None:
-        self._app, self._folder = app, Path(folder).resolve()
+    def __init__(self, app: App, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        self._app, self._folder, self._max_bytes = app, Path(folder).resolve(), max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -61,7 +64,10 @@ class PageGuard:
         if not self._is_allowed(scope["method"], path):
             await send_error(send_with_headers, 404, "Not Found: expected a route of /docs.")
             return
-        if path == "/gradio_api/queue/join":
+        if path == "/gradio_api/upload" and self._size() > self._max_bytes:
+            await send_error(send_with_headers, 507, "The server has no room for uploads. Fix: try again later.")
+            return
+        if path == "/gradio_api/queue/join" or path.startswith(_RUN):
             body = await _read_body(receive)
             if not self._has_only_uploads(body):
                 await send_error(send_with_headers, 403, "The request names a file that was not uploaded.")
@@ -71,12 +77,21 @@ class PageGuard:
 
     def _is_allowed(self, method: str, path: str) -> bool:
         if method == "POST":
-            return path in _POST
+            return path in _POST or path.startswith(_RUN)
         if method not in ("GET", "HEAD"):
             return False
         if path.startswith(_FILE):
             return self._is_upload(path.removeprefix(_FILE))
         return path in _PAGES or path in _GET or path.startswith(_PREFIXES)
+
+    def _size(self) -> int:
+        """Return the size of the folder in bytes."""
+        size = 0
+        for root, _, names in os.walk(self._folder):
+            for name in names:
+                with contextlib.suppress(OSError):  # deleted meanwhile
+                    size += os.lstat(os.path.join(root, name)).st_size
+        return size
 
     def _is_upload(self, name: str) -> bool:
         try:

@@ -9,14 +9,16 @@ from halodet.serving.asgi import App, Message, Receive, Scope, Send, replay, sen
 __all__ = ["RequestLimits"]
 
 _BODIES = 8  # bodies of the maximum size that may be in memory at a time
+_HEADERS = (b"content-length", b"expect", b"sec-fetch-site")  # browsers send the last one
 _DISCARDED = 4  # multiple of the maximum size that is read and discarded, so that a client can read the answer
 
 
 class RequestLimits:
     """ASGI middleware that receives the whole body of a request before the application sees the request.
 
-    A body that is too large is answered with 413, one that does not arrive in time with 408, and one for which the
-    server has no memory left with 503. A client that does not read its answer in time is disconnected.
+    A body that is too large is answered with 413, one that does not arrive in time with 408, one for which the server
+    has no memory left with 503, and a POST request that a page of another site makes with 403. A client that does not
+    read its answer in time is disconnected.
 
     Args:
         app: the application.
@@ -55,7 +57,9 @@ class RequestLimits:
 
     async def _receive(self, scope: Scope, receive: Receive, request: _Body) -> None:
         """Receive the body into ``request``, or discard it after an error."""
-        headers = {name: value for name, value in scope["headers"] if name in (b"content-length", b"expect")}
+        headers = {name: value for name, value in scope["headers"] if name in _HEADERS}
+        if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+            request.error = 403, "The request comes from a page of another site."
         announced = int(headers.get(b"content-length", b"0"))  # the web server rejects others than digits
         if announced > self._max_bytes:
             request.error = self._too_large()

@@ -17,6 +17,7 @@ from halodet.inference.video import DrawnVideo
 from halodet.inference.video_errors import VideoEndedEarly, VideoError
 from halodet.inference.video_reader import Frame, VideoReader
 from halodet.serving.detector import Detector
+from halodet.serving.short_name import short_name
 
 import numpy as np
 
@@ -25,7 +26,6 @@ __all__ = ["LimitedVideo", "VideoJob", "stop_jobs"]
 _MAX_RATE = 120  # frames per second, on average over the longest video
 _TOLERANCE = 0.5  # seconds by which the duration may exceed the limit
 _STOP_SECONDS = 20
-_NAME_BYTES = 200  # file systems take 255, with the suffixes
 _STOPPED = "The video was stopped."
 _running: set[VideoJob] = set()
 
@@ -115,7 +115,7 @@ class VideoJob:
         self._detector, self._source, self._threshold = detector, source, threshold
         self.classes, self.stuff_classes = detector.classes, detector.stuff_classes
         self._folder = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
-        self.video = Path(self._folder.name) / f"{_short(source.stem)}.mp4"
+        self.video = Path(self._folder.name) / f"{short_name(source.stem)}.mp4"
         self.lines = self.video.with_suffix(".jsonl")
         self.num_frames, self.total = 0, source.num_frames
         self.error: str | None = None
@@ -190,7 +190,3 @@ def stop_jobs() -> None:
         job.release()
     for job in jobs:
         job.join(_STOP_SECONDS)
-
-
-def _short(name: str) -> str:
-    return name.encode(errors="ignore")[:_NAME_BYTES].decode(errors="ignore") or "video"

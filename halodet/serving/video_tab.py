@@ -130,7 +130,7 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
                 save_lines = gr.DownloadButton("Save JSON lines", interactive=False, size="md", min_width=120)
     views = [drawn, summary, save_video, save_lines]
     run = gr.State()
-    at_once: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+    at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     start.click(begin, [run], [run, summary], **at_once).then(
         detect,
         [file, threshold, chosen, track, run],

@@ -18,6 +18,7 @@ import zlib
 from halodet.errors import ConfigError
 from halodet.inference import Result
 from halodet.serving import main as serving_main
+from halodet.serving.examples import copy_examples
 from halodet.serving.packed_masks import PackedMasks
 from halodet.serving.polygons import mask_to_polygons
 from halodet.utils.image_io import decode_image, read_image
@@ -452,7 +453,6 @@ def test_the_page_reads_no_files_but_uploads(page, name):
 def test_the_page_is_the_only_other_route(page):
     port, _ = page
     for method, path in (
-        ("POST", "/gradio_api/run/detect"),
         ("POST", "/gradio_api/api/detect"),
         ("POST", "/gradio_api/call/detect"),
         ("POST", "/gradio_api/vibe-edit"),
@@ -468,6 +468,40 @@ def test_the_page_is_the_only_other_route(page):
     text = ask(port, "GET", "/").body.decode()
     scripts = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"'](https?://[^\"']+)", text)
     assert scripts == []
+
+
+def test_pages_of_other_sites_are_refused(page):
+    port, _ = page
+    body, kind = multipart(image_file())
+    for path in ("/predict", "/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/predict"):
+        answer = ask(port, "POST", path, body, Content_Type=kind, Sec_Fetch_Site="cross-site")
+        assert answer.status == 403 and "another site" in answer.error
+    for site in ("same-origin", "same-site", "none"):
+        assert ask(port, "POST", "/predict", body, Content_Type=kind, Sec_Fetch_Site=site).status == 200
+
+
+def test_uploads_have_a_limit_together(tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    body, kind = multipart(os.urandom(9000))
+    statuses = []
+    with serve(FixedPredictor(), str(tmp_path), max_bytes=10_000) as port:
+        for k in range(100):
+            form = body.replace(b'name="file"', b'name="files"').replace(b"photo", b"%05d" % k)
+            statuses.append(ask(port, "POST", "/gradio_api/upload", form, Content_Type=kind).status)
+            (tmp_path / "uploads" / str(k)).write_bytes(bytes(9000))  # the same content is stored once
+        assert post(port, image_file()).status == 200
+    size = sum(file.stat().st_size for file in (tmp_path / "uploads").rglob("*"))
+    assert statuses[0] == 200 and set(statuses[40:]) == {507} and size > 64 * 10_000
+
+
+def test_examples_are_copied_to_where_they_may_be_served(tmp_path):
+    for name in ("a/x.png", "b/x.png", "b/y.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(image_file())
+    (tmp_path / "out").mkdir()
+    copies = copy_examples(str(tmp_path / "in"), tmp_path / "out")
+    assert [file.name for file in copies] == ["x.png", "x.png", "y.jpg"] and len(set(copies)) == 3
+    assert all(file.read_bytes() == image_file() and file.is_relative_to(tmp_path / "out") for file in copies)
 
 
 def test_a_port_in_use_and_invalid_arguments(capsys):

@@ -12,9 +12,11 @@ from halodet.inference.demo import draw_images
 import numpy as np
 import pytest
 from PIL import Image
-from serving_helpers import FixedPredictor, PanopticPredictor, image_file, serve
+from serving_helpers import FixedPredictor, PanopticPredictor, image_file, serve, wait_until
 
 pytest.importorskip("gradio", reason="gradio is not installed")
+import halodet.serving.page as page_module
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -146,6 +148,47 @@ def test_an_upload_that_is_too_large_changes_nothing(browser, app):
     sync_api.expect(page.view.get_by_text("too large").first).to_be_visible(timeout=MILLISECONDS)
     page.upload(image_file())
     page.summary("2 objects")
+
+
+def test_what_is_chosen_while_the_model_runs_applies(browser, app):
+    predictor, address = app
+    page = Page(browser, address)
+    predictor.gate.clear()
+    calls = len(predictor.calls)
+    page.upload(image_file())
+    wait_until(lambda: len(predictor.calls) > calls)
+    page.set_threshold(0.3)
+    page.view.wait_for_timeout(500)
+    predictor.gate.set()
+    page.summary("3 objects")
+    assert np.array_equal(page.shown(), np.asarray(result_of(image_file(), 0.3).draw()))
+
+
+def test_a_threshold_that_is_being_typed_is_no_error(browser, app):
+    _, address = app
+    page = Page(browser, address)
+    page.upload(image_file())
+    page.summary("2 objects")
+    field = page.view.locator("input[type=number]").first
+    field.click()
+    for key in ("Control+a", "Backspace", "0", ".", "3"):
+        page.view.keyboard.press(key)
+        page.view.wait_for_timeout(300)
+    page.summary("3 objects")
+    assert page.view.locator(".toast-body").count() == 0
+
+
+def test_a_result_that_has_expired_is_said(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "_SESSIONS", 1)
+    with serve(FixedPredictor(), str(tmp_path)) as port:
+        first, second = (Page(browser, f"http://127.0.0.1:{port}") for _ in range(2))
+        for page in (first, second):
+            page.upload(image_file())
+            page.summary("2 objects")
+        first.set_threshold(0.3)
+        first.summary("Error: the result has expired. Fix: upload the image again.")
+        first.upload(image_file(64, 48))
+        first.summary("3 objects")
 
 
 def test_two_clients_have_their_own_results(browser, app):

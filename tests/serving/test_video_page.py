@@ -236,6 +236,11 @@ class Client:
         assert answer.status == status
         return answer.json.get("event_id")
 
+    def run(self, function, data=(None,), status=200):
+        """Run a function that is not queued."""
+        body = {"data": list(data), "fn_index": function, "session_hash": self.session}
+        assert ask(self.port, "POST", "/gradio_api/run/predict", body).status == status
+
     def listen(self):
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         self.connection.request("GET", f"/gradio_api/queue/data?session_hash={self.session}")
@@ -244,16 +249,14 @@ class Client:
     def detect(self, path, name, track=False, status=200):
         """Start the job of an uploaded file."""
         begin, detect = self.functions("Detect")
-        self.event = self.join(begin, [None])
-        self.listen()
-        assert self.result()[1]
+        self.run(begin)
         file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
         self.event = self.join(detect, [file, 0.5, [], track, None], status)
         self.listen()
 
     def stop(self):
         [stop] = self.functions("Stop")
-        self.join(stop, [None])
+        self.run(stop)
 
     def result(self):
         """Wait for the end, and return the outputs (the video, the summary and the downloads), and whether it came."""
@@ -320,6 +323,41 @@ def test_a_client_that_disconnects_ends_its_video(server, tmp_path):
     wait_until(lambda: not list((folder / "downloads").iterdir()))
     assert len(predictor.calls) < 40
     assert post(port, image_file()).status == 200
+
+
+def test_queued_functions_are_not_run_directly(server, tmp_path):
+    predictor, port, _ = server
+    predictor.calls.clear()
+    client = Client(port)
+    file = {"path": client.upload(clip(tmp_path / "clip.mp4").read_bytes(), "clip.mp4"), "orig_name": "clip.mp4"}
+    client.run(client.functions("Detect")[1], [file, 0.5, [], False, None], status=404)
+    client.run(client.functions("Stop")[0], [{"path": str(tmp_path / "clip.mp4")}], status=403)
+    assert not predictor.calls
+
+
+def test_a_full_queue_refuses_no_stop(tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+
+    class Slow(FixedPredictor):
+        def predict(self, image):
+            time.sleep(0.1)
+            return super().predict(image)
+
+    predictor = Slow()
+    content = clip(tmp_path / "clip.mp4", 40).read_bytes()
+    (tmp_path / "app").mkdir()
+    with serve(predictor, str(tmp_path / "app"), max_waiting=1) as port:
+        running, waiting, refused = Client(port), Client(port), Client(port)
+        predictor.gate.clear()
+        running.detect(running.upload(content, "clip.mp4"), "clip.mp4")
+        wait_until(lambda: predictor.calls)
+        waiting.detect(waiting.upload(content, "clip.mp4"), "clip.mp4")
+        refused.detect(refused.upload(content, "clip.mp4"), "clip.mp4", status=503)
+        running.stop()
+        waiting.stop()
+        predictor.gate.set()
+        assert running.result()[0][1].startswith("Stopped. ") and waiting.result()[0][1] == "Stopped."
+    assert len(predictor.calls) < 40
 
 
 def test_stop_keeps_the_frames_that_are_drawn(server, tmp_path):
