@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 
 from halodet.inference import Detections
 from halodet.inference.base_predictor import BasePredictor
+from halodet.inference.postprocessing import combine_panoptic
 from halodet.serving.detector import Detector
 from halodet.serving.main import make_app
 
 import numpy as np
 from PIL import Image
+
+PANOPTIC = {"overlap_threshold": 0.5, "stuff_area_limit": 1, "instances_confidence_threshold": 0.05}
 
 
 class FixedPredictor(BasePredictor):
@@ -62,10 +65,9 @@ class FixedPredictor(BasePredictor):
 
 
 class PanopticPredictor(FixedPredictor):
-    """Finds a dog in grass, and an object of score 0.3 that covers grass."""
+    """Finds a dog in grass; with ``panoptic``, the segments of all objects in grass."""
 
     stuff_classes = ["things", "grass"]
-    cfg = None
 
     def predict(self, image: np.ndarray) -> dict[str, Any]:
         found = super().predict(image)["instances"]
@@ -76,7 +78,9 @@ class PanopticPredictor(FixedPredictor):
             {"id": 2, "isthing": True, "score": 0.9, "category_id": 1, "instance_id": 0},
             {"id": 1, "isthing": False, "category_id": 1, "area": int((segments == 1).sum())},
         ]
-        return {"instances": found, "sem_seg": np.ones(shape, np.int64), "panoptic_seg": (segments, infos)}
+        labels = np.ones(shape, np.int64)
+        combined = (segments, infos) if self.panoptic is None else combine_panoptic(found, labels, **self.panoptic)
+        return {"instances": found, "sem_seg": labels, "panoptic_seg": combined}
 
 
 class Answer(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from halodet.inference.as_bgr import ImageLike, PredictorError, as_bgr
@@ -23,10 +23,13 @@ class BasePredictor(ABC):
     Attributes:
         classes: dataset id and name of each class in the order of the model's outputs.
         stuff_classes: name of each class of its semantic segmentation; empty without one.
+        panoptic: arguments of :func:`~halodet.inference.postprocessing.combine_panoptic`; None without panoptic
+            segments, or where they are unknown.
     """
 
     classes: list[dict[str, Any]]
     stuff_classes: list[str]
+    panoptic: Mapping[str, float] | None = None
 
     @abstractmethod
     def predict(self, image: ImageLike, /) -> dict[str, Any]:
@@ -75,7 +78,7 @@ class BasePredictor(ABC):
             batch = [as_bgr(image) for image in given]
             for image, bgr, output in zip(given, batch, self.predict_batch(batch), strict=True):
                 file_name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
-                yield Result(bgr, output, self.classes, self.stuff_classes, file_name)
+                yield Result.of(self, bgr, output, file_name)
 
 
 def _is_image(image: Any) -> bool:

@@ -192,8 +192,7 @@ class _Drawings:
 
     def _draw(self, file: str, image: np.ndarray, prediction: dict[str, Any], name: str) -> _Record:
         """Draw and write one image, in another thread."""
-        result = Result(image, prediction, self._predictor.classes, self._predictor.stuff_classes)
-        result = result.filter(self._threshold)
+        result = Result.of(self._predictor, image, prediction, file).filter(self._threshold)
         # A rename replaces a link that has this name, which could lead to the input, and leaves no part of a file.
         path, part = os.path.join(self._output, name), os.path.join(self._output, f".{name}.part")
         try:

@@ -33,11 +33,14 @@ class ExportedPredictor(BasePredictor):
     Args:
         file: exported model.
         num_threads: number of CPU threads; by default the runtime chooses it.
-        score_threshold: minimum score of detections, from 0 to 1. Those below that of the export are never returned.
+        score_threshold: minimum score of detections, and of the objects in panoptic segments, from 0 to 1. Detections
+            below that of the export are never returned. With 0, both are those of the export.
 
     Attributes:
         classes: dataset id and name of each class in the order of the model's outputs.
         stuff_classes: name of each class of its semantic segmentation; empty without one.
+        panoptic: arguments of :func:`~halodet.inference.postprocessing.combine_panoptic`; None without panoptic
+            segments.
         score_threshold: minimum score of detections.
         input_format: order of the model's input channels, ``"BGR"`` or ``"RGB"``.
         metadata: the :class:`~halodet.inference.ExportMetadata` of the file.
@@ -60,6 +63,9 @@ class ExportedPredictor(BasePredictor):
         self.classes: list[dict[str, Any]] = [dict(entry) for entry in self.metadata.classes]
         self.stuff_classes = list(self.metadata.stuff_classes)
         self.input_format = self.metadata.input_format
+        if self.metadata.panoptic is not None:
+            given = {"instances_confidence_threshold": score_threshold} if score_threshold > 0 else {}
+            self.panoptic = {**self.metadata.panoptic, **given}
 
     def predict(self, image: ImageLike) -> dict[str, Any]:
         """Return all that the model predicts for an image.
@@ -94,8 +100,8 @@ class ExportedPredictor(BasePredictor):
             result["instances"] = self._detections(outputs, (height, width), size)
         if "sem_seg" in outputs:
             result["sem_seg"] = label_map(outputs["sem_seg"], metadata.sem_seg_stride, (height, width), size)
-        if metadata.panoptic is not None:
-            result["panoptic_seg"] = combine_panoptic(result["instances"], result["sem_seg"], **metadata.panoptic)
+        if self.panoptic is not None:
+            result["panoptic_seg"] = combine_panoptic(result["instances"], result["sem_seg"], **self.panoptic)
         return result
 
     def _detections(

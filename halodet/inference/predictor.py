@@ -49,6 +49,8 @@ class Predictor(BasePredictor, DefaultPredictor):
         aug: resizes an image as for evaluation.
         classes: dataset id and name of each class in the order of the model's outputs.
         stuff_classes: name of each class of its semantic segmentation; empty without one.
+        panoptic: arguments of :func:`~halodet.inference.postprocessing.combine_panoptic`; None without panoptic
+            segments, and for a LazyConfig.
 
     Raises:
         CheckpointError: the weights are missing or unreadable, or do not provide all of the model.
@@ -82,6 +84,13 @@ class Predictor(BasePredictor, DefaultPredictor):
         except _BUILD_ERRORS as error:
             raise ConfigError(f"Cannot build the model of this config: {one_line(error)}") from error
         self.input_format = cfg.model.input_format if lazy else cfg.INPUT.FORMAT
+        if not lazy and cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
+            combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
+            self.panoptic = {
+                "overlap_threshold": combine.OVERLAP_THRESH,
+                "stuff_area_limit": combine.STUFF_AREA_LIMIT,
+                "instances_confidence_threshold": combine.INSTANCES_CONFIDENCE_THRESH,
+            }
         load_weights(self.model, weights, preloaded=loaded)
 
     @classmethod

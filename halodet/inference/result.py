@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from halodet.errors import HalodetError
 from halodet.inference.detections import Detections, to_coco, to_numpy
+from halodet.inference.postprocessing import combine_panoptic
 from halodet.inference.visualize import draw_output
 from halodet.utils.io import atomic_write, write_json
 
@@ -42,6 +43,8 @@ class Result:
         classes: dataset id and name of each class of things.
         stuff_classes: name of each semantic class.
         file_name: name of the image file; None for an image that is no file.
+        panoptic: arguments of :func:`~halodet.inference.postprocessing.combine_panoptic` that the panoptic segments
+            were combined with; None if they are unknown.
 
     Attributes:
         image: the image.
@@ -61,8 +64,9 @@ class Result:
         classes: Sequence[Mapping[str, Any]],
         stuff_classes: Sequence[str] = (),
         file_name: str | None = None,
+        panoptic: Mapping[str, float] | None = None,
     ) -> None:
-        self.file_name = file_name
+        self.file_name, self._panoptic = file_name, panoptic
         self.image, self.classes, self.stuff_classes = image, list(classes), list(stuff_classes)
         self._output = dict(output)
         found = output.get("instances")
@@ -79,6 +83,12 @@ class Result:
         self.panoptic_seg: tuple[np.ndarray, list[dict[str, Any]]] | None = None
         if "panoptic_seg" in output:
             self.panoptic_seg = to_numpy(output["panoptic_seg"][0]), output["panoptic_seg"][1]
+
+    @classmethod
+    def of(cls, predictor: Any, image: np.ndarray, output: Mapping[str, Any], file_name: str | None = None) -> Result:
+        """Return the result of what a predictor, or another object with its attributes, returned for an image."""
+        panoptic = getattr(predictor, "panoptic", None)
+        return cls(image, output, predictor.classes, predictor.stuff_classes, file_name, panoptic)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -124,7 +134,11 @@ class Result:
         return len(self.detections)
 
     def __getitem__(self, item: Any) -> Result:
-        return self._with({**self._output, "instances": self.detections[item]})
+        output = {**self._output, "instances": self.detections[item]}
+        if self.panoptic_seg is not None:
+            rows = np.arange(len(self))[item].reshape(-1).tolist()
+            output["panoptic_seg"] = self.panoptic_seg[0], _renumbered(self.panoptic_seg[1], rows)
+        return self._with(output)
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
@@ -142,7 +156,8 @@ class Result:
     def filter(self, score_threshold: float = 0.0, names: Collection[str] | None = None) -> Result:
         """Return the result with the objects and segments of at least a score, of the classes with these names.
 
-        Without panoptic segments, ``sem_seg`` is -1 at the pixels of other classes.
+        Panoptic segments are combined again if the score is above that of their combination, so that what an object
+        below it covered is not empty. Without panoptic segments, ``sem_seg`` is -1 at the pixels of other classes.
 
         Args:
             score_threshold: minimum score; segments without a score stay.
@@ -156,6 +171,8 @@ class Result:
         if unknown:
             near = ", ".join(difflib.get_close_matches(unknown[0], known) or known[:3])
             raise ResultError(f"{unknown[0]} is none of the {len(known)} classes of the model; similar: {near}.")
+        if self._panoptic is not None and score_threshold > self._panoptic["instances_confidence_threshold"]:
+            return self._combined(self._panoptic, score_threshold).filter(score_threshold, names)
         output = dict(self._output)
         kept = self.scores >= score_threshold
         if names is not None:
@@ -173,16 +190,15 @@ class Result:
                 for info in infos
                 if info.get("score", 1.0) >= score_threshold and (names is None or self._segment_name(info) in names)
             ]
-            # instance_id is the row of an object, which may have moved.
-            infos = [
-                {**info, "instance_id": int(kept[: info["instance_id"]].sum())} if "instance_id" in info else info
-                for info in infos
-            ]
+            infos = _renumbered(infos, np.flatnonzero(kept).tolist())
             output["panoptic_seg"] = np.where(np.isin(ids, [info["id"] for info in infos]), ids, 0), infos
         elif self.sem_seg is not None and names is not None:
             kept = np.isin(self.sem_seg, [k for k, name in enumerate(self.stuff_classes) if name in names])
             output["sem_seg"] = np.where(kept, self.sem_seg, -1)
-        return self._with(output)
+        filtered = self._with(output)
+        if names is not None:
+            filtered._panoptic = None  # other classes must not come back
+        return filtered
 
     def with_track_ids(self, track_ids: np.ndarray) -> Result:
         """Return the result with the track of each object, also in the descriptions of panoptic segments.
@@ -266,8 +282,38 @@ class Result:
         }
 
     def _with(self, output: Mapping[str, Any]) -> Result:
-        return Result(self.image, output, self.classes, self.stuff_classes, self.file_name)
+        return Result(self.image, output, self.classes, self.stuff_classes, self.file_name, self._panoptic)
+
+    def _combined(self, options: Mapping[str, float], score_threshold: float) -> Result:
+        """Return the objects of at least a score, and the panoptic segments of these."""
+        result, options = self[self.scores >= score_threshold], {**options}
+        options["instances_confidence_threshold"] = score_threshold
+        result._panoptic = options
+        if self.panoptic_seg is not None and self.sem_seg is not None and result.masks is not None:
+            segments = combine_panoptic(result.detections, self.sem_seg, **options)
+            result.panoptic_seg = result._output["panoptic_seg"] = segments
+            if result.track_ids is not None:
+                return result.with_track_ids(result.track_ids)
+        return result
 
     def _segment_name(self, info: Mapping[str, Any]) -> str:
         index = info["category_id"]
         return str(self.classes[index]["name"] if info["isthing"] else self.stuff_classes[index])
+
+
+def _renumbered(infos: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Return segments whose ``instance_id`` is the new row of their object; it is removed where there is none.
+
+    Args:
+        infos: descriptions of the segments.
+        rows: old row of each new row.
+    """
+    new = {old: row for row, old in enumerate(rows)}
+    renumbered = []
+    for info in infos:
+        info = dict(info)
+        if "instance_id" in info:
+            row = new.get(info.pop("instance_id"))
+            info |= {} if row is None else {"instance_id": row}
+        renumbered.append(info)
+    return renumbered

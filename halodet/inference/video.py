@@ -217,7 +217,7 @@ class DrawnVideo:
             outputs = [self._predictor.predict(image) for image in images]
         results = []
         for frame, output in zip(batch, outputs, strict=True):
-            result = Result(frame.image, output, self._predictor.classes, self._predictor.stuff_classes)
+            result = Result.of(self._predictor, frame.image, output)
             if self._tracker is not None and "instances" in output:
                 result = self._tracker.update(result.filter(self._threshold * LOW_SCORE), frame.time)
             results.append((frame, result.filter(self._threshold, self._kept_names)))

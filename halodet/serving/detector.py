@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from halodet.errors import HalodetError, ImageError
 from halodet.inference.base_predictor import BasePredictor
 from halodet.inference.detections import Detections, to_numpy
-from halodet.inference.postprocessing import combine_panoptic
 from halodet.inference.result import Result
 from halodet.serving.fair_lock import FairLock
 from halodet.serving.packed_masks import PackedMasks
@@ -49,22 +48,16 @@ class StoredResult:
         if "sem_seg" in output:
             values = to_numpy(output["sem_seg"])
             output["sem_seg"] = (values.argmax(0) if values.ndim == 3 else values).astype(np.int16)
-        self._result = Result(image, output, detector.classes, detector.stuff_classes)
-        self._panoptic = detector.panoptic
+        self._result = Result.of(detector, image, output)
 
     def filter(self, score_threshold: float, names: Collection[str] | None = None) -> Result:
-        """Return what :meth:`Result.filter` returns; panoptic segments are combined again for the threshold.
+        """Return what :meth:`Result.filter` returns.
 
         Args:
             score_threshold: minimum score.
             names: names of classes; None for all.
         """
-        result = self._result
-        if result.panoptic_seg is not None and result.sem_seg is not None and self._panoptic is not None:
-            found = result.detections[result.scores >= score_threshold]
-            output = _combine(found, result.sem_seg, self._panoptic, score_threshold)
-            result = Result(result.image, output, result.classes, result.stuff_classes)
-        return result.filter(score_threshold, names)
+        return self._result.filter(score_threshold, names)
 
 
 class Detector:
@@ -96,7 +89,7 @@ class Detector:
         self.name, self.max_pixels = name, max_pixels
         self.min_threshold, self.score_threshold = min_threshold, score_threshold
         self.classes, self.stuff_classes = predictor.classes, predictor.stuff_classes
-        self.panoptic = _panoptic_options(predictor)
+        self.panoptic = predictor.panoptic
 
     def read(self, data: bytes, name: str) -> np.ndarray:
         """Decode an image, see :func:`~halodet.utils.image_io.decode_image`."""
@@ -111,25 +104,17 @@ class Detector:
         """
         return self._run(image, lambda output: StoredResult(image, output, self))
 
-    def predict_frame(self, image: np.ndarray, score_threshold: float) -> dict[str, Any]:
+    def predict_frame(self, image: np.ndarray) -> dict[str, Any]:
         """Run the model on a frame of a video, and return what the predictor returns.
-
-        Panoptic segments are combined for the threshold, as :meth:`StoredResult.filter` does.
 
         Args:
             image: (H, W, 3) uint8 BGR image.
-            score_threshold: minimum score.
 
         Raises:
             ImageError: the model does not take the image.
             ModelError: the model failed.
         """
-        output = self._run(image, dict)
-        if self.panoptic is None or "panoptic_seg" not in output or "sem_seg" not in output:
-            return output
-        result = Result(image, output, self.classes, self.stuff_classes)
-        assert result.sem_seg is not None
-        return _combine(result.detections, result.sem_seg, self.panoptic, score_threshold)
+        return self._run(image, dict)
 
     def _run(self, image: np.ndarray, convert: Callable[[dict[str, Any]], _T]) -> _T:
         with self._lock:
@@ -140,22 +125,3 @@ class Detector:
             except Exception as error:  # models raise nearly anything
                 logger.exception("The model failed on an image of %d x %d pixels", image.shape[1], image.shape[0])
                 raise ModelError(f"The model failed on this image ({type(error).__name__}).") from error
-
-
-def _combine(
-    found: Detections, sem_seg: np.ndarray, options: Mapping[str, Any], score_threshold: float
-) -> dict[str, Any]:
-    """Return the output of a panoptic model with segments of the objects of at least a score; all objects stay."""
-    segments = combine_panoptic(found, sem_seg, **{**options, "instances_confidence_threshold": score_threshold})
-    return {"instances": found, "sem_seg": sem_seg, "panoptic_seg": segments}
-
-
-def _panoptic_options(predictor: Any) -> dict[str, Any] | None:
-    exported: Any = getattr(getattr(predictor, "metadata", None), "panoptic", None)
-    if isinstance(exported, Mapping):
-        return dict(exported)
-    cfg: Any = getattr(predictor, "cfg", None)
-    if cfg is None or "MODEL" not in cfg or cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
-        return None
-    combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
-    return {"overlap_threshold": combine.OVERLAP_THRESH, "stuff_area_limit": combine.STUFF_AREA_LIMIT}

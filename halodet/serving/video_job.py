@@ -112,8 +112,8 @@ class VideoJob:
         names: Collection[str] | None = None,
         tracker: Tracker | None = None,
     ) -> None:
-        self._detector, self._source, self._threshold = detector, source, threshold
-        self.classes, self.stuff_classes = detector.classes, detector.stuff_classes
+        self._detector, self._source = detector, source
+        self.classes, self.stuff_classes, self.panoptic = detector.classes, detector.stuff_classes, detector.panoptic
         self._folder = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
         self.video = Path(self._folder.name) / f"{short_name(source.stem)}.mp4"
         self.lines = self.video.with_suffix(".jsonl")
@@ -153,7 +153,7 @@ class VideoJob:
         """Predict a frame for :class:`DrawnVideo`."""
         if self._source.is_stopped.is_set():
             raise VideoEndedEarly(_STOPPED)
-        return self._detector.predict_frame(image, self._threshold)
+        return self._detector.predict_frame(image)
 
     def _work(self, drawn: DrawnVideo) -> None:
         try:

@@ -5,6 +5,7 @@ import json
 from halodet.errors import ImageError
 from halodet.inference import Detections, PredictorError, Result, ResultError
 from halodet.inference.base_predictor import BasePredictor
+from halodet.inference.postprocessing import combine_panoptic
 
 import numpy as np
 import pytest
@@ -87,6 +88,40 @@ def test_segments_keep_their_objects_and_tracks():
     assert info["instance_id"] == 0 and info["track_id"] == 3 and cats.track_ids.tolist() == [3]
     tracked = cats.with_track_ids(np.array([5]))
     assert tracked.panoptic_seg[1][0]["track_id"] == 5
+
+
+def test_segments_are_combined_again_for_a_higher_score():
+    """What an object below the score covered is not empty; the rest is that of combine_panoptic."""
+    detections = Detections.from_instances(instances())  # the dog of score 0.4 is at y 10 to 30, x 30 to 50
+    labels = np.full((40, 60), 2)
+    options = {"overlap_threshold": 0.5, "stuff_area_limit": 1, "instances_confidence_threshold": 0.1}
+    output = {
+        "instances": detections,
+        "sem_seg": labels,
+        "panoptic_seg": combine_panoptic(detections, labels, **options),
+    }
+    result = Result(noise(40, 60), output, CLASSES, ["things", "sky", "grass"], panoptic=options)
+    assert [info.get("score", 0) for info in result.panoptic_seg[1]] == pytest.approx([0.9, 0.4, 0])
+    tracked = result.with_track_ids(np.array([7, 8, 9]))
+    for given, tracks in ((result, [None, None]), (tracked, [7, None])):
+        ids, infos = given.filter(0.5).panoptic_seg
+        expected = combine_panoptic(detections, labels, **{**options, "instances_confidence_threshold": 0.5})
+        assert np.array_equal(ids, expected[0]) and (ids > 0).all()
+        assert [info["category_id"] for info in infos] == [info["category_id"] for info in expected[1]] == [1, 2]
+        assert [info.get("track_id") for info in infos] == tracks
+    assert len(result.filter(0.05).panoptic_seg[1]) == len(result.panoptic_seg[1]) == 3
+    dogs = result.filter(0.05, ["dog"]).filter(0.5).panoptic_seg  # what was removed does not come back
+    assert [info["category_id"] for info in dogs[1]] == [1] and (dogs[0] == 0).any()
+
+
+def test_segments_of_objects_that_were_selected():
+    result = panoptic_result()  # its segments are those of the objects 0 and 2
+    reversed_rows = result[::-1]
+    assert [info.get("instance_id") for info in reversed_rows.panoptic_seg[1]] == [2, 0, None]
+    last = result[2].with_track_ids(np.array([4]))
+    assert [info.get("instance_id") for info in last.panoptic_seg[1]] == [None, 0, None]
+    assert [info.get("track_id") for info in last.panoptic_seg[1]] == [None, 4, None]
+    assert [info.get("instance_id") for info in result.panoptic_seg[1]] == [0, 2, None]
 
 
 def test_segments_have_the_color_of_their_track():

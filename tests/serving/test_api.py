@@ -29,6 +29,7 @@ from helpers import ROOT
 from PIL import Image
 from pycocotools import mask as mask_util
 from serving_helpers import (
+    PANOPTIC,
     Answer,
     FixedPredictor,
     PanopticPredictor,
@@ -124,14 +125,15 @@ def test_packed_masks_are_the_masks():
 
 def test_panoptic_segments_are_combined_for_the_threshold(monkeypatch):
     predictor = PanopticPredictor()
+    monkeypatch.setattr(predictor, "panoptic", PANOPTIC)
     detector = detector_of(predictor)
-    detector.panoptic = {"overlap_threshold": 0.5, "stuff_area_limit": 1}
     stored = detector.predict(np.zeros((30, 40, 3), np.uint8))
     high, low = stored.filter(0.95), stored.filter(0.05)
     assert [info["isthing"] for info in high.panoptic_seg[1]] == [False]
     assert (high.panoptic_seg[0] == 1).all()  # grass is below the objects that the threshold removes
     assert [info["isthing"] for info in low.panoptic_seg[1]] == [True, True, True, False]
     assert stored.filter(0.05, ["dog"]).panoptic_seg[0][15, 4] == 0  # the cat's pixels are of no class that is chosen
+    monkeypatch.setattr(predictor, "panoptic", None)
     with serve(predictor) as port:
         answer = post(port, image_file(), masks="polygons").json
     segments = answer["segments"]
@@ -565,7 +567,7 @@ for name in ("torch", "detectron2", *(["gradio"] if "--api-only" in sys.argv els
 from halodet.serving import main
 from halodet.serving.detector import Detector
 class Predictor:
-    classes, stuff_classes = [], []
+    classes, stuff_classes, panoptic = [], [], None
 main._load_detector = lambda args: Detector(Predictor(), "x", min_threshold=0, score_threshold=0.5, max_pixels=9)
 sys.exit(main.main(["--model", "x.onnx", "--port", "0", *sys.argv[1:]]))
 """
