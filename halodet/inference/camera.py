@@ -15,6 +15,7 @@ import cv2
 __all__ = ["Camera"]
 
 _TIME_BASE = Fraction(1, 90000)
+_MAX_NUMBER = 2**31 - 1
 _SILENT = 0  # OpenCV's level of logging
 
 
@@ -37,6 +38,8 @@ class Camera:
 
     def __init__(self, number: int) -> None:
         self.name, self.stem = f"camera {number}", f"webcam{number}"
+        if not 0 <= number <= _MAX_NUMBER:  # on others OpenCV crashes
+            raise VideoError(f"--webcam {number} is invalid: expected a number from 0.")
         logging: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 has moved these functions
         level = logging.getLogLevel()
         logging.setLogLevel(_SILENT)  # each of OpenCV's interfaces prints why it has no such camera

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from halodet.errors import HalodetError
 from halodet.inference.result import Result
 
@@ -9,6 +11,7 @@ import numpy as np
 
 __all__ = ["LOW_SCORE", "Tracker", "TrackerError"]
 
+_SECOND = 30  # in which trackers measures time
 LOW_SCORE = 0.5  # share of the score threshold above which objects continue a track
 
 
@@ -20,7 +23,8 @@ class Tracker:
     """ByteTrack of the package trackers: gives the same object the same number in each frame of a video.
 
     A track starts with the second consecutive frame in which an object is found, so the object has no number in the
-    first. A track that is lost continues if its object is found again within a second. Tracks do not depend on classes.
+    first. A track that is lost continues if its object is found again within a second, or in the next frame where that
+    is later. Tracks do not depend on classes.
 
     Args:
         frame_rate: frames per second.
@@ -42,6 +46,7 @@ class Tracker:
         self._detections = supervision.Detections
         self._tracker = ByteTrackTracker(
             frame_rate=frame_rate,
+            lost_track_buffer=max(_SECOND, math.ceil(1.5 * _SECOND / frame_rate)),
             track_activation_threshold=score_threshold,
             high_conf_det_threshold=score_threshold,
         )

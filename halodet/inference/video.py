@@ -129,15 +129,14 @@ def draw_video(
             video.close()
         except KeyboardInterrupt:
             code = 130
-            _print(f"Stopped. {part_name(output or '')} is complete so far.")
+            _print("Stopped")
+        except HalodetError as error:
+            code = code or error.exit_code
+            _print(str(error))
         except OSError as error:
             code = code or 1
-            _print(
-                f"{output} cannot be written ({error.strerror or error}). {part_name(output or '')} is complete so far."
-            )
-    print(
-        f"{video.num_frames} frames drawn, {video.seconds:.2f} s{f': {output}' if output and video.num_frames else ''}"
-    )
+            _print(f"{output} cannot be written ({error.strerror or error}). Fix: use another folder.")
+    print(f"{video.num_frames} frames drawn, {video.seconds:.2f} s{f': {video.file}' if video.file else ''}")
     return code
 
 
@@ -174,6 +173,11 @@ class DrawnVideo:
         self._window = Window(source.name) if output is None else None
         self._writing: deque[Future[tuple[Frame, np.ndarray]]] = deque()
         self.num_frames, self.seconds = 0, 0.0
+
+    @property
+    def file(self) -> Path | None:
+        """Name of the video, which has another one until :meth:`close` has finished it; None without frames."""
+        return None if self._files is None else self._files.video
 
     def run(self, batch_size: int, on_frame: Callable[[], Any]) -> None:
         """Process the frames; after an error, those that are being drawn are written before it is raised.
@@ -319,6 +323,11 @@ class _Files:
         self._lines: Any = None
         self._broken = False
 
+    @property
+    def video(self) -> Path | None:
+        """Name of the video so far; None without frames."""
+        return self._video.file
+
     def write(self, image: np.ndarray, pts: int, record: dict[str, Any]) -> None:
         """Append a frame; after an error, there are no more."""
         if self._broken:
@@ -339,8 +348,10 @@ class _Files:
             self._video.close()
         finally:
             if self._lines is not None:
-                self._lines.close()
-                os.replace(part_name(self._path), self._path)
+                try:
+                    self._lines.close()
+                finally:
+                    os.replace(part_name(self._path), self._path)
 
 
 def _json_name(path: str | os.PathLike[str]) -> Path:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from halodet.inference.video_errors import VideoEndedEarly, VideoError, import_av
 
@@ -77,16 +79,18 @@ class VideoReader:
     ) -> None:
         av = import_av()
         source, is_upload = os.fspath(source), upload_name is not None
+        if source.startswith("file:") and not is_upload:
+            source = url2pathname(urlsplit(source).path)
         is_url = "://" in source and not is_upload
         self.name = upload_name or ("stdin" if source == STDIN else source)
         self.stem = Path(self.name).stem
         self.path = None if source == STDIN or is_url else source
         # Unbuffered, so that a thread that waits for stdin holds no lock. An absolute path is never taken for a URL.
-        opened: Any = source if is_url else os.path.abspath(source)
-        if source == STDIN:
-            opened = open(0, "rb", buffering=0, closefd=False)
+        opened: Any = source if is_url or not source else os.path.abspath(source)
         self._file: Any = None
         try:
+            if source == STDIN:
+                opened = open(0, "rb", buffering=0, closefd=False)
             if is_upload:  # a file that Python opened needs no protocol of FFmpeg, so all of them can be forbidden
                 opened = self._file = open(os.path.abspath(source), "rb")
             options = {} if max_pixels is None else {"max_pixels": str(max_pixels)}
@@ -233,15 +237,18 @@ class _Clock:
 
     def __init__(self, distance: int, second: int) -> None:
         self._distance, self._second = distance, second
-        self._offset, self._last = 0, -1
+        self._first, self._offset, self._last = 0, 0, -1
 
     def next(self, stamp: int | None) -> int:
         """Return the time stamp of the next frame, whose own is ``stamp``, if it has one."""
         following = self._last + self._distance
         if self._last < 0:
-            self._offset, following = stamp or 0, 0
+            self._first, following = stamp or 0, 0
+            self._offset = self._first
         time = following if stamp is None else stamp - self._offset
-        if stamp is not None and time < self._last - self._second:  # where recordings were joined, time starts again
+        # Where recordings were joined, time starts again; in short ones it falls less, but to the start.
+        fall = self._last - time
+        if stamp is not None and (fall > self._second or (stamp <= self._first and fall > 2 * self._distance)):
             self._offset, time = stamp - following, following
         self._last = max(time, self._last + 1)
         return self._last

@@ -20,6 +20,7 @@ _ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf")
 _OPTIONS = {"libx264": {"preset": "veryfast", "crf": "21"}}
 _BIT_RATE = 4_000_000  # of the other encoders, which have no constant quality
 _KEY_FRAME_SECONDS = 2  # also the most that is lost of a video whose writer is killed
+_MAX_GAP = 2**31 - 1  # units of the time base
 _BT709 = 1  # FFmpeg's number of the color space, primaries and transfer
 _LIMITED = 1  # FFmpeg's number of the color range
 
@@ -56,6 +57,10 @@ class VideoWriter:
         frame_rate: average frames per second, a hint for the encoder.
         time_base: unit of the time stamps in seconds.
 
+    Attributes:
+        path: name of the file.
+        file: the file as it is named so far; None before the first frame.
+
     Raises:
         VideoError: av is not installed or has no H.264 encoder, or the name has another suffix.
     """
@@ -66,8 +71,9 @@ class VideoWriter:
             raise VideoError(f"{self.path} is invalid: expected a name that ends in .mp4.")
         self._encoder = find_encoder()
         self._frame_rate, self._time_base = frame_rate, time_base
+        self.file: Path | None = None
         self._container: Any = None
-        self._size = (0, 0)
+        self._last = 0
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -85,8 +91,12 @@ class VideoWriter:
 
         Raises:
             OSError: the file cannot be written.
-            VideoError: the encoder does not take frames of this size.
+            VideoError: the encoder does not take frames of this size, or MP4 no time without frames of this length.
         """
+        if self._container is not None and pts - self._last > _MAX_GAP:
+            hours = float((pts - self._last) * self._time_base / 3600)
+            raise VideoError(f"{self.path} cannot have {hours:.1f} hours without a frame. Fix: split the video there.")
+        self._last = pts
         height, width = image.shape[:2]
         # 4:2:0 needs even sizes. A border, unlike scaling, leaves the pixels where the detections say.
         if height % 2 or width % 2:
@@ -118,6 +128,7 @@ class VideoWriter:
             try:
                 self._copy(part, final)
                 os.replace(final, self.path)
+                self.file = self.path
             finally:
                 final.unlink(missing_ok=True)
             part.unlink()
@@ -152,7 +163,7 @@ class VideoWriter:
         except BaseException:
             container.close()
             raise
-        self._container, self._stream = container, stream
+        self._container, self._stream, self.file = container, stream, part_name(self.path)
 
     def _copy(self, source: Path, target: Path) -> None:
         """Copy the packets of a video into a file with the index in front."""

@@ -91,7 +91,7 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
                     job.stop()
                 yield [gr.skip(), _progress(job), gr.skip(), gr.skip()]
             summary = _summary(job, run.is_stopped)
-            if job.num_frames:
+            if job.num_frames and job.video.is_file() and job.lines.is_file():
                 yield [str(job.video), summary, _download(job.video), _download(job.lines)]
             else:
                 yield _nothing(summary)

@@ -30,8 +30,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"--host {host} is invalid: {error.strerror}. Fix: use 127.0.0.1.") from error
+    except (OSError, UnicodeError) as error:  # a name that is too long, or has an empty part
+        reason = getattr(error, "strerror", None) or "it is no name of a host"
+        raise ConfigError(f"--host {host} is invalid: {reason}. Fix: use 127.0.0.1.") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

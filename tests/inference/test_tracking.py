@@ -80,6 +80,14 @@ def test_times_are_those_of_the_frames():
         assert (after.tolist() == before.tolist()) == same
 
 
+@pytest.mark.parametrize("rate", [0.2, 0.5, 1.0])
+def test_slow_videos_have_tracks(rate):
+    pytest.importorskip("trackers", reason="trackers is not installed")
+    tracker = Tracker(rate)
+    ids = [tracker.update(result(two_objects(0)), frame / rate).track_ids.tolist() for frame in range(4)]
+    assert ids[1] == ids[2] == ids[3] and min(ids[1]) >= 0
+
+
 def test_masks_and_segments_stay_with_their_object(tracker):
     first = result(two_objects(0))
     first.detections.masks = np.zeros((2, *SIZE), bool)

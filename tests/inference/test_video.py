@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from fractions import Fraction
 from halodet.errors import ImageError
 from halodet.inference import Detections
 from halodet.inference.video import draw_video, output_path
+from halodet.inference.video_errors import VideoError
 from halodet.inference.video_reader import Frame, VideoReader, _Clock
 from halodet.inference.video_writer import VideoWriter, part_name
 
@@ -298,6 +300,31 @@ def test_invalid_outputs(demo, tmp_path, monkeypatch, capsys, words, reason):
     assert os.listdir() == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == data
 
 
+def test_a_url_of_a_file_is_that_file(demo, tmp_path, monkeypatch, capsys):
+    data = write_video(tmp_path / "a b.mp4").read_bytes()
+    url = (tmp_path / "a b.mp4").as_uri()
+    assert "%20" in url and demo("--video", url, "--output", tmp_path) == 2
+    assert "overwrite the input" in capsys.readouterr().err and (tmp_path / "a b.mp4").read_bytes() == data
+    assert demo("--video", url, "--output", tmp_path / "out") == 0
+    assert len(read(tmp_path / "out" / "a b.mp4")) == 12
+
+
+def test_a_stdin_that_is_closed_is_named(tmp_path):
+    code = "from halodet.inference.video_reader import VideoReader\nVideoReader('-')"
+    command = f"exec {shlex.quote(sys.executable)} -W ignore -c {shlex.quote(code)} <&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert "VideoError: stdin is invalid" in done.stderr
+
+
+def test_a_gap_that_mp4_cannot_hold_is_named(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", Fraction(10), Fraction(1, 90_000)) as writer:
+        for pts in (0, 9000):
+            writer.write(picture(0), pts)
+        with pytest.raises(VideoError, match="7.0 hours"):
+            writer.write(picture(0), 9000 + 7 * 3600 * 90_000)
+    assert writer.file == tmp_path / "a.mp4" and len(read(tmp_path / "a.mp4")) == 2
+
+
 def test_the_video_of_a_killed_run_is_not_overwritten_by_its_drawing(demo, tmp_path, capsys):
     video = write_video(part_name(tmp_path / "a.mp4"))
     assert demo("--video", video, "--output-video", tmp_path / "a.mp4") == 2
@@ -381,7 +408,7 @@ def test_a_second_ctrl_c_leaves_the_part_that_is_complete(demo, tmp_path, monkey
 
     monkeypatch.setattr(VideoWriter, "_copy", interrupt)  # while the index is moved to the front
     assert demo("--video", write_video(tmp_path / "a.mkv"), "--output", tmp_path) == 130
-    assert "a.part.mp4 is complete so far" in capsys.readouterr().err
+    assert "12 frames drawn" in (printed := capsys.readouterr().out) and "a.part.mp4" in printed
     assert len(lines(tmp_path / "a.jsonl")) == len(read(tmp_path / "a.part.mp4")) == 12
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.mkv", "a.part.mp4"]
 
@@ -415,7 +442,9 @@ def test_a_full_disk_is_reported_once_and_keeps_what_is_written(demo, tmp_path, 
 
     monkeypatch.setattr(VideoWriter, "write", fail)
     assert demo("--video", write_video(tmp_path / "a.mkv", times=range(40)), "--output", tmp_path) == 1
-    assert capsys.readouterr().err.count("No space left on device") == 1 and len(calls) == 6
+    printed = capsys.readouterr()
+    assert printed.err.count("No space left on device") == 1 and len(calls) == 6
+    assert f"5 frames drawn, 0.16 s: {tmp_path / 'a.mp4'}" in printed.out
     assert len(lines(tmp_path / "a.jsonl")) == len(read(tmp_path / "a.mp4")) == 5
 
 
@@ -507,10 +536,11 @@ def test_a_camera_is_drawn_until_it_ends(demo, tmp_path, monkeypatch, capsys):
     assert [frame.time for frame in read(tmp_path / "out" / "webcam3.mp4")] == pytest.approx(times, abs=1e-4)
 
 
-def test_a_camera_that_is_not_there_is_named(demo, tmp_path, capfd):
-    assert demo("--webcam", 97, "--output", tmp_path / "out") == 2
+@pytest.mark.parametrize("number", [97, -1, 3_000_000_000])
+def test_a_camera_that_is_not_there_is_named(demo, tmp_path, capfd, number):
+    assert demo(f"--webcam={number}", "--output", tmp_path / "out") == 2
     printed = capfd.readouterr()
-    assert "--webcam 97" in printed.err and "Fix:" in printed.err and printed.err.count("\n") == 1
+    assert f"--webcam {number} is invalid" in printed.err and printed.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -534,6 +564,8 @@ def test_time_stamps_are_increasing():
     assert [clock.next(stamp) for stamp in (500, 540, 540, 530, 600)] == [0, 40, 41, 42, 100]
     assert [clock.next(stamp) for stamp in (None, None, 700)] == [140, 180, 200]
     assert [clock.next(stamp) for stamp in (10_500, 0, 40)] == [10_000, 10_040, 10_080]  # joined recordings
+    clock = _Clock(distance=40, second=1000)  # short ones
+    assert [clock.next(stamp) for stamp in (500, 540, 580, 620, 500, 540)] == [0, 40, 80, 120, 160, 200]
     clock = _Clock(distance=40, second=1000)
     assert [clock.next(None) for _ in range(3)] == [0, 40, 80]
 

@@ -516,8 +516,9 @@ def test_a_port_in_use_and_invalid_arguments(capsys):
             f"app.py: error: --port {port} is invalid: another process uses it. "
             "Fix: use another port, or stop that process.\n"
         )
-    with pytest.raises(ConfigError, match="--host 192.0.2.1"):
-        listen("192.0.2.1", 0)
+    for host in ("192.0.2.1", "a..b", "a" * 70):
+        with pytest.raises(ConfigError, match=f"--host {host} "):
+            listen(host, 0)
     for arguments in (
         ["--confidence-threshold", "high"],
         ["--port", "70000"],
