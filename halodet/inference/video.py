@@ -110,7 +110,7 @@ def draw_video(
         Exit code: 0, 1 if the video is damaged or the output cannot be written, 130 after Ctrl-C, or that of another
         expected error.
     """
-    code = 0
+    code, is_writable = 0, True
     video = DrawnVideo(predictor, source, output, threshold=threshold, tracker=tracker)
     try:
         with progress_bar(source.num_frames, "frames") as bar:
@@ -122,7 +122,7 @@ def draw_video(
         code = error.exit_code
         _print(str(error))
     except OSError as error:
-        code = 1
+        code, is_writable = 1, False
         _print(f"{output} cannot be written ({error.strerror or error}). Fix: use another folder.")
     finally:
         try:
@@ -135,7 +135,8 @@ def draw_video(
             _print(str(error))
         except OSError as error:
             code = code or 1
-            _print(f"{output} cannot be written ({error.strerror or error}). Fix: use another folder.")
+            if is_writable:  # otherwise it was said
+                _print(f"{output} cannot be written ({error.strerror or error}). Fix: use another folder.")
     print(f"{video.num_frames} frames drawn, {video.seconds:.2f} s{f': {video.file}' if video.file else ''}")
     return code
 
