@@ -150,6 +150,17 @@ def test_broken_dependency_raises_its_own_error(tmp_path):
     assert sys.version_info < (3, 11) or "python -m halodet.utils.collect_env" in result.stderr
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
+@pytest.mark.parametrize("code", ["import halodet", "import halodet.inference.demo"])
+@pytest.mark.parametrize("register", ["0", "1"])
+def test_missing_libraries_of_opencv_are_named_with_the_fix(tmp_path, code, register):
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')\n")
+    if register == "0":
+        code = f"import os; os.environ['HALODET_REGISTER'] = '0'; {code}; import halodet.inference"
+    result = run_code(code, tmp_path, tmp_path, ROOT)
+    assert result.returncode == 1 and "pip install opencv-python-headless" in result.stderr.splitlines()[-1]
+
+
 def test_public_names():
     for name in halodet.__all__:
         assert getattr(halodet, name).__name__ == name

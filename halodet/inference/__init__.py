@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from halodet.utils.import_errors import lazy_names
+from halodet.utils.import_errors import explain_import_errors, lazy_names
+
+with explain_import_errors():
+    import cv2  # noqa: F401  # all of the package needs it
 
 if TYPE_CHECKING:
     from halodet.inference.as_bgr import PredictorError

@@ -14,6 +14,10 @@ from halodet.errors import ConfigError
 _COLLECT_ENV = "halodet: a dependency is missing or broken. Fix: run python -m halodet.utils.collect_env"
 _INSTALL = "pip install 'halodet[train]', then python tools/install_detectron2.py"
 _NO_TORCH = f"halodet: this needs PyTorch and Detectron2. Fix: {_INSTALL}"
+_NO_LIBRARIES = (
+    "halodet: OpenCV needs system libraries for its windows. Fix: pip uninstall opencv-python, then "
+    "pip install opencv-python-headless"
+)
 _TRAINING = (
     "torch",
     "torchvision",
@@ -36,6 +40,8 @@ def explain_import_errors() -> Iterator[None]:
         name = (getattr(error, "name", None) or "").partition(".")[0]
         is_missing = name in _TRAINING and name not in sys.modules and not is_installed(name)
         note = _NO_TORCH if is_missing else _COLLECT_ENV
+        if "libGL" in str(error):  # in many containers
+            note = _NO_LIBRARIES
         if hasattr(error, "add_note") and note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         raise
