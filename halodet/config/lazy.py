@@ -94,9 +94,9 @@ def load_lazy_config(config_file: str, opts: Sequence[str] = (), *, allow_unsafe
 
 
 def set_score_threshold(cfg: DictConfig, threshold: float) -> None:
-    """Set the minimum score of the detections, every ``test_score_thresh`` of the model, in place."""
+    """Set the minimum score of detections and of objects in panoptic segments, by the names of Detectron2, in place."""
     for key in flatten(cfg.model):
-        if key.rpartition(".")[2] == "test_score_thresh":
+        if key.rpartition(".")[2] in ("test_score_thresh", "combine_instances_score_thresh"):
             OmegaConf.update(cfg.model, key, threshold)
 
 

@@ -34,7 +34,7 @@ class ExportedPredictor(BasePredictor):
         file: exported model.
         num_threads: number of CPU threads; by default the runtime chooses it.
         score_threshold: minimum score of detections, and of the objects in panoptic segments, from 0 to 1. Detections
-            below that of the export are never returned. With 0, both are those of the export.
+            below that of the export are never returned. None for those of the export.
 
     Attributes:
         classes: dataset id and name of each class in the order of the model's outputs.
@@ -50,13 +50,13 @@ class ExportedPredictor(BasePredictor):
     """
 
     def __init__(
-        self, file: str | os.PathLike[str], *, num_threads: int | None = None, score_threshold: float = 0.0
+        self, file: str | os.PathLike[str], *, num_threads: int | None = None, score_threshold: float | None = None
     ) -> None:
         if num_threads is not None and num_threads < 1:
             raise ExportedModelError(f"num_threads={num_threads} is invalid: expected a positive integer or None.")
-        if not 0 <= score_threshold <= 1:
+        if score_threshold is not None and not 0 <= score_threshold <= 1:
             raise ExportedModelError(f"score_threshold={score_threshold} is invalid: expected a number from 0 to 1.")
-        self._file, self.score_threshold = os.fspath(file), score_threshold
+        self._file, self.score_threshold = os.fspath(file), score_threshold or 0.0
         self.metadata, self._run = load_model(file, num_threads)
         if self.metadata.detector == BACKBONE:
             raise ExportedModelError(f"{self._file} has a backbone only: expected a detector.")
@@ -64,7 +64,7 @@ class ExportedPredictor(BasePredictor):
         self.stuff_classes = list(self.metadata.stuff_classes)
         self.input_format = self.metadata.input_format
         if self.metadata.panoptic is not None:
-            given = {"instances_confidence_threshold": score_threshold} if score_threshold > 0 else {}
+            given = {"instances_confidence_threshold": score_threshold} if score_threshold is not None else {}
             self.panoptic = {**self.metadata.panoptic, **given}
 
     def predict(self, image: ImageLike) -> dict[str, Any]:

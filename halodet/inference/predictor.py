@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
+from detectron2.modeling import PanopticFPN, build_model
 from omegaconf import DictConfig
 
 __all__ = ["ImageLike", "Predictor", "PredictorError", "as_bgr", "to_coco"]
@@ -50,7 +51,7 @@ class Predictor(BasePredictor, DefaultPredictor):
         classes: dataset id and name of each class in the order of the model's outputs.
         stuff_classes: name of each class of its semantic segmentation; empty without one.
         panoptic: arguments of :func:`~halodet.inference.postprocessing.combine_panoptic`; None without panoptic
-            segments, and for a LazyConfig.
+            segments.
 
     Raises:
         CheckpointError: the weights are missing or unreadable, or do not provide all of the model.
@@ -84,12 +85,11 @@ class Predictor(BasePredictor, DefaultPredictor):
         except _BUILD_ERRORS as error:
             raise ConfigError(f"Cannot build the model of this config: {one_line(error)}") from error
         self.input_format = cfg.model.input_format if lazy else cfg.INPUT.FORMAT
-        if not lazy and cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
-            combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
+        if isinstance(self.model, PanopticFPN):
             self.panoptic = {
-                "overlap_threshold": combine.OVERLAP_THRESH,
-                "stuff_area_limit": combine.STUFF_AREA_LIMIT,
-                "instances_confidence_threshold": combine.INSTANCES_CONFIDENCE_THRESH,
+                "overlap_threshold": self.model.combine_overlap_thresh,
+                "stuff_area_limit": self.model.combine_stuff_area_thresh,
+                "instances_confidence_threshold": self.model.combine_instances_score_thresh,
             }
         load_weights(self.model, weights, preloaded=loaded)
 
@@ -123,7 +123,7 @@ class Predictor(BasePredictor, DefaultPredictor):
             ConfigError: the config or an argument is invalid.
             CheckpointError: the weights are missing or unreadable, or do not provide all of the model.
         """
-        is_number = isinstance(score_threshold, int | float)
+        is_number = isinstance(score_threshold, numbers.Real)
         if score_threshold is not None and not (is_number and 0 <= score_threshold <= 1):
             raise ConfigError(f"score_threshold={score_threshold!r} is invalid: expected a number from 0 to 1.")
         if isinstance(opts, str | Mapping):

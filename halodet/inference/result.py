@@ -138,7 +138,9 @@ class Result:
         if self.panoptic_seg is not None:
             rows = np.arange(len(self))[item].reshape(-1).tolist()
             output["panoptic_seg"] = self.panoptic_seg[0], _renumbered(self.panoptic_seg[1], rows)
-        return self._with(output)
+        selected = self._with(output)
+        selected._panoptic = None  # segments stay, also those of other objects
+        return selected
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
@@ -157,7 +159,8 @@ class Result:
         """Return the result with the objects and segments of at least a score, of the classes with these names.
 
         Panoptic segments are combined again if the score is above that of their combination, so that what an object
-        below it covered is not empty. Without panoptic segments, ``sem_seg`` is -1 at the pixels of other classes.
+        below it covered is not empty. They are not after a selection of objects or names: select by score first.
+        Without panoptic segments, ``sem_seg`` is -1 at the pixels of other classes.
 
         Args:
             score_threshold: minimum score; segments without a score stay.
@@ -188,7 +191,7 @@ class Result:
             infos = [
                 info
                 for info in infos
-                if info.get("score", 1.0) >= score_threshold and (names is None or self._segment_name(info) in names)
+                if info.get("score", 1.0) >= score_threshold and (names is None or self.segment_name(info) in names)
             ]
             infos = _renumbered(infos, np.flatnonzero(kept).tolist())
             output["panoptic_seg"] = np.where(np.isin(ids, [info["id"] for info in infos]), ids, 0), infos
@@ -296,9 +299,11 @@ class Result:
                 return result.with_track_ids(result.track_ids)
         return result
 
-    def _segment_name(self, info: Mapping[str, Any]) -> str:
+    def segment_name(self, info: Mapping[str, Any]) -> str:
+        """Return the name of the class of a panoptic segment, from its description."""
         index = info["category_id"]
-        return str(self.classes[index]["name"] if info["isthing"] else self.stuff_classes[index])
+        names = [entry["name"] for entry in self.classes] if info["isthing"] else self.stuff_classes
+        return str(names[index]) if index < len(names) else f"class {index}"
 
 
 def _renumbered(infos: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ __all__ = ["make_page", "mount_page"]
 _COLUMNS = ["Class", "Score", "x", "y", "Width", "Height", "Area"]
 _DATATYPES: Any = ["str", *["number"] * (len(_COLUMNS) - 1)]
 _SESSIONS = 32  # results in memory
-_STATE_SECONDS = 1800
-_FILE_SECONDS = 3600
+_KEPT_FOLDERS = 3  # of drawings of a client, which Gradio may not have copied yet
+_STATE_SECONDS = _FILE_SECONDS = 3600
 _VIEWS = 5  # drawing, summary, table and two files
 _SUMMARY = re.compile(r"\d+ (object|segment)s?")
 # On a telephone, the result is below the controls.
@@ -52,12 +53,23 @@ class _Session:
     Attributes:
         result: result of the image.
         name: name of the image.
-        folder: folder of the latest drawing and JSON, which Gradio copies; it is deleted with the session.
+        folder: folder of the latest drawings and JSON files, which Gradio copies; it is deleted with the session.
+        num_shown: number of times that the result was shown. An earlier one that ends later is outdated.
+        is_replaced: whether the client has given another image.
     """
 
     result: StoredResult
     name: str
     folder: tempfile.TemporaryDirectory[str]
+    num_shown: int = 0
+    is_replaced: bool = False
+
+    def new_folder(self, number: int) -> Path:
+        """Create the folder of a drawing, and delete those that Gradio has copied."""
+        folder = Path(self.folder.name)
+        shutil.rmtree(folder / str(number - _KEPT_FOLDERS), ignore_errors=True)
+        (folder / str(number)).mkdir()
+        return folder / str(number)
 
 
 def mount_page(api: FastAPI, page: gr.Blocks, folder: Path, max_bytes: int) -> None:
@@ -103,8 +115,10 @@ def make_page(
     """
     names = list(dict.fromkeys([*(entry["name"] for entry in detector.classes), *detector.stuff_classes]))
 
-    def detect(file: dict[str, Any] | None) -> list[Any]:
+    def detect(before: _Session | None, file: dict[str, Any] | None) -> list[Any]:
         """Run the model on an uploaded file, and return the session, or a message for the views."""
+        if before is not None:
+            before.is_replaced = True
         if file is None:
             return [None, *_nothing(_START)]
         path = Path(file["path"])  # PageGuard has checked that it is an upload
@@ -129,9 +143,12 @@ def make_page(
             result = session.result.filter(min(max(threshold, detector.min_threshold), 1.0), chosen or None)
         except HalodetError as error:
             return _nothing(f"**Error:** {plain_text(str(error))}")
-        drawing, dataset = _write_files(result, session.name, Path(session.folder.name))
+        session.num_shown = number = session.num_shown + 1
+        drawing, dataset = _write_files(result, session.name, session.new_folder(number))
         rows = _rows(result)
         count = f"{len(rows)} {'segment' if _has_segments(result) else 'object'}{'s' * (len(rows) != 1)}"
+        if session.is_replaced or session.num_shown != number:
+            return _skip()
         return [str(drawing), count, rows, _download(drawing), _download(dataset)]
 
     with gr.Blocks(
@@ -197,12 +214,12 @@ def make_page(
                 # What is chosen while the model runs applies, because the result is shown by a function of its own.
                 image.change(
                     detect,
-                    [image],
+                    [session, image],
                     [session, *views],
                     preprocess=False,  # Gradio would open the file
                     concurrency_limit=1,
                     **private,
-                ).success(**showing).then(None, js=_SCROLL, api_visibility="private")
+                ).success(trigger_mode="multiple", **showing).then(None, js=_SCROLL, api_visibility="private")
                 gr.on([threshold.change, chosen.change], trigger_mode="always_last", **showing)
                 if examples:
                     thumbnails.click(lambda index: str(examples[index]), [thumbnails], [image], **private)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ class PageGuard:
     Args:
         app: Gradio's application.
         folder: folder of the uploads and of the files for download.
-        max_bytes: maximum size of this folder, above which uploads are refused.
+        max_bytes: maximum size of this folder, above which the oldest files are deleted, but those of the start.
     """
 
     def __init__(self, app: App, folder: str | os.PathLike[str], max_bytes: int) -> None:
         self._app, self._folder, self._max_bytes = app, Path(folder).resolve(), max_bytes
+        self._kept: frozenset[str] = frozenset()
+        self._kept = frozenset(self._files())  # examples
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -64,9 +67,8 @@ class PageGuard:
         if not self._is_allowed(scope["method"], path):
             await send_error(send_with_headers, 404, "Not Found: expected a route of /docs.")
             return
-        if path == "/gradio_api/upload" and self._size() > self._max_bytes:
-            await send_error(send_with_headers, 507, "The server has no room for uploads. Fix: try again later.")
-            return
+        if scope["method"] == "POST":
+            self._make_room()
         if path == "/gradio_api/queue/join" or path.startswith(_RUN):
             body = await _read_body(receive)
             if not self._has_only_uploads(body):
@@ -84,14 +86,22 @@ class PageGuard:
             return self._is_upload(path.removeprefix(_FILE))
         return path in _PAGES or path in _GET or path.startswith(_PREFIXES)
 
-    def _size(self) -> int:
-        """Return the size of the folder in bytes."""
+    def _make_room(self) -> None:
+        """Delete the oldest files above the maximum size."""
+        files = sorted((found for file in self._files() if (found := _age(file))), reverse=True)
         size = 0
+        for _, file, bytes_ in files:
+            size += bytes_
+            if size > self._max_bytes:
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
+
+    def _files(self) -> Iterator[str]:
         for root, _, names in os.walk(self._folder):
             for name in names:
-                with contextlib.suppress(OSError):  # deleted meanwhile
-                    size += os.lstat(os.path.join(root, name)).st_size
-        return size
+                file = os.path.join(root, name)
+                if file not in self._kept:
+                    yield file
 
     def _is_upload(self, name: str) -> bool:
         try:
@@ -115,6 +125,14 @@ class PageGuard:
             elif isinstance(value, list):
                 pending += value
         return True
+
+
+def _age(file: str) -> tuple[float, str, int] | None:
+    """Return when a file was written, its name and its size; None if it is deleted meanwhile."""
+    with contextlib.suppress(OSError):
+        status = os.lstat(file)
+        return status.st_mtime, file, status.st_size
+    return None
 
 
 async def _read_body(receive: Receive) -> bytes:

@@ -48,9 +48,11 @@ def found_segments(result: Result) -> list[dict[str, Any]]:
     if result.panoptic_seg is not None:
         ids, infos = result.panoptic_seg
         for info in infos:
-            name = result.classes[info["category_id"]]["name"] if info["isthing"] else None
-            name = result.stuff_classes[info["category_id"]] if name is None else name
-            segment = {"category_name": name, "isthing": bool(info["isthing"]), "mask": ids == info["id"]}
+            segment = {
+                "category_name": result.segment_name(info),
+                "isthing": bool(info["isthing"]),
+                "mask": ids == info["id"],
+            }
             segments.append({**segment, **({"score": float(info["score"])} if "score" in info else {})})
     elif result.sem_seg is not None:
         for k in np.unique(result.sem_seg[result.sem_seg >= 0]).tolist():

@@ -23,6 +23,8 @@ __all__ = ["add_video_tab"]
 _START = "Upload a video."
 _WAITING = "Waiting for its turn."
 _STOPPED = "Stopped."
+_BUSY = "**Error:** the server is busy. Fix: try again later."
+_RUNS = 1000  # clients of which a run is remembered
 _PROGRESS_SECONDS = 0.5
 # Browsers know the types of the first ones only.
 _SUFFIXES = [".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv"]
@@ -32,6 +34,7 @@ _SUFFIXES = [".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m
 class _Run:
     """State of one press of *Detect*, which *Stop* shares."""
 
+    is_waiting: bool = True
     is_running: bool = False
     is_stopped: bool = False
 
@@ -52,15 +55,18 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
         gr.Markdown(plain_text(str(error)), elem_id="video-summary")
         return
 
+    runs: dict[str | None, _Run] = {}  # by session_hash
+
     def detect(
         file: dict[str, Any] | None,
         threshold: float,
         chosen: list[str],
         track: bool,
-        run: _Run | None,
+        request: gr.Request,
     ) -> Iterator[list[Any]]:
         """Run the model on an uploaded file; Gradio closes the generator if the client disconnects."""
-        run = run or _Run()  # Gradio forgets the sessions of the oldest clients
+        run = runs.setdefault(request.session_hash, _Run())
+        run.is_waiting = False
         if file is None or run.is_stopped:
             yield _nothing(_START if file is None else _STOPPED)
             return
@@ -99,14 +105,21 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
             run.is_running = False
             job.release()
 
-    def begin(run: _Run | None) -> list[Any]:
-        """Return a new run, unless one is running."""
-        return [run, gr.skip()] if run is not None and run.is_running else [_Run(), _WAITING]
+    def begin(request: gr.Request) -> Any:
+        """Start a new run of a client, unless one is running."""
+        if request.session_hash in runs and runs[request.session_hash].is_running:
+            return gr.skip()
+        runs.pop(request.session_hash, None)
+        runs[request.session_hash] = _Run()
+        if len(runs) > _RUNS:
+            del runs[next(iter(runs))]
+        return _WAITING
 
-    def end(run: _Run | None) -> None:
+    def end(request: gr.Request) -> Any:
         """Stop a run that waits for another video, or runs; it keeps the frames that are drawn."""
-        if run is not None:
-            run.is_stopped = True
+        run = runs.get(request.session_hash, _Run(is_waiting=False))
+        run.is_stopped = True
+        return _STOPPED if run.is_waiting else gr.skip()
 
     with gr.Row():
         with gr.Column(min_width=300):
@@ -129,18 +142,18 @@ def add_video_tab(detector: Detector, folder: Path, names: Sequence[str], max_se
                 save_video = gr.DownloadButton("Save video", interactive=False, size="md", min_width=120)
                 save_lines = gr.DownloadButton("Save JSON lines", interactive=False, size="md", min_width=120)
     views = [drawn, summary, save_video, save_lines]
-    run = gr.State()
     at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    start.click(begin, [run], [run, summary], **at_once).then(
+    running = start.click(begin, None, [summary], **at_once).then(
         detect,
-        [file, threshold, chosen, track, run],
+        [file, threshold, chosen, track],
         views,
         preprocess=False,  # Gradio would open the file
         concurrency_limit=1,
         show_progress="hidden",
         api_visibility="private",
     )
-    stop.click(end, [run], None, **at_once)
+    running.failure(lambda: _BUSY, None, [summary], **at_once)
+    stop.click(end, None, [summary], **at_once)
 
 
 def _as_it_is(value: str | None) -> FileData | None:

@@ -56,7 +56,9 @@ def make_server(app: App, seconds: float) -> uvicorn.Server:
         app: the application.
         seconds: time for the headers of a request to arrive.
     """
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    log = logging.getLogger("uvicorn.error")
+    log.setLevel(logging.WARNING)
+    log.addFilter(_is_no_cancellation)
     protocol = type("Protocol", (_Connection,), {"header_seconds": seconds})
     return uvicorn.Server(
         uvicorn.Config(
@@ -71,6 +73,11 @@ def make_server(app: App, seconds: float) -> uvicorn.Server:
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
     )
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Return whether a record is not the traceback of a request that the end of the server has cancelled."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class _Connection(H11Protocol):

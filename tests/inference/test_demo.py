@@ -304,6 +304,7 @@ def test_messages_are_printed_while_a_tiff_is_read(tmp_path, capfd):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 def test_ctrl_c_saves_what_is_drawn(tmp_path, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
     files = [str(tmp_path / f"{index}.png") for index in range(6)]
     for file in files:
         Image.new("RGB", (20, 30)).save(file)

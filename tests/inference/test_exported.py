@@ -129,12 +129,12 @@ def test_the_score_threshold_is_that_of_panoptic_segments(tmp_path):
     outputs = ["boxes", "scores", "classes", "masks", "sem_seg"]
     description = models.metadata(outputs=outputs, stuff_classes=STUFF, panoptic=PANOPTIC)
     file = write(tmp_path, description=description, **panoptic_arrays())
-    for given, expected in ((0.0, PANOPTIC["instances_confidence_threshold"]), (0.95, 0.95)):
+    for given, expected in ((None, PANOPTIC["instances_confidence_threshold"]), (0, 0), (0.95, 0.95)):
         exported = ExportedPredictor(file, score_threshold=given)
         assert exported.panoptic["instances_confidence_threshold"] == expected
         infos = exported(np.zeros((60, 90, 3), np.uint8)).panoptic_seg[1]
         things = [info["score"] for info in infos if info["isthing"]]
-        assert all(score >= expected for score in things) and bool(things) == (given == 0)
+        assert all(score >= expected for score in things) and bool(things) == (given != 0.95)
 
 
 def test_semantic_segmentation_alone(tmp_path):

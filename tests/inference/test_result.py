@@ -110,6 +110,7 @@ def test_segments_are_combined_again_for_a_higher_score():
         assert [info["category_id"] for info in infos] == [info["category_id"] for info in expected[1]] == [1, 2]
         assert [info.get("track_id") for info in infos] == tracks
     assert len(result.filter(0.05).panoptic_seg[1]) == len(result.panoptic_seg[1]) == 3
+    assert len(result[:1].filter(0.5).panoptic_seg[1]) == 2  # of the selected dog and grass, by their scores
     dogs = result.filter(0.05, ["dog"]).filter(0.5).panoptic_seg  # what was removed does not come back
     assert [info["category_id"] for info in dogs[1]] == [1] and (dogs[0] == 0).any()
 

@@ -389,6 +389,8 @@ def test_ids_of_tracks_are_in_the_json_and_times_reach_the_tracker(demo, tmp_pat
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_a_playable_video(demo, tmp_path, capsys, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+
     def interrupt(images):
         if len(demo.predictor.batches) == 9:
             os.kill(os.getpid(), number)

@@ -164,6 +164,57 @@ def test_what_is_chosen_while_the_model_runs_applies(browser, app):
     assert np.array_equal(page.shown(), np.asarray(result_of(image_file(), 0.3).draw()))
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_an_image_that_is_replaced_while_it_is_drawn(browser, app, monkeypatch, replaced):
+    """The drawing of the first image ends after the second one was given."""
+    _, address = app
+    page, started, gate, draw = Page(browser, address), threading.Event(), threading.Event(), Result.draw
+
+    def slow(result):
+        if result.image.shape[0] == 48:
+            started.set()
+            assert gate.wait(20)
+        return draw(result)
+
+    monkeypatch.setattr(Result, "draw", slow)
+    page.upload(image_file(64, 48), "a.png")
+    assert started.wait(20)
+    page.view.locator("#image button[aria-label='Remove Image'], #image button[aria-label=Clear]").first.click()
+    start = "Upload or paste an image, or choose an example."
+    if replaced:
+        page.upload(image_file(40, 30), "b.png")
+        page.view.wait_for_timeout(1500)
+    else:
+        page.view.wait_for_timeout(500)
+    gate.set()
+    page.view.wait_for_timeout(500)
+    page.summary("2 objects" if replaced else start)
+    if replaced:
+        assert np.array_equal(page.shown(), np.asarray(result_of(image_file(40, 30), 0.5).draw()))
+    assert page.view.locator("#result img").count() == replaced
+
+
+def test_a_drawing_that_ends_later_does_not_replace_a_newer_one(browser, app, monkeypatch):
+    _, address = app
+    page, started, gate, draw = Page(browser, address), threading.Event(), threading.Event(), Result.draw
+
+    def slow(result):
+        if len(result) == 2:  # that of the first threshold
+            started.set()
+            assert gate.wait(20)
+        return draw(result)
+
+    monkeypatch.setattr(Result, "draw", slow)
+    page.upload(image_file())
+    assert started.wait(20)
+    page.set_threshold(0.3)
+    page.summary("3 objects")
+    gate.set()
+    page.view.wait_for_timeout(1000)
+    page.summary("3 objects")
+    assert len(page.rows(3)) == 3
+
+
 def test_a_threshold_that_is_being_typed_is_no_error(browser, app):
     _, address = app
     page = Page(browser, address)

@@ -239,10 +239,12 @@ class Client:
         assert answer.status == status
         return answer.json.get("event_id")
 
-    def run(self, function, data=(None,), status=200):
+    def run(self, function, data=(), status=200):
         """Run a function that is not queued."""
         body = {"data": list(data), "fn_index": function, "session_hash": self.session}
-        assert ask(self.port, "POST", "/gradio_api/run/predict", body).status == status
+        answer = ask(self.port, "POST", "/gradio_api/run/predict", body)
+        assert answer.status == status
+        return answer
 
     def listen(self):
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
@@ -254,12 +256,13 @@ class Client:
         begin, detect = self.functions("Detect")
         self.run(begin)
         file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-        self.event = self.join(detect, [file, 0.5, [], track, None], status)
+        self.event = self.join(detect, [file, 0.5, [], track], status)
         self.listen()
 
     def stop(self):
         [stop] = self.functions("Stop")
-        self.run(stop)
+        [summary] = self.run(stop).json["data"]
+        return summary
 
     def result(self):
         """Wait for the end, and return the outputs (the video, the summary and the downloads), and whether it came."""
@@ -333,7 +336,7 @@ def test_queued_functions_are_not_run_directly(server, tmp_path):
     predictor.calls.clear()
     client = Client(port)
     file = {"path": client.upload(clip(tmp_path / "clip.mp4").read_bytes(), "clip.mp4"), "orig_name": "clip.mp4"}
-    client.run(client.functions("Detect")[1], [file, 0.5, [], False, None], status=404)
+    client.run(client.functions("Detect")[1], [file, 0.5, [], False], status=404)
     client.run(client.functions("Stop")[0], [{"path": str(tmp_path / "clip.mp4")}], status=403)
     assert not predictor.calls
 
@@ -375,7 +378,7 @@ def test_stop_keeps_the_frames_that_are_drawn(server, tmp_path):
     try:
         predictor.gate.set()
         wait_until(lambda: len(predictor.calls) >= 8)
-        waiting.stop()
+        assert waiting.stop() == "Stopped."
         client.stop()
         outputs, success = client.result()
     finally:
@@ -405,6 +408,32 @@ def test_tracking_without_its_package_is_one_message(server, tmp_path, monkeypat
     assert "Tracking needs the package trackers" in outputs[1] and "halodet&#91;video&#93;" in outputs[1]
     assert outputs[0] is None
     wait_until(lambda: not list((folder / "downloads").iterdir()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: set CHROMIUM to its path")
+def test_a_full_queue_is_said_in_the_browser(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    (tmp_path / "app").mkdir()
+    path, predictor = clip(tmp_path / "clip.mp4"), FixedPredictor()
+    predictor.gate.clear()
+    with serve(predictor, str(tmp_path / "app"), max_waiting=1) as port, sync_api.sync_playwright() as playwright:
+        clients = [Client(port), Client(port)]
+        for client in clients:
+            client.detect(client.upload(path.read_bytes(), "clip.mp4"), "clip.mp4")
+            wait_until(lambda: predictor.calls)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        view = browser.new_page()
+        view.set_default_timeout(MILLISECONDS)
+        view.goto(f"http://127.0.0.1:{port}")
+        view.get_by_role("tab", name="Video").click()
+        view.locator("#video input[type=file]").set_input_files(path)
+        sync_api.expect(view.locator("#video")).to_contain_text("clip", timeout=MILLISECONDS)
+        view.get_by_role("button", name="Detect").click()
+        message = "Error: the server is busy. Fix: try again later."
+        sync_api.expect(view.locator("#video-summary")).to_have_text(message, timeout=MILLISECONDS)
+        predictor.gate.set()
+        browser.close()
 
 
 @pytest.mark.slow
