@@ -10,6 +10,7 @@ from typing import Any
 
 from halodet.backbones.halonet import HaloNetBackbone
 from halodet.backbones.timm_backbone import TimmBackbone
+from halodet.errors import ConfigError
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -54,7 +55,13 @@ def _register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
 @_register
 def build_halonet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HaloNetBackbone:
     """Build a HaloNet from MODEL.HALONET."""
+    _check_keys(cfg, "HALONET")
     _warn_about_ignored_keys(cfg)
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0 and not cfg.MODEL.WEIGHTS:
+        logger.warning(
+            "MODEL.BACKBONE.FREEZE_AT %d freezes parts with random weights. Fix: set it to 0, or give MODEL.WEIGHTS",
+            cfg.MODEL.BACKBONE.FREEZE_AT,
+        )
     return HaloNetBackbone(cfg, input_shape)
 
 
@@ -73,6 +80,7 @@ def build_retinanet_halonet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
 @_register
 def build_halodet_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Build a timm network with attention from MODEL.HALODET_TIMM."""
+    _check_keys(cfg, "HALODET_TIMM")
     _warn_about_ignored_keys(cfg)
     return TimmBackbone(cfg, input_shape)
 
@@ -103,6 +111,14 @@ def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def _check_keys(cfg: CfgNode, node: str) -> None:
+    if node not in cfg.MODEL:
+        raise ConfigError(
+            f"The config has no MODEL.{node}. Fix: call halodet.add_halodet_config(cfg) after get_cfg(), before the "
+            "config file is merged."
+        )
 
 
 def _warn_about_ignored_keys(cfg: CfgNode) -> None:

@@ -243,18 +243,18 @@ def check_fit(
         enough = min(report.share, report.tensor_share) >= min_loaded and used >= min_loaded * (used + surplus)
         # Behind a random first convolution the other weights are useless.
         enough = enough and (not used or spec.stem is None or spec.stem in found.sources)
+    trained, wanted = ([entry["name"] for entry in classes or ()] for classes in (classes_of(checkpoint), spec.classes))
+    if exact and trained and wanted and trained != wanted:
+        raise CheckpointError(
+            f"{file} was trained on the classes {show_classes(trained)}, but the dataset has {show_classes(wanted)}. "
+            "Fix: use a json with these names in the order of their ids, or start a new run with MODEL.WEIGHTS."
+        )
     if not enough or not found.sources:
         raise CheckpointError(_misfit(report, checkpoint, min_loaded, exact))
     if found.layouts:
         old, new = (", ".join(f"{key}={size}" for key, size in layout.items()) for layout in found.layouts)
         raise CheckpointError(
             f"{file} was trained with {old}, but the config has {new}. Fix: use the config of the file."
-        )
-    trained, wanted = ([entry["name"] for entry in classes or ()] for classes in (classes_of(checkpoint), spec.classes))
-    if exact and trained and wanted and trained != wanted:
-        raise CheckpointError(
-            f"{file} was trained on the classes {show_classes(trained)}, but the dataset has {show_classes(wanted)}. "
-            "Fix: use a json with these names in the order of their ids, or start a new run with MODEL.WEIGHTS."
         )
     old, new = preprocessing_of({"metadata": checkpoint.get("metadata")}, "", set()), spec.preprocessing
     if exact and old and new and old != new:

@@ -90,6 +90,9 @@ def load_config(
     for word in opts:
         if word.startswith("--"):
             raise ConfigError(f"{word} is invalid after the first override. Fix: put flags before KEY VALUE pairs.")
+    for word in opts[::2]:
+        if re.match(r"[A-Z_.]+=", word):
+            raise ConfigError(f"{word} is invalid: expected KEY VALUE. Fix: {word.replace('=', ' ', 1)}.")
     if len(opts) % 2:
         raise ConfigError(f"Overrides are invalid: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}.")
     for key in opts[::2]:

@@ -8,6 +8,7 @@ image is missing or in a subfolder.
 from __future__ import annotations
 
 import glob
+import logging
 import math
 import os
 import re
@@ -22,6 +23,8 @@ from halodet.data.image_files import read_image_size
 from halodet.errors import DatasetError
 
 import yaml
+
+logger = logging.getLogger(__name__)
 
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
@@ -261,7 +264,8 @@ def _parse_xml(file: Path) -> ElementTree.Element:
 def _read_voc(folder: Path, image_dir: Path | None, split: str) -> tuple[dict[str, Any], Path] | None:
     """Read the Pascal VOC files of a folder; the classes are sorted by name, and category ids start at 1.
 
-    Images without an xml file are left out. As in Detectron2, coordinates start at 1, and objects marked as difficult
+    Images without an xml file are left out. If ``ImageSets/Main`` in or beside the folder has a list of the split, only
+    its images are read. As in Detectron2, coordinates start at 1, and objects marked as difficult
     are trained on; in an evaluation they are ignored.
 
     Returns:
@@ -270,10 +274,13 @@ def _read_voc(folder: Path, image_dir: Path | None, split: str) -> tuple[dict[st
     if image_dir is None:
         beside = folder.parent / "JPEGImages"
         image_dir = beside if beside.is_dir() else folder
+    listed = _listed(folder, split)
     by_stem: dict[str, list[Path]] = {}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for file in _files(folder, (".xml",)):
+        if listed is not None and file.stem not in listed:
+            continue
         root = _parse_xml(file)
         if root.tag != "annotation":
             continue
@@ -292,6 +299,8 @@ def _read_voc(folder: Path, image_dir: Path | None, split: str) -> tuple[dict[st
             annotations.append(
                 {**where, "category_id": _text(entry, "name"), "iscrowd": int(ignored), **_voc_object(entry)}
             )
+    if not images and listed is not None:
+        raise DatasetError(f"{folder}: ImageSets/Main/{split}.txt lists none of its xml files.")
     if not images:
         return None
     names = sorted({annotation["category_id"] for annotation in annotations} - {""})
@@ -301,6 +310,16 @@ def _read_voc(folder: Path, image_dir: Path | None, split: str) -> tuple[dict[st
     for annotation in annotations:
         annotation["category_id"] = ids.get(annotation["category_id"])
     return _coco(images, annotations, dict(enumerate(names, start=1))), image_dir
+
+
+def _listed(folder: Path, split: str) -> set[str] | None:
+    """Return the names in ``ImageSets/Main/<split>.txt``, None if there is no such file."""
+    for root in (folder, folder.parent):
+        path = root / "ImageSets" / "Main" / f"{split}.txt"
+        if path.is_file():
+            logger.info("Reading the images that %s lists", path)
+            return {line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    return None
 
 
 def _voc_image(file: Path, filename: str, by_stem: dict[str, list[Path]]) -> Path:

@@ -11,7 +11,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from halodet.checkpoint import LoadedCheckpoint, classes_of, load_weights
+from halodet.checkpoint import LoadedCheckpoint, classes_of, load_weights, read_weights
 from halodet.config.load import find_config, load_config
 from halodet.config.projects import AddConfig, add_project_arguments, import_projects
 from halodet.config.validate import validate
@@ -72,13 +72,26 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "data of your own, instead of the config's datasets",
         "a COCO json with its image folder, a YOLO data.yaml, or a folder of Pascal VOC xml files",
     )
-    data.add_argument("--train-json", metavar="FILE", help="data to train on; its classes become the model's")
-    data.add_argument("--train-images", metavar="DIR", help="folder of the images of --train-json")
-    data.add_argument("--val-json", metavar="FILE", help="data to evaluate on")
-    data.add_argument("--val-images", metavar="DIR", help="folder of the images of --val-json")
+    data.add_argument(
+        "--train-json", action=_StoreLast, metavar="FILE", help="data to train on; its classes become the model's"
+    )
+    data.add_argument("--train-images", action=_StoreLast, metavar="DIR", help="folder of the images of --train-json")
+    data.add_argument("--val-json", action=_StoreLast, metavar="FILE", help="data to evaluate on")
+    data.add_argument("--val-images", action=_StoreLast, metavar="DIR", help="folder of the images of --val-json")
     data.add_argument(
         "--crowds-as-objects", action="store_true", help="treat annotations with iscrowd=1 as single objects"
     )
+
+
+class _StoreLast(argparse.Action):
+    """Store a value, and say so if it replaces another one: it may have been meant to be added."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        if before not in (None, values):
+            message = f"{option_string} {values} replaces {before}; to use both, merge them into one file"
+            print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def user_files(args: argparse.Namespace) -> tuple[str | None, ...]:
@@ -229,9 +242,12 @@ def setup(args: argparse.Namespace, projects: Sequence[AddConfig] = ()) -> tuple
 
 
 def trained_classes(weights: str, output_dir: str, args: argparse.Namespace) -> list[dict[str, Any]] | None:
-    """Return the classes of the weights that ``--eval-only`` evaluates, None if no classes.json is beside them."""
+    """Return the classes of the weights that ``--eval-only`` evaluates: of classes.json beside them, or the file."""
     resumed = args.resume and os.path.isfile(os.path.join(output_dir, "last_checkpoint"))
-    return saved_classes(os.path.join(output_dir, "last_checkpoint") if resumed else weights)
+    saved = saved_classes(os.path.join(output_dir, "last_checkpoint") if resumed else weights)
+    if saved is None and not resumed and os.path.isfile(weights):
+        return classes_of(read_weights(weights, allow_pickle=args.allow_pickle).checkpoint)
+    return saved
 
 
 def train_or_evaluate(args: argparse.Namespace, cfg: CfgNode, loaded: LoadedCheckpoint | None) -> dict | None:

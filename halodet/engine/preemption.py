@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM or SIGUSR1 (``sbatch --signal``) saves a checkpoint and ends the run with exit code 75."""
+"""Preemption: SIGTERM, SIGUSR1 (``sbatch --signal``) or Ctrl-C saves a checkpoint and ends the run."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from torch import distributed, nn
 logger = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+INTERRUPTED = 130  # exit code after Ctrl-C, as of shells
 SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 class PreemptionHook(HookBase):
-    """Save a checkpoint and exit with code 75 after SIGTERM or SIGUSR1.
+    """Save a checkpoint and exit with code 75 after SIGTERM or SIGUSR1; in one process, with code 130 after Ctrl-C.
 
     The signal handler sets a flag. All ranks read it after each iteration, save and exit together. In an evaluation
     between iterations each rank exits before its next batch, and rank 0 saves first. In the final evaluation, when
-    model_final.pth is saved, the process exits at once. Further signals are ignored. Use as a context manager around
-    ``train()``; outside of the main thread no handler is installed.
+    model_final.pth is saved, the process exits at once. Further signals are ignored, but a second Ctrl-C is not. Use as
+    a context manager around ``train()``; outside of the main thread no handler is installed.
 
     Args:
         checkpoints: hook that saves the checkpoint.
@@ -46,7 +47,10 @@ class PreemptionHook(HookBase):
 
     def __enter__(self) -> PreemptionHook:
         self.received, self._evaluating, self._finished, self._process = 0, False, False, os.getpid()
-        self._exit.enter_context(_handling(self._receive))
+        # With several processes, the one that started them ends them at Ctrl-C. In the background, a shell ignores it.
+        alone = comm.get_world_size() == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signals = (*SIGNALS, signal.SIGINT) if alone else SIGNALS
+        self._exit.enter_context(_handling(self._receive, signals))
         for model in self._models:
             self._exit.callback(model.register_forward_pre_hook(self._before_forward).remove)
         return self
@@ -69,7 +73,7 @@ class PreemptionHook(HookBase):
     def after_train(self) -> None:
         self._finished = self.trainer.iter >= self.trainer.max_iter - 1
         if self._finished and self.received:
-            raise SystemExit(PREEMPTED)
+            raise SystemExit(self._code())
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
         if self.received and self._evaluating and not model.training:
@@ -83,16 +87,23 @@ class PreemptionHook(HookBase):
             "Stopped by %s after iteration %d with a checkpoint; resume with --resume (exit code %d)",
             name,
             self.trainer.iter,
-            PREEMPTED,
+            self._code(),
         )
-        raise SystemExit(PREEMPTED)
+        raise SystemExit(self._code())
+
+    def _code(self) -> int:
+        return INTERRUPTED if self.received == signal.SIGINT else PREEMPTED
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received or os.getpid() != self._process:  # not in a forked data loading worker
+        if os.getpid() != self._process:  # a forked data loading worker
+            return
+        if self.received:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             return
         self.received = number
         if self._finished:
-            raise SystemExit(PREEMPTED)
+            raise SystemExit(self._code())
         # Not through logging: the signal may have interrupted a log call that holds the lock.
         os.write(2, f"{signal.Signals(number).name}: stopping after this iteration\n".encode())
 
@@ -135,12 +146,12 @@ def forward_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handling(handler: Any) -> Iterator[None]:
-    """Handle :data:`SIGNALS` with ``handler``; without effect outside of the main thread, as Python has it."""
+def _handling(handler: Any, signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Handle signals with ``handler``; without effect outside of the main thread, as Python has it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:

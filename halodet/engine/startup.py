@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from halodet.checkpoint import LoadedCheckpoint, ModelSpec, check_fit, latest_checkpoint, read_weights
+from halodet.checkpoint.latest import numbered
 from halodet.config.validate import one_line
 from halodet.data.classes import dataset_classes
 from halodet.engine.check_detector import check_heads
@@ -117,6 +118,8 @@ def find_weights(
         CheckpointError: they cannot be fetched or read, or do not fit the model.
     """
     found = latest_checkpoint(output_dir, allow_pickle=allow_pickle) if resume else None
+    if not resume and not eval_only:
+        _warn_of_other_run(output_dir)
     if found is not None:
         check_fit(target, found.checkpoint, found.path, min_loaded=min_loaded, exact=True)
         return found
@@ -127,6 +130,17 @@ def find_weights(
     loaded = read_weights(weights, allow_pickle=allow_pickle)
     check_fit(target, loaded.checkpoint, weights, min_loaded=min_loaded, exact=eval_only)
     return loaded
+
+
+def _warn_of_other_run(output_dir: str) -> None:
+    names = numbered(output_dir) + (["model_final.pth"] if os.path.isfile(f"{output_dir}/model_final.pth") else [])
+    if names:
+        logger.warning(
+            "OUTPUT_DIR=%s has checkpoints of another run (%s), which this one replaces. Fix: add --resume to continue "
+            "that run, or set another OUTPUT_DIR",
+            output_dir,
+            names[0],
+        )
 
 
 def choose_seed(checkpoint: dict[str, Any] | None) -> int:

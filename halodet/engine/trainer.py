@@ -7,6 +7,7 @@ import logging
 import os
 import weakref
 from functools import partial
+from inspect import signature
 
 from halodet.checkpoint import Checkpointer
 from halodet.data.bad_images import SkipTrackingLoader
@@ -60,6 +61,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()  # as DefaultTrainer does for programs that have not called it
+        if not logging.getLogger("halodet").handlers:
+            setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="halodet")
         logging.getLogger("detectron2.engine.train_loop").addFilter(_drop_traceback)
         cfg = DefaultTrainer.auto_scale_workers(scale_to_batch(cfg), comm.get_world_size())
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
@@ -217,6 +220,11 @@ class Trainer(DefaultTrainer):
         """Evaluate, with predictions in OUTPUT_DIR/``folder``."""
         output = os.path.join(cfg.OUTPUT_DIR, folder)
         logger.info("Evaluating with predictions in %s", output)
+        if len(signature(cls.build_evaluator).parameters) < 3:  # overridden as DefaultTrainer has it
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.OUTPUT_DIR = output
+            return cls.test(cfg, model, [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST])
         return cls.test(cfg, model, [cls.build_evaluator(cfg, name, output) for name in cfg.DATASETS.TEST])
 
     @classmethod

@@ -4,6 +4,7 @@ import dataclasses
 
 from halodet.backbones import HaloNetBackbone
 from halodet.config.defaults import add_halodet_config
+from halodet.errors import ConfigError
 from halodet.models import VARIANTS, HaloNet
 
 import pytest
@@ -61,3 +62,23 @@ def test_freeze_at(freeze_at):
     assert [not any(p.requires_grad for p in part.parameters()) for part in parts] == [i < freeze_at for i in range(5)]
     for index, part in enumerate(parts):
         assert any(isinstance(m, FrozenBatchNorm2d) for m in part.modules()) == (index < freeze_at)
+
+
+@pytest.mark.parametrize("name", ["build_halonet_backbone", "build_halodet_timm_backbone"])
+def test_a_config_without_halodets_keys_is_named(name):
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = name
+    with pytest.raises(ConfigError, match="add_halodet_config"):
+        build_backbone(cfg)
+
+
+def test_random_weights_that_stay_frozen_are_named(caplog):
+    cfg = get_cfg()
+    add_halodet_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_halonet_backbone"
+    for freeze_at, weights, warned in ((2, "", True), (2, "a.pth", False), (0, "", False)):
+        cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.WEIGHTS = freeze_at, weights
+        caplog.clear()
+        with torch.device("meta"):
+            build_backbone(cfg)
+        assert ("FREEZE_AT 2 freezes" in caplog.text) == warned

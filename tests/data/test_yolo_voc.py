@@ -7,6 +7,7 @@ from halodet.config import load_config
 from halodet.data import validate_coco
 from halodet.data.annotations import mask_box
 from halodet.data.user_datasets import register_user_data, register_user_data_again
+from halodet.data.yolo_voc import read_yolo_or_voc
 from halodet.errors import ConfigError, DatasetError
 
 import numpy as np
@@ -269,6 +270,21 @@ def voc(folder, name, *objects, filename=None, size=SIZE, image=True):
     path = (folder / name).with_suffix(".xml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "</annotation>")
+
+
+def test_voc_splits_are_those_of_its_lists(tmp_path):
+    folder = tmp_path / "Annotations"
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        voc(folder, name, voc_object("fig", (1, 1, 5, 5)))
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\nc 1\n\n")
+    for split, names in (("train", ["a.jpg", "c.jpg"]), ("val", ["a.jpg", "b.jpg", "c.jpg"])):
+        dataset, _ = read_yolo_or_voc(folder, None, split)
+        assert [image["file_name"] for image in dataset["images"]] == names
+    (lists / "val.txt").write_text("none\n")
+    with pytest.raises(DatasetError, match=r"val\.txt lists none"):
+        read_yolo_or_voc(folder, None, "val")
 
 
 def test_voc_boxes_are_pixels_counted_from_1(tmp_path):

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -186,6 +188,34 @@ def test_a_trainer_subclass_with_its_own_loader_evaluator_and_hook(shapes, tmp_p
     resumed.resume_or_load(resume=True)
     resumed.train()
     assert resumed.start_iter == 3 and resumed.counter.steps == 1
+
+
+class FolderTrainer(MyTrainer):
+    folders: list = []
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):  # with the arguments of DefaultTrainer
+        cls.folders.append(cfg.OUTPUT_DIR)
+        return CountImages()
+
+
+def test_an_evaluator_of_the_own_trainer_evaluates_the_average_too(shapes, tmp_path):
+    options = {"SOLVER.MAX_ITER": 2, "DATASETS.TEST": f"('{VAL}',)", "MODEL.EMA.ENABLED": True}
+    make_trainer(tmp_path, options, trainer=FolderTrainer).train()
+    assert [os.path.relpath(folder, tmp_path) for folder in FolderTrainer.folders] == [".", "inference_ema"]
+    assert [row["ema/images/count"] for row in read_metrics(tmp_path) if "ema/images/count" in row] == [2]
+
+
+def test_messages_reach_the_log_of_a_program_that_sets_up_detectron2s(shapes, tmp_path):
+    log = logging.getLogger("halodet")
+    before, log.handlers = log.handlers, []
+    try:
+        make_trainer(tmp_path, {"SOLVER.MAX_ITER": 1})
+        for handler in log.handlers:
+            handler.flush()
+        assert "Parameter groups" in (tmp_path / "log.txt").read_text()
+    finally:
+        log.handlers = before
 
 
 def test_several_datasets_at_once(shapes, tmp_path):

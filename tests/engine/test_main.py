@@ -117,6 +117,25 @@ def test_resume_starts_from_the_latest_readable_checkpoint(tmp_path, model, stat
         check_weights(cfg, model, resume=True)
 
 
+def test_checkpoints_of_another_run_are_named(tmp_path, model, state, caplog):
+    assert check_weights(small(tmp_path), model) is None and "another run" not in caplog.text
+    save(tmp_path, state, 9)
+    check_weights(small(tmp_path), model)
+    assert "model_0000009.pth" in caplog.text and "--resume" in caplog.text
+
+
+def test_a_second_dataset_replaces_the_first_and_says_so(capsys):
+    for flag in ("--train-json", "--train-images", "--val-json", "--val-images"):
+        args = main.argument_parser("").parse_args([flag, "a", flag, "a", flag, "b"])
+        assert getattr(args, flag[2:].replace("-", "_")) == "b"
+        assert capsys.readouterr().err.count(f"{flag} b replaces a") == 1
+
+
+def test_an_override_with_an_equals_sign_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"Fix: SOLVER\.BASE_LR 0\.1"):
+        load_config("quick/mask_rcnn_halo_shapes", ["SOLVER.BASE_LR=0.1"])
+
+
 def test_output_dir_must_be_writable(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="OUTPUT_DIR"):

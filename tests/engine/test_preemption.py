@@ -34,6 +34,32 @@ def assert_preempted(code, folder):
     assert len(list(folder.glob("model_*.pth"))) == 1
 
 
+def test_ctrl_c_saves_a_checkpoint(tmp_path):
+    data = dataset_flags(tmp_path / "data", 4)[:2]
+    command = [sys.executable, "tools/train_net.py", *data, *OPTS, "OUTPUT_DIR", str(tmp_path)]
+    code = f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
+    with open(tmp_path / "printed.txt", "w") as printed:
+        run = subprocess.Popen(
+            [sys.executable, "-c", code],  # tests in the background ignore Ctrl-C
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    try:
+        started(lambda: run.poll() is None, tmp_path / "printed.txt")
+        os.killpg(run.pid, signal.SIGINT)
+        code = run.wait(timeout=100)
+        text = (tmp_path / "printed.txt").read_text()
+        assert code == 130 and "Traceback" not in text and "Stopped by SIGINT" in text, text
+        assert len(list(tmp_path.glob("model_*.pth"))) == 1
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+
+
 def test_signals_to_the_process_group_save_one_checkpoint(tmp_path):
     data = dataset_flags(tmp_path / "data", 4)[:2]
     with open(tmp_path / "printed.txt", "w") as printed:
