@@ -158,10 +158,14 @@ def test_labels_do_not_swap_when_ids_are_exchanged(scenes, train_net, tmp_path, 
     weights.parent.mkdir()
     weights.write_bytes((tmp_path / "run" / "model_final.pth").read_bytes())
     capsys.readouterr()
-    for output, flag in (("run", "--resume"), ("evaluated", "--eval-only")):
-        options = ["SOLVER.MAX_ITER", "3", "MODEL.WEIGHTS", weights]
-        assert train_net(tmp_path / output, *options, flags=[*exchanged, flag]) == 2
-        assert "circle, square" in "".join(capsys.readouterr()).replace("'", "")
+    options = ["SOLVER.MAX_ITER", "3", "MODEL.WEIGHTS", weights]
+    assert train_net(tmp_path / "run", *options, flags=[*exchanged, "--resume"]) == 2
+    assert "circle, square" in "".join(capsys.readouterr()).replace("'", "")
+    found = []
+    for output, flags in (("evaluated", exchanged), ("original", scenes)):  # classes are matched by name
+        assert train_net(tmp_path / output, *options, flags=[*flags, "--eval-only"]) == 0
+        found.append((tmp_path / output / "inference/coco_instances_results.json").read_text())
+    assert found[0] == found[1] and len(found[0]) > 100
     options = ["SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e-12", "MODEL.WEIGHTS", weights]
     assert train_net(tmp_path / "tuned", *options, flags=exchanged) == 0
     key = "roi_heads.box_predictor.cls_score.weight"
