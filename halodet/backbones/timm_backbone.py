@@ -31,7 +31,8 @@ class TimmBackbone(Backbone):
     attention by :class:`HaloMixer` with ``border="zero"``, its bottleneck attention by :class:`BoTNetMixer`. Parameters
     keep timm's names (``stem.*``, ``stages.*``, ``final_conv.*``). At sizes that timm accepts, the feature maps are
     those of its ``features_only`` model; ``res5`` is the output of ``final_conv`` where a network has one. Lambda
-    layers and squeeze-excitation see the whole map including the padding of a batch, as in timm.
+    layers and squeeze-excitation see the whole map including the padding of a batch, as in timm. Its batch norms hold
+    the activations, which the converters of Detectron2 and PyTorch to FrozenBN and SyncBN would remove: use ``norm``.
 
     Args:
         name: timm's name of the network, with or without the tag of its weights (``"halonet50ts.a1h_in1k"``).
