@@ -13,6 +13,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# With a handler, halodet.Trainer leaves this logger as it is, and pytest sees its records.
+logging.getLogger("halodet").addHandler(logging.NullHandler())
 # Without a GPU the Triton kernels are interpreted. Triton reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -208,14 +208,15 @@ def test_an_evaluator_of_the_own_trainer_evaluates_the_average_too(shapes, tmp_p
 
 def test_messages_reach_the_log_of_a_program_that_sets_up_detectron2s(shapes, tmp_path):
     log = logging.getLogger("halodet")
-    before, log.handlers = log.handlers, []
+    before, log.handlers = (log.handlers, log.propagate, log.level), []
     try:
         make_trainer(tmp_path, {"SOLVER.MAX_ITER": 1})
         for handler in log.handlers:
             handler.flush()
         assert "Parameter groups" in (tmp_path / "log.txt").read_text()
     finally:
-        log.handlers = before
+        log.handlers, log.propagate = before[:2]
+        log.setLevel(before[2])
 
 
 def test_several_datasets_at_once(shapes, tmp_path):
