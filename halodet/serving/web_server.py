@@ -76,8 +76,9 @@ def make_server(app: App, seconds: float) -> uvicorn.Server:
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Return whether a record is not the traceback of a request that the end of the server has cancelled."""
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    """Return whether a record is not the traceback of a task that the end of the server has cancelled."""
+    cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cancelled and "CancelledError" not in record.getMessage()
 
 
 class _Connection(H11Protocol):

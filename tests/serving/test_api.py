@@ -1,9 +1,11 @@
 """halodet.serving: answers of the server, its limits, and which requests it refuses."""
 
+import asyncio
 import base64
 import http.client
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -595,6 +597,17 @@ def test_signals_end_the_server_and_remove_its_folder(tmp_path, number, words):
     _, printed = process.communicate(timeout=60)
     stream.close()
     assert process.returncode == 0 and printed == "" and list(tmp_path.iterdir()) == []
+
+
+def test_tasks_that_the_end_of_the_server_cancels_are_not_logged(caplog):
+    from halodet.serving.web_server import make_server
+
+    make_server(lambda scope, receive, send: None, 1.0)
+    log = logging.getLogger("uvicorn.error")
+    log.error("Traceback (most recent call last):\n  ...\nasyncio.exceptions.CancelledError")
+    log.error("Exception in ASGI application", exc_info=asyncio.CancelledError())
+    log.error("Exception in ASGI application", exc_info=ValueError("x"))
+    assert len(caplog.records) == 1 and caplog.records[0].exc_info[0] is ValueError
 
 
 def test_answers_are_strict_json(shared):
