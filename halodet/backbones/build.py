@@ -59,7 +59,8 @@ def build_halonet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HaloNetBackb
     _warn_about_ignored_keys(cfg)
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0 and not cfg.MODEL.WEIGHTS:
         logger.warning(
-            "MODEL.BACKBONE.FREEZE_AT %d freezes parts with random weights. Fix: set it to 0, or give MODEL.WEIGHTS",
+            "MODEL.BACKBONE.FREEZE_AT %d freezes parts that are random until weights are loaded, and MODEL.WEIGHTS is "
+            "empty. Fix: set it to 0, or give weights",
             cfg.MODEL.BACKBONE.FREEZE_AT,
         )
     return HaloNetBackbone(cfg, input_shape)

@@ -91,7 +91,7 @@ def load_config(
         if word.startswith("--"):
             raise ConfigError(f"{word} is invalid after the first override. Fix: put flags before KEY VALUE pairs.")
     for word in opts[::2]:
-        if re.match(r"[A-Z_.]+=", word):
+        if re.match(r"[A-Z][\w.]*=", word):
             raise ConfigError(f"{word} is invalid: expected KEY VALUE. Fix: {word.replace('=', ' ', 1)}.")
     if len(opts) % 2:
         raise ConfigError(f"Overrides are invalid: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}.")

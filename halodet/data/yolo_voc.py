@@ -318,7 +318,8 @@ def _listed(folder: Path, split: str) -> set[str] | None:
         path = root / "ImageSets" / "Main" / f"{split}.txt"
         if path.is_file():
             logger.info("Reading the images that %s lists", path)
-            return {line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            return {line.split()[0] for line in lines if line.strip()}
     return None
 
 

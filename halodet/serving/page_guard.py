@@ -46,7 +46,6 @@ class PageGuard:
 
     def __init__(self, app: App, folder: str | os.PathLike[str], max_bytes: int) -> None:
         self._app, self._folder, self._max_bytes = app, Path(folder).resolve(), max_bytes
-        self._kept: frozenset[str] = frozenset()
         self._kept = frozenset(self._files())  # examples
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +87,8 @@ class PageGuard:
 
     def _make_room(self) -> None:
         """Delete the oldest files above the maximum size."""
-        files = sorted((found for file in self._files() if (found := _age(file))), reverse=True)
+        deletable = (file for file in self._files() if file not in self._kept)
+        files = sorted((found for file in deletable if (found := _age(file))), reverse=True)
         size = 0
         for _, file, bytes_ in files:
             size += bytes_
@@ -99,9 +99,7 @@ class PageGuard:
     def _files(self) -> Iterator[str]:
         for root, _, names in os.walk(self._folder):
             for name in names:
-                file = os.path.join(root, name)
-                if file not in self._kept:
-                    yield file
+                yield os.path.join(root, name)
 
     def _is_upload(self, name: str) -> bool:
         try:

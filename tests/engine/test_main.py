@@ -132,8 +132,9 @@ def test_a_second_dataset_replaces_the_first_and_says_so(capsys):
 
 
 def test_an_override_with_an_equals_sign_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"Fix: SOLVER\.BASE_LR 0\.1"):
-        load_config("quick/mask_rcnn_halo_shapes", ["SOLVER.BASE_LR=0.1"])
+    for word in ("SOLVER.BASE_LR=0.1", "MODEL.RESNETS.RES2_OUT_CHANNELS=64"):
+        with pytest.raises(ConfigError, match=f"Fix: {word.replace('=', ' ')}"):
+            load_config("quick/mask_rcnn_halo_shapes", [word])
 
 
 def test_output_dir_must_be_writable(tmp_path):
